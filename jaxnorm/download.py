@@ -1,0 +1,79 @@
+"""Fetching an archive: heard of within seconds where there is no route, resumed where it was cut off, with progress."""
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from jaxnorm.archive import Progress
+from jaxnorm.config import UserError
+
+ROUTE_SECONDS = 8.0
+"""How long a host may take to answer before the user hears that it does not."""
+
+
+def fetch(url: str, directory: Path, progress: Progress) -> Path:
+    """Downloads `url` into `directory` and returns the file; one that is there already is not fetched again.
+
+    A download that was cut off is resumed. Raises `UserError` within about ten seconds where the host does not answer. The caller checks the content.
+    """
+    name = Path(urlparse(url).path).name
+    if not name:
+        raise UserError(f"--archive {url}: the address names no file")
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    target, partial = directory / name, directory / (name + ".part")
+    if target.exists():
+        return target
+    have = partial.stat().st_size if partial.exists() else 0
+    response = _open(url, have)
+    if response.status_code == 416:  # the partial file is longer than the whole
+        partial.unlink()
+        have = 0
+        response = _open(url, have)
+    if response.status_code not in (200, 206):
+        raise UserError(f"{url}: the host answered {response.status_code} {response.reason}")
+    resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+    have = have if resumed else 0
+    total = have + int(response.headers.get("Content-Length") or 0)
+    import requests
+
+    try:
+        with partial.open("ab" if resumed else "wb") as file:
+            for block in response.iter_content(2**20):
+                file.write(block)
+                have += len(block)
+                progress("downloading", have, max(total, have))
+            file.flush()
+            os.fsync(file.fileno())
+    except requests.RequestException as error:
+        raise UserError(f"{url}: the download was cut off at {have} of {total} bytes ({type(error).__name__}); the same command resumes it") from None
+    except OSError as error:
+        raise UserError(f"{partial} cannot be written: {error.strerror}") from None
+    if have < total:
+        raise UserError(f"{url}: the download was cut off at {have} of {total} bytes; the same command resumes it")
+    partial.rename(target)
+    return target
+
+
+def _open(url: str, have: int) -> Any:
+    """The host's answer, or `UserError` after `ROUTE_SECONDS`: a name server that never answers must not hold the user up."""
+    import requests
+
+    answer: list[Any] = []
+
+    def ask() -> None:
+        try:
+            headers = {"Range": f"bytes={have}-"} if have else {}
+            answer.append(requests.get(url, stream=True, timeout=(ROUTE_SECONDS / 2, 60), headers={"Accept-Encoding": "identity", **headers}))
+        except requests.RequestException as error:
+            answer.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(ROUTE_SECONDS)
+    if not answer:
+        raise UserError(f"{url}: no answer within {ROUTE_SECONDS:.0f} seconds")
+    if isinstance(answer[0], Exception):
+        raise UserError(f"{url}: no route to it ({type(answer[0]).__name__})")
+    return answer[0]
