@@ -1,0 +1,24 @@
+"""jaxnorm: batch, group and layer normalization compared in a small CNN, in JAX and Flax."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxnorm.config import Config as Config
+    from jaxnorm.config import UserError as UserError
+    from jaxnorm.data import Dataset as Dataset
+    from jaxnorm.data import load as load
+    from jaxnorm.experiment import fit as fit
+    from jaxnorm.experiment import load_model as load_model
+    from jaxnorm.model import CNN as CNN
+
+_HOMES = {"Config": "config", "UserError": "config", "Dataset": "data", "load": "data", "fit": "experiment", "load_model": "experiment", "CNN": "model"}
+__all__ = ["CNN", "Config", "Dataset", "UserError", "fit", "load", "load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first asked for, so that `--help` answers before JAX is loaded."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxnorm' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"jaxnorm.{_HOMES[name]}"), name)
