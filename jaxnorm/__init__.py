@@ -11,12 +11,22 @@ if TYPE_CHECKING:
     from jaxnorm.experiment import load_model as load_model
     from jaxnorm.model import CNN as CNN
 
-_HOMES = {"Config": "config", "UserError": "config", "Dataset": "data", "load": "data", "fit": "experiment", "load_model": "experiment", "CNN": "model"}
+_HOMES = {
+    "Config": "config",
+    "UserError": "config",
+    "Dataset": "data",
+    "load": "data",
+    "fit": "experiment",
+    "load_model": "experiment",
+    "CNN": "model",
+}
 __all__ = ["CNN", "Config", "Dataset", "UserError", "fit", "load", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first asked for, so that `--help` answers before JAX is loaded."""
+    """Imports a public name when it is first asked for, so that `--help` answers before JAX is
+    loaded.
+    """
     if name not in _HOMES:
         raise AttributeError(f"module 'jaxnorm' has no attribute {name!r}")
     import importlib

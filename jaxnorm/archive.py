@@ -1,8 +1,9 @@
 """An archive file of CIFAR-10, checked and imported into the standard TFDS directory.
 
-TFDS itself cannot prepare CIFAR-10 without TensorFlow, so a small `GeneratorBasedBuilder` of the same name, version and features does; any TFDS
-user can read what it writes. Nothing of the archive is ever written under a name that the archive chose, and nothing is unpickled but
-the types that the official files hold.
+TFDS itself cannot prepare CIFAR-10 without TensorFlow, so a small `GeneratorBasedBuilder` of the
+same name, version and features does; any TFDS user can read what it writes. Nothing of the archive
+is ever written under a name that the archive chose, and nothing is unpickled but the types that the
+official files hold.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -29,8 +30,10 @@ Progress = Callable[[str, int, int], None]
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 OFFICIAL = {
-    "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd": "the official binary archive",
-    "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce": "the official Python archive",
+    "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd": "the official binary "
+    "archive",
+    "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce": "the official Python "
+    "archive",
 }
 VERSION = "3.0.2"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -43,7 +46,9 @@ _LARGEST_MEMBER = 64 * 2**20
 
 @dataclass(frozen=True)
 class Origin:
-    """Where prepared data came from: a sentence, the archive's SHA-256, and whether that is the official one."""
+    """Where prepared data came from: a sentence, the archive's SHA-256, and whether that is the
+    official one.
+    """
 
     source: str
     sha256: str
@@ -62,21 +67,29 @@ def sha256_of(path: Path, progress: Progress, what: str) -> str:
 
 
 def read_origin(prepared: Path) -> Origin | None:
-    """What `import_archive` noted beside a prepared dataset, or None where somebody else prepared it."""
+    """What `import_archive` noted beside a prepared dataset, or None where somebody else prepared
+    it.
+    """
     try:
         note = json.loads((prepared / _NOTE).read_text())
         origin = Origin(note["source"], note["sha256"], note["verified"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    valid = isinstance(origin.source, str) and isinstance(origin.sha256, str) and isinstance(origin.verified, bool)
+    valid = (
+        isinstance(origin.source, str)
+        and isinstance(origin.sha256, str)
+        and isinstance(origin.verified, bool)
+    )
     return origin if valid and origin.verified == (origin.sha256 in OFFICIAL) else None
 
 
 def import_archive(path: Path, data_dir: Path, allow_unverified: bool, progress: Progress) -> Path:
-    """Imports an archive to `data_dir`/cifar10/3.0.2, complete or not at all, and returns that directory.
+    """Imports an archive to `data_dir`/cifar10/3.0.2, complete or not at all, and returns that
+    directory.
 
-    Where the directory already holds data from the same archive nothing is done. Raises `UserError` for an archive that is missing, truncated, of another kind, or of an unofficial
-    checksum (unless `allow_unverified`), and where the directory holds other data.
+    Where the directory already holds data from the same archive nothing is done. Raises `UserError`
+    for an archive that is missing, truncated, of another kind, or of an unofficial checksum (unless
+    `allow_unverified`), and where the directory holds other data.
     """
     if not path.is_file():
         raise UserError(f"--archive {path}: there is no such file")
@@ -89,28 +102,44 @@ def import_archive(path: Path, data_dir: Path, allow_unverified: bool, progress:
     if prepared.exists():
         origin = read_origin(prepared)
         if origin is None or origin.sha256 != sha256:
-            raise UserError(f"{prepared} already holds data that did not come from {path}: give another --data-dir, or leave --archive out")
+            raise UserError(
+                f"{prepared} already holds data that did not come from {path}: give another "
+                "--data-dir, or leave --archive out"
+            )
         if not verified and not allow_unverified:
             raise UserError(_unofficial(path, sha256))
         return prepared
     if not verified and not allow_unverified:
-        _read_splits(path, lambda *_: None, only_first=True)  # of another kind altogether? then say that instead
+        _read_splits(
+            path, lambda *_: None, only_first=True
+        )  # of another kind altogether? then say that instead
         raise UserError(_unofficial(path, sha256))
     splits = _read_splits(path, progress)
-    origin = Origin(f"{OFFICIAL.get(sha256, 'an unofficial archive')}, {path.name}", sha256, verified)
+    origin = Origin(
+        f"{OFFICIAL.get(sha256, 'an unofficial archive')}, {path.name}", sha256, verified
+    )
     try:
         _prepare(splits, data_dir, prepared, origin, progress)
     except OSError as error:
-        raise UserError(f"--data-dir {data_dir} cannot be written to: {error.strerror or error}") from None
+        raise UserError(
+            f"--data-dir {data_dir} cannot be written to: {error.strerror or error}"
+        ) from None
     return prepared
 
 
 def _unofficial(path: Path, sha256: str) -> str:
-    return f"--archive {path}: its SHA-256 is {sha256}, not an official CIFAR-10 archive's; add --allow-unverified to use it all the same, marked as such"
+    return (
+        f"--archive {path}: its SHA-256 is {sha256}, not an official CIFAR-10 archive's; "
+        "add --allow-unverified to use it all the same, marked as such"
+    )
 
 
-def _read_splits(path: Path, progress: Progress, only_first: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Reads {"train": (u8[50000, 32, 32, 3], u8[50000]), "test": ...} out of a binary or a Python archive."""
+def _read_splits(
+    path: Path, progress: Progress, only_first: bool = False
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Reads {"train": (u8[50000, 32, 32, 3], u8[50000]), "test": ...} out of a binary or a Python
+    archive.
+    """
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     try:
         with tarfile.open(path, "r|*") as archive:
@@ -122,20 +151,33 @@ def _read_splits(path: Path, progress: Progress, only_first: bool = False) -> di
                 if kind is None or part not in _PARTS or file != part + kind:
                     continue
                 if not member.isreg() or member.size > _LARGEST_MEMBER or part in found:
-                    raise UserError(f"--archive {path}: {file} in it is not a plain file of the expected size, once")
+                    raise UserError(
+                        f"--archive {path}: {file} in it is not a plain file of the expected "
+                        "size, once"
+                    )
                 stream = archive.extractfile(member)
                 assert stream is not None
                 data = stream.read()
-                found[part] = _parse_binary(data, file, path) if kind else _parse_python(data, file, path)
+                found[part] = (
+                    _parse_binary(data, file, path) if kind else _parse_python(data, file, path)
+                )
                 progress("reading the archive", len(found), len(_PARTS))
                 if only_first:
                     return {}
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise UserError(f"--archive {path} is damaged, truncated or no tar archive: {error}") from None
+        raise UserError(
+            f"--archive {path} is damaged, truncated or no tar archive: {error}"
+        ) from None
     if missing := [part for part in _PARTS if part not in found]:
-        raise UserError(f"--archive {path} is not a complete CIFAR-10 archive: {', '.join(missing)} not found in it")
+        raise UserError(
+            f"--archive {path} is not a complete CIFAR-10 archive: {', '.join(missing)} not found "
+            "in it"
+        )
     return {
-        split: tuple(np.concatenate([found[part][i] for part in _PARTS if _PARTS[part] == split]) for i in (0, 1))  # type: ignore[misc]
+        split: tuple(
+            np.concatenate([found[part][i] for part in _PARTS if _PARTS[part] == split])
+            for i in (0, 1)
+        )  # type: ignore[misc]
         for split in ("train", "test")
     }
 
@@ -143,7 +185,9 @@ def _read_splits(path: Path, progress: Progress, only_first: bool = False) -> di
 def _parse_binary(data: bytes, name: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Records of a label byte and three 32x32 planes."""
     if len(data) != _PER_FILE * (1 + _PIXELS):
-        raise UserError(f"--archive {path}: {name} in it has {len(data)} bytes, not {_PER_FILE * (1 + _PIXELS)}")
+        raise UserError(
+            f"--archive {path}: {name} in it has {len(data)} bytes, not {_PER_FILE * (1 + _PIXELS)}"
+        )
     records = np.frombuffer(data, np.uint8).reshape(_PER_FILE, 1 + _PIXELS)
     return _checked(records[:, 1:], records[:, 0], name, path)
 
@@ -153,43 +197,72 @@ def _parse_python(data: bytes, name: str, path: Path) -> tuple[np.ndarray, np.nd
     try:
         values = _Unpickler(io.BytesIO(data), encoding="bytes").load()
         pixels, labels = values[b"data"], values[b"labels"]
-        valid = isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape == (_PER_FILE, _PIXELS)
-        valid &= isinstance(labels, list) and len(labels) == _PER_FILE and all(type(label) is int and 0 <= label < 256 for label in labels)
+        valid = (
+            isinstance(pixels, np.ndarray)
+            and pixels.dtype == np.uint8
+            and pixels.shape == (_PER_FILE, _PIXELS)
+        )
+        valid &= (
+            isinstance(labels, list)
+            and len(labels) == _PER_FILE
+            and all(type(label) is int and 0 <= label < 256 for label in labels)
+        )
     except Exception as error:  # a hostile pickle can fail in any way; nothing in it was called
-        raise UserError(f"--archive {path}: {name} in it is not a CIFAR-10 batch ({type(error).__name__}: {error})") from None
+        raise UserError(
+            f"--archive {path}: {name} in it is not a CIFAR-10 batch ({type(error).__name__}: "
+            f"{error})"
+        ) from None
     if not valid:
-        raise UserError(f"--archive {path}: {name} in it is not a CIFAR-10 batch (other fields or shapes)")
+        raise UserError(
+            f"--archive {path}: {name} in it is not a CIFAR-10 batch (other fields or shapes)"
+        )
     return _checked(pixels, np.array(labels, np.uint8), name, path)
 
 
-def _checked(planes: np.ndarray, labels: np.ndarray, name: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _checked(
+    planes: np.ndarray, labels: np.ndarray, name: str, path: Path
+) -> tuple[np.ndarray, np.ndarray]:
     if labels.max() >= len(CLASSES):
         raise UserError(f"--archive {path}: {name} in it has a label {labels.max()}, above 9")
     return np.ascontiguousarray(planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), labels.copy()
 
 
 class _Unpickler(pickle.Unpickler):
-    """Admits what the official Python files hold, a NumPy array among plain values, and nothing else."""
+    """Admits what the official Python files hold, a NumPy array among plain values, and nothing
+    else.
+    """
 
     _admitted = ("_reconstruct", "ndarray", "dtype")
 
     def find_class(self, module: str, name: str) -> Any:
-        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in self._admitted:
+        if (
+            module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
+            and name in self._admitted
+        ):
             return np._core.multiarray._reconstruct if name == "_reconstruct" else getattr(np, name)  # type: ignore[attr-defined]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def _prepare(splits: dict[str, Any], data_dir: Path, prepared: Path, origin: Origin, progress: Progress) -> None:
+def _prepare(
+    splits: dict[str, Any], data_dir: Path, prepared: Path, origin: Origin, progress: Progress
+) -> None:
     """Writes the dataset under a temporary name in `data_dir` and renames it."""
     data_dir.mkdir(parents=True, exist_ok=True)
     _sweep(data_dir)
     scratch = Path(tempfile.mkdtemp(prefix=f".jaxnorm-import-{os.getpid()}-", dir=data_dir))
     try:
         builder = _builder(splits, scratch, progress)
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download that there is not
+        with contextlib.redirect_stdout(
+            io.StringIO()
+        ):  # TFDS announces a download that there is not
             builder.download_and_prepare()
         made = Path(builder.data_dir)
-        (made / _NOTE).write_text(json.dumps({"source": origin.source, "sha256": origin.sha256, "verified": origin.verified}, indent=2))
+        (made / _NOTE).write_text(
+            json.dumps(
+                {"source": origin.source, "sha256": origin.sha256, "verified": origin.verified},
+                indent=2,
+            )
+        )
         prepared.parent.mkdir(parents=True, exist_ok=True)
         made.rename(prepared)
     finally:
@@ -218,6 +291,7 @@ def _builder(splits: dict[str, Any], directory: Path, progress: Progress) -> Any
     """A TFDS builder that yields `splits` as cifar10 3.0.2."""
     import tensorflow_datasets as tfds
     from PIL import Image
+    from tensorflow_datasets.core import registered
 
     total = sum(len(labels) for _, labels in splits.values())
     done = 0
@@ -225,12 +299,15 @@ def _builder(splits: dict[str, Any], directory: Path, progress: Progress) -> Any
     def examples(split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         nonlocal done
         for i, (pixels, label) in enumerate(zip(*splits[split], strict=True)):
-            yield i, {"id": f"{split}_{i:05d}", "image": Image.fromarray(pixels), "label": int(label)}
+            yield (
+                i,
+                {"id": f"{split}_{i:05d}", "image": Image.fromarray(pixels), "label": int(label)},
+            )
             done += 1
             if done % 500 == 0:
                 progress("importing the images", done, total)
 
-    with tfds.core.registered.skip_registration():
+    with registered.skip_registration():
 
         class Cifar10(tfds.core.GeneratorBasedBuilder):
             """CIFAR-10 with the name, version and features that TFDS gives it."""
@@ -245,7 +322,12 @@ def _builder(splits: dict[str, Any], directory: Path, progress: Progress) -> Any
                         "label": tfds.features.ClassLabel(names=CLASSES),
                     }
                 )
-                return tfds.core.DatasetInfo(builder=self, description="CIFAR-10", features=features, supervised_keys=("image", "label"))
+                return tfds.core.DatasetInfo(
+                    builder=self,
+                    description="CIFAR-10",
+                    features=features,
+                    supervised_keys=("image", "label"),
+                )
 
             def _split_generators(self, dl_manager):
                 return {split: examples(split) for split in splits}

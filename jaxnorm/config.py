@@ -1,4 +1,6 @@
-"""The settings that decide a result, and nothing else: where data lies and where results go is not among them."""
+"""The settings that decide a result, and nothing else: where data lies and where results go is not
+among them.
+"""
 
 import dataclasses
 import math
@@ -12,7 +14,10 @@ ALL: tuple[Norm, ...] = ("batch", "group", "layer")
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. Its text is one line: what is wrong, and what to do about it."""
+    """A mistake that the user can mend.
+
+    Its text is one line: what is wrong, and what to do about it.
+    """
 
 
 @dataclass(frozen=True)
@@ -24,11 +29,13 @@ class Config:
     Parameters
     ----------
     norm
-        The normalization; "all" trains batch, group and layer, one after the other. "instance", "rms" and "none" need --arch matched.
+        The normalization; "all" trains batch, group and layer, one after the other. "instance",
+        "rms" and "none" need --arch matched.
     arch
         "original": the study's own three nets. "matched": one net in which only the norm differs.
     dataset
-        "cifar10", "digits" (ships with scikit-learn, needs no download), or a prepared TFDS dataset of 32x32x3 images.
+        "cifar10", "digits" (ships with scikit-learn, needs no download), or a prepared TFDS dataset
+        of 32x32x3 images.
     epochs
         Passes over the training set.
     batch_size
@@ -73,7 +80,10 @@ class Config:
         self._require(0 <= self.seed < 2**32, "seed", "at least 0 and below 2**32")
         self._require(self.dataset.strip() == self.dataset != "", "dataset", "a dataset's name")
         if self.arch == "original" and self.norm not in (*ALL, "all"):
-            raise UserError(f"--norm {self.norm} has no net in the study: add --arch matched, or choose batch, group or layer")
+            raise UserError(
+                f"--norm {self.norm} has no net in the study: add --arch matched, or choose "
+                "batch, group or layer"
+            )
 
     @property
     def norms(self) -> tuple[Norm, ...]:
@@ -92,12 +102,17 @@ class Config:
 
     @classmethod
     def from_json(cls, values: Any) -> "Config":
-        """Reads what `to_json` wrote. A missing, unknown or wrong field raises `UserError` and is named."""
+        """Reads what `to_json` wrote.
+
+        A missing, unknown or wrong field raises `UserError` and is named.
+        """
         if not isinstance(values, dict):
             raise UserError("the settings are not a JSON object")
         names = {field.name for field in dataclasses.fields(cls)}
         if wrong := names ^ values.keys():
-            raise UserError(f"the settings have missing or unknown fields: {', '.join(sorted(map(str, wrong)))}")
+            raise UserError(
+                f"the settings have missing or unknown fields: {', '.join(sorted(map(str, wrong)))}"
+            )
         return cls(**values)
 
     def _check_type(self, name: str, kind: Any) -> None:
@@ -105,12 +120,18 @@ class Config:
         if choices := [choice for choice in get_args(kind) if isinstance(choice, str)]:
             self._require(value in choices, name, "one of " + ", ".join(choices))
         elif kind is float:
-            self._require(isinstance(value, int | float) and not isinstance(value, bool), name, "a number")
+            self._require(
+                isinstance(value, int | float) and not isinstance(value, bool), name, "a number"
+            )
         elif kind in (int, int | None):
-            self._require(isinstance(value, int) and not isinstance(value, bool), name, "a whole number")
+            self._require(
+                isinstance(value, int) and not isinstance(value, bool), name, "a whole number"
+            )
         else:
             self._require(isinstance(value, kind), name, f"a {kind.__name__}")
 
     def _require(self, holds: bool, name: str, wanted: str) -> None:
         if not holds:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}: it must be {wanted}")
+            raise UserError(
+                f"--{name.replace('_', '-')} is {getattr(self, name)!r}: it must be {wanted}"
+            )

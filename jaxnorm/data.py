@@ -1,7 +1,9 @@
 """A dataset's name to uint8 arrays.
 
-`load` reads CIFAR-10 through TFDS (array_record, no TensorFlow), scikit-learn's digits, or any TFDS dataset that is already prepared and has 32x32x3 images
-and one label. Decoded arrays are cached under the fingerprint of the files they came from; a cache that does not match its own fingerprint is rebuilt.
+`load` reads CIFAR-10 through TFDS (array_record, no TensorFlow), scikit-learn's digits, or any TFDS
+dataset that is already prepared and has 32x32x3 images and one label. Decoded arrays are cached
+under the fingerprint of the files they came from; a cache that does not match its own fingerprint
+is rebuilt.
 
 A new dataset that TFDS has prepared needs no code. Another source is one more branch in `load`.
 """
@@ -26,15 +28,19 @@ from jaxnorm.config import UserError
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_DEVIATION = (0.2470, 0.2435, 0.2616)
 KNOWN_CONTENT = {"195a5f68901b5f7e2da7cba93ab205c0a7466dc0865da2e67b8b4d0bb13ed155": "JPEG mirror"}
-"""Labels of contents that are known not to be the official ones, by fingerprint: here CIFAR-10 recompressed as JPEG of quality 75."""
+"""Labels of contents that are known not to be the official ones, by fingerprint: here CIFAR-10
+recompressed as JPEG of quality 75.
+"""
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Images and labels in memory, and all that is known of where they came from.
 
-    `fingerprint` is the SHA-256 of the arrays' content. `verified` is True for data whose checksum is the official one or that ships with a package, False for data let in by
-    --allow-unverified, None for a directory that somebody else prepared. `mean` and `deviation` are per channel, of images scaled to [0, 1].
+    `fingerprint` is the SHA-256 of the arrays' content. `verified` is True for data whose checksum
+    is the official one or that ships with a package, False for data let in by --allow-unverified,
+    None for a directory that somebody else prepared. `mean` and `deviation` are per channel, of
+    images scaled to [0, 1].
     """
 
     name: str
@@ -51,8 +57,14 @@ class Dataset:
 
     @property
     def caption(self) -> str:
-        """What every figure and table says of the data: its name, its label if it has one, and "unverified data" where it is."""
-        parts = [self.name, KNOWN_CONTENT.get(self.fingerprint, ""), "unverified data" if self.verified is False else ""]
+        """What every figure and table says of the data: its name, its label if it has one, and
+        "unverified data" where it is.
+        """
+        parts = [
+            self.name,
+            KNOWN_CONTENT.get(self.fingerprint, ""),
+            "unverified data" if self.verified is False else "",
+        ]
         return ", ".join(part for part in parts if part)
 
 
@@ -77,7 +89,9 @@ def load(
 ) -> Dataset:
     """Loads a dataset by name.
 
-    name: "cifar10", "digits", or a prepared TFDS dataset. data_dir: where TFDS datasets lie. archive: an official CIFAR-10 archive, a path or an address, to import first. Raises `UserError`.
+    name: "cifar10", "digits", or a prepared TFDS dataset. data_dir: where TFDS datasets lie.
+    archive: an official CIFAR-10 archive, a path or an address, to import first. Raises
+    `UserError`.
     """
     directory = Path(data_dir).expanduser() if data_dir else default_data_dir()
     cache = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
@@ -101,22 +115,45 @@ def content_fingerprint(arrays: list[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _dataset(name: str, arrays: list[np.ndarray], class_names: tuple[str, ...], fingerprint: str, source: str, verified: bool | None) -> Dataset:
-    mean, deviation = (CIFAR10_MEAN, CIFAR10_DEVIATION) if name == "cifar10" else channel_statistics(arrays[0])
-    return Dataset(name, *arrays, class_names, fingerprint, source, verified, mean, deviation)
+def _dataset(
+    name: str,
+    arrays: list[np.ndarray],
+    class_names: tuple[str, ...],
+    fingerprint: str,
+    source: str,
+    verified: bool | None,
+) -> Dataset:
+    mean, deviation = (
+        (CIFAR10_MEAN, CIFAR10_DEVIATION) if name == "cifar10" else channel_statistics(arrays[0])
+    )
+    values = dict(zip(_FIELDS, arrays, strict=True))
+    about = {"fingerprint": fingerprint, "source": source, "verified": verified}
+    return Dataset(name, **values, class_names=class_names, **about, mean=mean, deviation=deviation)
 
 
 def channel_statistics(images: np.ndarray) -> tuple[Any, Any]:
-    """Mean and deviation of each of three channels of u8 images scaled to [0, 1], to four digits; a constant channel has deviation 1."""
-    counts = [np.bincount(images[..., channel].ravel(), minlength=256).astype(np.float64) for channel in range(3)]
+    """Mean and deviation of each of three channels of u8 images scaled to [0, 1], to four digits; a
+    constant channel has deviation 1.
+    """
+    counts = [
+        np.bincount(images[..., channel].ravel(), minlength=256).astype(np.float64)
+        for channel in range(3)
+    ]
     levels = np.arange(256) / 255
     means = [float(count @ levels / count.sum()) for count in counts]
-    deviations = [float(np.sqrt(count @ (levels - mean) ** 2 / count.sum())) for count, mean in zip(counts, means, strict=True)]
-    return tuple(round(mean, 4) for mean in means), tuple(round(deviation, 4) or 1.0 for deviation in deviations)
+    deviations = [
+        float(np.sqrt(count @ (levels - mean) ** 2 / count.sum()))
+        for count, mean in zip(counts, means, strict=True)
+    ]
+    return tuple(round(mean, 4) for mean in means), tuple(
+        round(deviation, 4) or 1.0 for deviation in deviations
+    )
 
 
 def _digits() -> Dataset:
-    """8x8 handwritten digits, each pixel drawn 4x4 and grey in three channels; a fixed stratified split of 1,437 and 360."""
+    """8x8 handwritten digits, each pixel drawn 4x4 and grey in three channels; a fixed stratified
+    split of 1,437 and 360.
+    """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -124,19 +161,35 @@ def _digits() -> Dataset:
     levels = np.round(digits.images * (255 / 16)).astype(np.uint8)
     images = np.repeat(np.repeat(np.repeat(levels[..., None], 4, 1), 4, 2), 3, 3)
     labels = digits.target.astype(np.int32)
-    train, test = train_test_split(np.arange(len(labels)), test_size=360, random_state=0, stratify=labels)
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=360, random_state=0, stratify=labels
+    )
     arrays = [images[train], labels[train], images[test], labels[test]]
-    return _dataset("digits", arrays, tuple(map(str, range(10))), content_fingerprint(arrays), "scikit-learn's load_digits, enlarged from 8x8", True)
+    return _dataset(
+        "digits",
+        arrays,
+        tuple(map(str, range(10))),
+        content_fingerprint(arrays),
+        "scikit-learn's load_digits, enlarged from 8x8",
+        True,
+    )
 
 
-def _cifar10_directory(directory: Path, archive: str | None, allow_unverified: bool, cache: Path, progress: Progress) -> Path:
+def _cifar10_directory(
+    directory: Path, archive: str | None, allow_unverified: bool, cache: Path, progress: Progress
+) -> Path:
     prepared = directory / "cifar10" / archives.VERSION
     if archive and not re.match(r"https?://", archive):
-        return archives.import_archive(Path(archive).expanduser(), directory, allow_unverified, progress)
+        return archives.import_archive(
+            Path(archive).expanduser(), directory, allow_unverified, progress
+        )
     if prepared.exists() and not archive:
         origin = archives.read_origin(prepared)
         if origin is not None and not origin.verified and not allow_unverified:
-            raise UserError(f"{prepared} was made from an unofficial archive: add --allow-unverified to use it, marked as such")
+            raise UserError(
+                f"{prepared} was made from an unofficial archive: add --allow-unverified to use "
+                "it, marked as such"
+            )
         return prepared
     from jaxnorm.download import fetch
 
@@ -146,30 +199,56 @@ def _cifar10_directory(directory: Path, archive: str | None, allow_unverified: b
         if archive:
             raise
         raise UserError(
-            f"CIFAR-10 is not in {directory} and could not be downloaded ({error}). Three ways on: --archive PATH of cifar-10-binary.tar.gz or "
-            f"cifar-10-python.tar.gz; --data-dir of a directory in which TFDS has prepared cifar10 {archives.VERSION} as array_record; --dataset digits, which needs no download"
+            f"CIFAR-10 is not in {directory} and could not be downloaded ({error}). Three ways "
+            "on: --archive PATH of cifar-10-binary.tar.gz or "
+            "cifar-10-python.tar.gz; --data-dir of a directory in which TFDS has prepared "
+            f"cifar10 {archives.VERSION} as array_record; --dataset digits, which needs no "
+            "download"
         ) from None
     try:
         return archives.import_archive(path, directory, allow_unverified, progress)
     except UserError as error:
-        if archives.sha256_of(path, progress, "checking the archive") not in archives.OFFICIAL and not allow_unverified:
+        if (
+            archives.sha256_of(path, progress, "checking the archive") not in archives.OFFICIAL
+            and not allow_unverified
+        ):
             path.unlink()  # a download that is not what it should be is not kept
         raise UserError(f"{error} (downloaded from {archive or archives.URL})") from None
 
 
 def _find_prepared(name: str, directory: Path) -> Path:
     """DATA_DIR/name[/config]/version, the newest version; name may end in `:version`."""
-    known = sorted({path.parent.relative_to(directory).parent.as_posix() for path in directory.glob("**/dataset_info.json")} - {"."}) if directory.is_dir() else []
+    known = (
+        sorted(
+            {
+                path.parent.relative_to(directory).parent.as_posix()
+                for path in directory.glob("**/dataset_info.json")
+            }
+            - {"."}
+        )
+        if directory.is_dir()
+        else []
+    )
     if re.fullmatch(r"\w+(/[\w.-]+)?(:\d+\.\d+\.\d+)?", name):
         base, _, version = name.partition(":")
-        versions = [path.parent for path in (directory / base).glob(f"{version or '*.*.*'}/dataset_info.json")]
+        versions = [
+            path.parent
+            for path in (directory / base).glob(f"{version or '*.*.*'}/dataset_info.json")
+        ]
         if versions:
-            return max(versions, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
+            return max(
+                versions, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)]
+            )
     prepared = f"; prepared there: {', '.join(known)}" if known else ""
-    raise UserError(f"--dataset {name} is neither cifar10 nor digits, and no TFDS dataset of that name is prepared in {directory}{prepared}")
+    raise UserError(
+        f"--dataset {name} is neither cifar10 nor digits, and no TFDS dataset of that name is "
+        f"prepared in {directory}{prepared}"
+    )
 
 
-def _prepared(name: str, prepared: Path, origin: Origin | None, cache: Path, progress: Progress) -> Dataset:
+def _prepared(
+    name: str, prepared: Path, origin: Origin | None, cache: Path, progress: Progress
+) -> Dataset:
     """Reads a directory that TFDS or `import_archive` prepared, through the cache."""
     key = _files_fingerprint(prepared)
     cached = cache / "decoded" / f"{key}.npz"
@@ -177,10 +256,19 @@ def _prepared(name: str, prepared: Path, origin: Origin | None, cache: Path, pro
         found = _decode(name, prepared, progress)
         _write_cache(cached, *found)
     arrays, class_names, fingerprint = found
-    if name == "cifar10" and [len(arrays[1]), len(arrays[3]), len(class_names)] != [50_000, 10_000, 10]:
-        raise UserError(f"{prepared} is not CIFAR-10: {len(arrays[1])} and {len(arrays[3])} images of {len(class_names)} classes")
+    if name == "cifar10" and [len(arrays[1]), len(arrays[3]), len(class_names)] != [
+        50_000,
+        10_000,
+        10,
+    ]:
+        raise UserError(
+            f"{prepared} is not CIFAR-10: {len(arrays[1])} and {len(arrays[3])} images of "
+            f"{len(class_names)} classes"
+        )
     source = origin.source if origin else "a prepared TFDS directory"
-    return _dataset(name, arrays, class_names, fingerprint, source, origin.verified if origin else None)
+    return _dataset(
+        name, arrays, class_names, fingerprint, source, origin.verified if origin else None
+    )
 
 
 def _files_fingerprint(prepared: Path) -> str:
@@ -188,31 +276,47 @@ def _files_fingerprint(prepared: Path) -> str:
     for path in sorted(prepared.iterdir()):
         if path.is_file() and path.name != "jaxnorm_import.json":
             with path.open("rb") as file:
-                digest.update(f"{path.name}\0".encode() + hashlib.file_digest(file, "sha256").digest())
+                digest.update(
+                    f"{path.name}\0".encode() + hashlib.file_digest(file, "sha256").digest()
+                )
     return digest.hexdigest()
 
 
-def _decode(name: str, prepared: Path, progress: Progress) -> tuple[list[np.ndarray], tuple[str, ...], str]:
+def _decode(
+    name: str, prepared: Path, progress: Progress
+) -> tuple[list[np.ndarray], tuple[str, ...], str]:
     """Decodes every image of a prepared dataset, in the order of its files."""
     import tensorflow_datasets as tfds
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # it advises OpenCV
     try:
-        builder = tfds.builder_from_directory(str(prepared))
+        builder: Any = tfds.builder_from_directory(str(prepared))
         features: Any = builder.info.features
         shapes = {key: tuple(feature.shape) for key, feature in features.items()}
-        labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
+        labels = [
+            key
+            for key, feature in features.items()
+            if isinstance(feature, tfds.features.ClassLabel)
+        ]
     except Exception as error:  # TFDS raises many kinds; what is wrong is the directory
         raise UserError(f"{prepared} is not a dataset that TFDS can read: {_line(error)}") from None
-    if shapes.get("image") != (32, 32, 3) or not labels or not {"train", "test"} <= set(builder.info.splits):
-        raise UserError(f"--dataset {name} does not fit: it needs 32x32x3 images, one label, and train and test splits; it has {shapes}")
+    if (
+        shapes.get("image") != (32, 32, 3)
+        or not labels
+        or not {"train", "test"} <= set(builder.info.splits)
+    ):
+        raise UserError(
+            f"--dataset {name} does not fit: it needs 32x32x3 images, one label, and train and "
+            f"test splits; it has {shapes}"
+        )
     label = "label" if "label" in labels else labels[-1]
     total = sum(builder.info.splits[split].num_examples for split in ("train", "test"))
     arrays, done = [], 0
     try:
         for split in ("train", "test"):
-            source = builder.as_data_source(split)
-            images, numbers = np.empty((len(source), 32, 32, 3), np.uint8), np.empty(len(source), np.int32)
+            source: Any = builder.as_data_source(split)
+            images = np.empty((len(source), 32, 32, 3), np.uint8)
+            numbers = np.empty(len(source), np.int32)
             for i, example in enumerate(source):
                 images[i], numbers[i] = example["image"], example[label]
                 done += 1
@@ -220,7 +324,9 @@ def _decode(name: str, prepared: Path, progress: Progress) -> tuple[list[np.ndar
                     progress("decoding the images", done, total)
             arrays += [images, numbers]
     except Exception as error:
-        raise UserError(f"{prepared} cannot be read (it must be prepared as array_record): {_line(error)}") from None
+        raise UserError(
+            f"{prepared} cannot be read (it must be prepared as array_record): {_line(error)}"
+        ) from None
     return arrays, tuple(features[label].names), content_fingerprint(arrays)
 
 
@@ -232,20 +338,35 @@ _FIELDS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 def _read_cache(path: Path) -> tuple[list[np.ndarray], tuple[str, ...], str] | None:
-    """The cached arrays, or None where they are absent or do not match the fingerprint stored with them."""
+    """The cached arrays, or None where they are absent or do not match the fingerprint stored with
+    them.
+    """
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = [stored[field] for field in _FIELDS]
-            class_names, fingerprint = tuple(map(str, stored["class_names"])), str(stored["fingerprint"])
+            class_names, fingerprint = (
+                tuple(map(str, stored["class_names"])),
+                str(stored["fingerprint"]),
+            )
     except Exception:  # absent or damaged in any way: it is rebuilt
         return None
-    return (arrays, class_names, fingerprint) if content_fingerprint(arrays) == fingerprint else None
+    return (
+        (arrays, class_names, fingerprint) if content_fingerprint(arrays) == fingerprint else None
+    )
 
 
-def _write_cache(path: Path, arrays: list[np.ndarray], class_names: tuple[str, ...], fingerprint: str) -> None:
-    """Writes the cache atomically; a disk without room only means that the next start decodes again."""
+def _write_cache(
+    path: Path, arrays: list[np.ndarray], class_names: tuple[str, ...], fingerprint: str
+) -> None:
+    """Writes the cache atomically; a disk without room only means that the next start decodes
+    again.
+    """
     buffer = io.BytesIO()
-    values: dict[str, Any] = {**dict(zip(_FIELDS, arrays, strict=True)), "class_names": np.array(class_names), "fingerprint": np.array(fingerprint)}
+    values: dict[str, Any] = {
+        **dict(zip(_FIELDS, arrays, strict=True)),
+        "class_names": np.array(class_names),
+        "fingerprint": np.array(fingerprint),
+    }
     np.savez(buffer, **values)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,4 +1,6 @@
-"""Fetching an archive: heard of within seconds where there is no route, resumed where it was cut off, with progress."""
+"""Fetching an archive: heard of within seconds where there is no route, resumed where it was cut
+off, with progress.
+"""
 
 import os
 import threading
@@ -14,9 +16,11 @@ ROUTE_SECONDS = 8.0
 
 
 def fetch(url: str, directory: Path, progress: Progress) -> Path:
-    """Downloads `url` into `directory` and returns the file; one that is there already is not fetched again.
+    """Downloads `url` into `directory` and returns the file; one that is there already is not
+    fetched again.
 
-    A download that was cut off is resumed. Raises `UserError` within about ten seconds where the host does not answer. The caller checks the content.
+    A download that was cut off is resumed. Raises `UserError` within about ten seconds where the
+    host does not answer. The caller checks the content.
     """
     name = Path(urlparse(url).path).name
     if not name:
@@ -33,7 +37,9 @@ def fetch(url: str, directory: Path, progress: Progress) -> Path:
         response = _open(url, have)
     if response.status_code not in (200, 206):
         raise UserError(f"{url}: the host answered {response.status_code} {response.reason}")
-    resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+    resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(
+        f"bytes {have}-"
+    )
     have = have if resumed else 0
     total = have + int(response.headers.get("Content-Length") or 0)
     import requests
@@ -47,17 +53,25 @@ def fetch(url: str, directory: Path, progress: Progress) -> Path:
             file.flush()
             os.fsync(file.fileno())
     except requests.RequestException as error:
-        raise UserError(f"{url}: the download was cut off at {have} of {total} bytes ({type(error).__name__}); the same command resumes it") from None
+        raise UserError(
+            f"{url}: the download was cut off at {have} of {total} bytes "
+            f"({type(error).__name__}); the same command resumes it"
+        ) from None
     except OSError as error:
         raise UserError(f"{partial} cannot be written: {error.strerror}") from None
     if have < total:
-        raise UserError(f"{url}: the download was cut off at {have} of {total} bytes; the same command resumes it")
+        raise UserError(
+            f"{url}: the download was cut off at {have} of {total} bytes; the same command "
+            "resumes it"
+        )
     partial.rename(target)
     return target
 
 
 def _open(url: str, have: int) -> Any:
-    """The host's answer, or `UserError` after `ROUTE_SECONDS`: a name server that never answers must not hold the user up."""
+    """The host's answer, or `UserError` after `ROUTE_SECONDS`: a name server that never answers
+    must not hold the user up.
+    """
     import requests
 
     answer: list[Any] = []
@@ -65,7 +79,14 @@ def _open(url: str, have: int) -> Any:
     def ask() -> None:
         try:
             headers = {"Range": f"bytes={have}-"} if have else {}
-            answer.append(requests.get(url, stream=True, timeout=(ROUTE_SECONDS / 2, 60), headers={"Accept-Encoding": "identity", **headers}))
+            answer.append(
+                requests.get(
+                    url,
+                    stream=True,
+                    timeout=(ROUTE_SECONDS / 2, 60),
+                    headers={"Accept-Encoding": "identity", **headers},
+                )
+            )
         except requests.RequestException as error:
             answer.append(error)
 

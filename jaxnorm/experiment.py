@@ -26,15 +26,23 @@ from jaxnorm.model import CNN
 from jaxnorm.records import Epoch, RunDirectory, RunInfo
 
 PIECES = 20
-"""Pieces in which an epoch is run, so that progress shows and a loss that is not finite is found soon."""
+"""Pieces in which an epoch is run, so that progress shows and a loss that is not finite is found
+soon.
+"""
 Predict = Callable[[jax.Array | np.ndarray], jax.Array]
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss turned NaN or infinite. Names the norm, the seed, the epoch (from 1) and the step in it (from 1)."""
+    """The loss turned NaN or infinite.
+
+    Names the norm, the seed, the epoch (from 1) and the step in it (from 1).
+    """
 
     def __init__(self, norm: str, seed: int, epoch: int, step: int, loss: float) -> None:
-        super().__init__(f"the training loss of {norm} norm, seed {seed}, is {loss} at epoch {epoch}, step {step}: try a smaller --learning-rate")
+        super().__init__(
+            f"the training loss of {norm} norm, seed {seed}, is {loss} at epoch {epoch}, step "
+            f"{step}: try a smaller --learning-rate"
+        )
         self.norm, self.seed, self.epoch, self.step = norm, seed, epoch, step
 
 
@@ -72,33 +80,52 @@ class Fit:
     predict: Predict
 
 
-def make_recipe(config: Config, dataset_mean: tuple, dataset_deviation: tuple, num_classes: int, norm: Norm) -> train.Recipe:
+def make_recipe(
+    config: Config, dataset_mean: tuple, dataset_deviation: tuple, num_classes: int, norm: Norm
+) -> train.Recipe:
     """The recipe of one norm under a configuration."""
     net = CNN(norm, config.arch, num_classes, config.groups, config.dropout)
-    return train.Recipe(net, config.learning_rate, config.momentum, tuple(dataset_mean), tuple(dataset_deviation))
+    return train.Recipe(
+        net, config.learning_rate, config.momentum, tuple(dataset_mean), tuple(dataset_deviation)
+    )
 
 
 def check(config: Config, dataset: Dataset) -> dict[str, int]:
-    """The parameters of each norm's net. Raises `UserError` for what can be known to fail before training starts."""
+    """The parameters of each norm's net.
+
+    Raises `UserError` for what can be known to fail before training starts.
+    """
     if config.batch > len(dataset.train_labels):
-        raise UserError(f"--batch-size {config.batch} is larger than the {len(dataset.train_labels)} training images of {dataset.name}")
+        raise UserError(
+            f"--batch-size {config.batch} is larger than the {len(dataset.train_labels)} training "
+            f"images of {dataset.name}"
+        )
     return check_models(config, len(dataset.class_names))
 
 
 def check_models(config: Config, num_classes: int) -> dict[str, int]:
-    """The parameters of each norm's net. Raises `UserError` for groups that do not divide, and for more than 50,000 parameters."""
+    """The parameters of each norm's net.
+
+    Raises `UserError` for groups that do not divide, and for more than 50,000 parameters.
+    """
     counts = {}
     for norm in config.norms:
         counts[norm] = models.count_parameters(CNN(norm, config.arch, num_classes, config.groups))
         if counts[norm] > models.LARGEST and not config.allow_large:
-            raise UserError(f"the {norm} net has {counts[norm]:,} parameters, more than {models.LARGEST:,}: add --allow-large to train it all the same")
+            raise UserError(
+                f"the {norm} net has {counts[norm]:,} parameters, more than {models.LARGEST:,}: "
+                "add --allow-large to train it all the same"
+            )
     return counts
 
 
 def _train(config: Config, dataset: Dataset, norm: Norm, observer: Observer) -> Iterator[_Trained]:
     """Trains one net, epoch by epoch."""
     recipe = make_recipe(config, dataset.mean, dataset.deviation, len(dataset.class_names), norm)
-    train_images, train_labels = jnp.asarray(dataset.train_images), jnp.asarray(dataset.train_labels)
+    train_images, train_labels = (
+        jnp.asarray(dataset.train_images),
+        jnp.asarray(dataset.train_labels),
+    )
     test_images, test_labels = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
     count, seed = len(dataset.train_labels), config.seed
     state = train.init_state(recipe, seed)
@@ -108,7 +135,9 @@ def _train(config: Config, dataset: Dataset, norm: Norm, observer: Observer) -> 
         losses, correct = [], 0
         dropout_key = train.derive_key(seed, "dropout", epoch)
         for piece in train.epoch_pieces(seed, epoch, count, config.batch, PIECES):
-            state, steps = train.train_steps(recipe, state, train_images, train_labels, piece.batches, dropout_key, *piece[1:])
+            state, steps = train.train_steps(
+                recipe, state, train_images, train_labels, piece.batches, dropout_key, *piece[1:]
+            )
             losses.extend(np.asarray(steps.losses)[piece.start : piece.stop].tolist())
             correct += int(steps.correct)
             if not np.isfinite(losses).all():
@@ -135,7 +164,10 @@ def _train(config: Config, dataset: Dataset, norm: Norm, observer: Observer) -> 
 
 
 def fit(config: Config, dataset: Dataset, observer: Observer | None = None) -> dict[Norm, Fit]:
-    """Trains every norm of `config` on `dataset` without touching the disk. Raises `UserError` and `NonFiniteLoss`."""
+    """Trains every norm of `config` on `dataset` without touching the disk.
+
+    Raises `UserError` and `NonFiniteLoss`.
+    """
     observer = observer or Observer()
     counts, results = check(config, dataset), {}
     for norm in config.norms:
@@ -144,16 +176,34 @@ def fit(config: Config, dataset: Dataset, observer: Observer | None = None) -> d
             epochs.append(done.record)
             losses.append(done.losses)
             observer.on_epoch(done.record)
-        recipe = make_recipe(config, dataset.mean, dataset.deviation, len(dataset.class_names), norm)
+        recipe = make_recipe(
+            config, dataset.mean, dataset.deviation, len(dataset.class_names), norm
+        )
         predict = _predict(recipe, done.state)
-        results[norm] = Fit(norm, config.seed, counts[norm], epochs, np.concatenate(losses), done.logits, done.state, predict)
+        results[norm] = Fit(
+            norm,
+            config.seed,
+            counts[norm],
+            epochs,
+            np.concatenate(losses),
+            done.logits,
+            done.state,
+            predict,
+        )
     return results
 
 
-def run(config: Config, dataset: Dataset, directory: RunDirectory, command: str, observer: Observer | None = None) -> None:
+def run(
+    config: Config,
+    dataset: Dataset,
+    directory: RunDirectory,
+    command: str,
+    observer: Observer | None = None,
+) -> None:
     """Trains every norm of `config` on `dataset` into a run directory.
 
-    After each epoch the checkpoint, the losses and the predictions are written, and then the epoch's line. Raises `UserError`, `NonFiniteLoss` and OSError.
+    After each epoch the checkpoint, the losses and the predictions are written, and then the
+    epoch's line. Raises `UserError`, `NonFiniteLoss` and OSError.
     """
     observer = observer or Observer()
     directory.write_info(describe(config, dataset, check(config, dataset), command))
@@ -162,7 +212,9 @@ def run(config: Config, dataset: Dataset, directory: RunDirectory, command: str,
         with _checkpointer(directory, norm, config.seed) as checkpoints:
             for done in _train(config, dataset, norm, observer):
                 losses = np.concatenate([losses, done.losses])
-                checkpoints.save(done.record.epoch, args=ocp.args.StandardSave(done.state._asdict()))  # pyright: ignore[reportCallIssue]
+                checkpoints.save(
+                    done.record.epoch, args=ocp.args.StandardSave(done.state._asdict())
+                )  # pyright: ignore[reportCallIssue]
                 directory.write_step_losses(norm, config.seed, losses)
                 directory.write_predictions(norm, config.seed, done.logits, dataset.test_labels)
                 directory.append_epoch(done.record)
@@ -170,7 +222,8 @@ def run(config: Config, dataset: Dataset, directory: RunDirectory, command: str,
 
 
 def load_model(path: Path | str, norm: Norm, seed: int) -> Predict:
-    """The trained net of a run: a pure `predict(images u8[N, 32, 32, 3]) -> probabilities f32[N, classes]`.
+    """The trained net of a run: a pure `predict(images u8[N, 32, 32, 3]) -> probabilities f32[N,
+    classes]`.
 
     Raises `UserError` where the run has no checkpoint of that norm and seed.
     """
@@ -179,7 +232,9 @@ def load_model(path: Path | str, norm: Norm, seed: int) -> Predict:
     if norm not in info.config.norms or not directory.checkpoints(norm, seed).is_dir():
         raise UserError(f"{path} has no checkpoint of {norm} norm, seed {seed}")
     data = info.dataset
-    recipe = make_recipe(info.config, data["mean"], data["deviation"], len(data["class_names"]), norm)
+    recipe = make_recipe(
+        info.config, data["mean"], data["deviation"], len(data["class_names"]), norm
+    )
     shapes = jax.eval_shape(lambda: train.init_state(recipe, seed))
     with _checkpointer(directory, norm, seed) as checkpoints:
         newest = checkpoints.latest_step()
@@ -192,7 +247,9 @@ def load_model(path: Path | str, norm: Norm, seed: int) -> Predict:
 def _predict(recipe: train.Recipe, state: train.TrainState) -> Predict:
     def predict(images: jax.Array | np.ndarray) -> jax.Array:
         """Probabilities f32[N, classes] of u8[N, 32, 32, 3] images."""
-        return jax.nn.softmax(train.predict_logits(recipe, state.params, state.batch_stats, jnp.asarray(images)))
+        return jax.nn.softmax(
+            train.predict_logits(recipe, state.params, state.batch_stats, jnp.asarray(images))
+        )
 
     return predict
 
@@ -204,7 +261,16 @@ def _checkpointer(directory: RunDirectory, norm: str, seed: int) -> ocp.Checkpoi
 
 def describe(config: Config, dataset: Dataset, parameters: dict[str, int], command: str) -> RunInfo:
     """All that `run.json` says of a run that starts now."""
-    packages = ("jaxnorm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets")
+    packages = (
+        "jaxnorm",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "numpy",
+        "tensorflow-datasets",
+    )
     versions = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -225,7 +291,9 @@ def describe(config: Config, dataset: Dataset, parameters: dict[str, int], comma
         "test_count": len(dataset.test_labels),
     }
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    hardware = f"{device.device_kind} x{jax.device_count()}" + (f" ({_processor()})" if device.platform == "cpu" else "")
+    hardware = f"{device.device_kind} x{jax.device_count()}" + (
+        f" ({_processor()})" if device.platform == "cpu" else ""
+    )
     return RunInfo(config, parameters, facts, versions, hardware, _git_revision(), started, command)
 
 
@@ -244,7 +312,9 @@ def _git_revision() -> str | None:
     if not (here.parent / "pyproject.toml").exists():
         return None
     try:
-        done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+        done = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,9 +1,10 @@
 """The CNN, its two layer tables, and the norm chosen by a field.
 
-`ORIGINAL` is the study's three nets; `MATCHED` is one net (the group net's geometry) in which only the norm differs. The names of the
-layers do not depend on the norm, so one seed gives the same initial kernels and dropout masks under every norm.
+`ORIGINAL` is the study's three nets; `MATCHED` is one net (the group net's geometry) in which only
+the norm differs. The names of the layers do not depend on the norm, so one seed gives the same
+initial kernels and dropout masks under every norm.
 
-A new norm is one more name in `config.Norm` and one more `case` in `_norm`.
+A new norm is one more name in `config.Norm` and one more `case` in `normalization`.
 """
 
 import math
@@ -22,15 +23,18 @@ LARGEST = 50_000
 """The study's cap on parameters."""
 EPSILON = 1e-5
 STATISTICS_MOMENTUM = 0.9
-"""The part of the old value that a running average keeps at each step (PyTorch calls 1 minus this `momentum`)."""
+"""The part of the old value that a running average keeps at each step (PyTorch calls 1 minus this
+`momentum`).
+"""
 
 
 @dataclass(frozen=True)
 class Layer:
     """One line of a layer table.
 
-    kind: "block" is a 3x3 convolution, norm, dropout and ReLU; "squeeze" a 1x1 convolution and ReLU; "pool" 2x2 max pooling, stride 2;
-    "mean" the average of the top-left `window` x `window` pixels; "head" a 1x1 convolution to the classes.
+    kind: "block" is a 3x3 convolution, norm, dropout and ReLU; "squeeze" a 1x1 convolution and
+    ReLU; "pool" 2x2 max pooling, stride 2; "mean" the average of the top-left `window` x `window`
+    pixels; "head" a 1x1 convolution to the classes.
     """
 
     name: str
@@ -41,11 +45,22 @@ class Layer:
 
 
 def _table(widths: list[int], padding: list[int], window: int) -> tuple[Layer, ...]:
-    """Lays `widths` and `padding` (C1 C2 c3 C4 C5 C6 c7 C8 C9 C10) out on the skeleton that every net shares."""
+    """Lays `widths` and `padding` (C1 C2 c3 C4 C5 C6 c7 C8 C9 C10) out on the skeleton that every
+    net shares.
+    """
     layers = []
-    for number, (channels, pad) in zip((1, 2, 3, 4, 5, 6, 7, 8, 9, 10), zip(widths, padding, strict=True), strict=True):
+    for number, (channels, pad) in zip(
+        (1, 2, 3, 4, 5, 6, 7, 8, 9, 10), zip(widths, padding, strict=True), strict=True
+    ):
         squeeze = number in (3, 7)
-        layers.append(Layer(f"{'c' if squeeze else 'C'}{number}", "squeeze" if squeeze else "block", channels, pad))
+        layers.append(
+            Layer(
+                f"{'c' if squeeze else 'C'}{number}",
+                "squeeze" if squeeze else "block",
+                channels,
+                pad,
+            )
+        )
         if squeeze:
             layers.append(Layer(f"P{1 if number == 3 else 2}", "pool"))
     return (*layers, Layer("GAP", "mean", window=window), Layer("c11", "head"))
@@ -64,12 +79,14 @@ MATCHED: tuple[Layer, ...] = ORIGINAL["group"]
 
 
 class BatchNorm(nn.BatchNorm):
-    """`nn.BatchNorm` whose running variance is the unbiased one (n / (n - 1)), as in PyTorch and in the study."""
+    """`nn.BatchNorm` whose running variance is the unbiased one (n / (n - 1)), as in PyTorch and in
+    the study.
+    """
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes x, f32[..., C], and in training moves the running averages."""
         moves = not self.use_running_average and not self.is_initializing()
-        old = self.get_variable("batch_stats", "var") if moves else None
+        old = self.get_variable("batch_stats", "var") if moves else 0.0
         outputs = super().__call__(x)
         if moves:
             count = math.prod(x.shape[:-1])
@@ -79,14 +96,55 @@ class BatchNorm(nn.BatchNorm):
         return outputs
 
 
+class NoNorm(nn.Module):
+    """Leaves its input as it is."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns x."""
+        return x
+
+
+def normalization(norm: Norm, arch: Arch, groups: int, train: bool, name: str | None) -> nn.Module:
+    """The Flax module that normalizes f32[N, H, W, C] after a 3x3 convolution.
+
+    In `original`, layer norm has a scale and a bias for each element, as in the study; elsewhere
+    every norm has them for each channel (rms has no bias).
+    """
+    options = {"epsilon": EPSILON, "name": name}
+    image = (-3, -2, -1)
+    match norm:
+        case "batch":
+            return BatchNorm(
+                use_running_average=not train,
+                momentum=STATISTICS_MOMENTUM,
+                use_fast_variance=False,
+                **options,
+            )
+        case "group":
+            return nn.GroupNorm(groups, use_fast_variance=False, **options)
+        case "layer":
+            features = image if arch == "original" else -1
+            return nn.LayerNorm(
+                reduction_axes=image, feature_axes=features, use_fast_variance=False, **options
+            )
+        case "instance":
+            return nn.InstanceNorm(use_fast_variance=False, **options)
+        case "rms":
+            return nn.RMSNorm(reduction_axes=image, feature_axes=-1, **options)
+        case "none":
+            return NoNorm(name=name)
+
+
 class CNN(nn.Module):
     """The study's small CNN.
 
-    `plain` builds the same net, parameters and masks from Flax's and XLA's own operators: slow, and the standard that the
-    fast operators are held against.
+    `plain` builds the same net, parameters and masks from Flax's and XLA's own operators: slow, and
+    the standard that the fast operators are held against.
 
-    Called with images f32[N, 32, 32, 3], standardized, it returns logits f32[N, num_classes]. In training (`train=True`) it needs `rngs={"dropout": key}` unless
-    `dropout` is 0, and `mutable=["batch_stats"]` for batch norm.
+    Called with images f32[N, 32, 32, 3], standardized, it returns logits f32[N, num_classes]. In
+    training (`train=True`) it needs `rngs={"dropout": key}` unless `dropout` is 0, and
+    `mutable=["batch_stats"]` for batch norm.
     """
 
     norm: Norm = "batch"
@@ -98,13 +156,22 @@ class CNN(nn.Module):
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """The layer table of this net. Raises `UserError` where the study has no net for the norm, or groups do not divide."""
+        """The layer table of this net.
+
+        Raises `UserError` where the study has no net for the norm, or groups do not divide.
+        """
         if self.arch == "original" and self.norm not in ALL:
-            raise UserError(f"--norm {self.norm} has no net in the study: add --arch matched, or choose batch, group or layer")
+            raise UserError(
+                f"--norm {self.norm} has no net in the study: add --arch matched, or choose "
+                "batch, group or layer"
+            )
         layers = MATCHED if self.arch == "matched" else ORIGINAL[self.norm]
         for layer in layers:
             if self.norm == "group" and layer.kind == "block" and layer.channels % self.groups:
-                raise UserError(f"--groups {self.groups} does not divide the {layer.channels} channels of layer {layer.name}: choose 1, 2, 4, 8 or 16")
+                raise UserError(
+                    f"--groups {self.groups} does not divide the {layer.channels} channels of "
+                    f"layer {layer.name}: choose 1, 2, 4, 8 or 16"
+                )
         return layers
 
     @nn.compact
@@ -119,7 +186,9 @@ class CNN(nn.Module):
             match layer.kind:
                 case "block":
                     x = self._convolution(layer, 3)(x)
-                    x = self._norm(f"{layer.name}_norm", train)(x)
+                    x = normalization(
+                        self.norm, self.arch, self.groups, train, name=f"{layer.name}_norm"
+                    )(x)
                     x = self._dropout_relu(x, key, number, dropout)
                 case "squeeze":
                     x = nn.relu(self._convolution(layer, 1)(x))
@@ -137,34 +206,24 @@ class CNN(nn.Module):
             (side, side),
             padding=layer.padding,
             use_bias=False,
-            kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),  # +-1/sqrt(fan_in), PyTorch's
+            kernel_init=nn.initializers.variance_scaling(
+                1 / 3, "fan_in", "uniform"
+            ),  # +-1/sqrt(fan_in), PyTorch's
             conv_general_dilated=None if self.plain else ops.convolution,
             name=layer.name,
         )
 
-    def _norm(self, name: str, train: bool) -> nn.Module:
-        match self.norm:
-            case "batch":
-                return BatchNorm(
-                    use_running_average=not train, momentum=STATISTICS_MOMENTUM, epsilon=EPSILON, use_fast_variance=False, name=name
-                )
-            case "group":
-                return nn.GroupNorm(self.groups, epsilon=EPSILON, use_fast_variance=False, name=name)
-            case "layer":
-                features = (-3, -2, -1) if self.arch == "original" else -1
-                return nn.LayerNorm(epsilon=EPSILON, reduction_axes=(-3, -2, -1), feature_axes=features, use_fast_variance=False, name=name)
-            case "instance":
-                return nn.InstanceNorm(epsilon=EPSILON, use_fast_variance=False, name=name)
-            case "rms":
-                return nn.RMSNorm(epsilon=EPSILON, reduction_axes=(-3, -2, -1), feature_axes=-1, name=name)
-            case "none":
-                return nn.Sequential([], name=name)
-
-    def _dropout_relu(self, x: jax.Array, key: jax.Array | None, number: int, rate: float) -> jax.Array:
+    def _dropout_relu(
+        self, x: jax.Array, key: jax.Array | None, number: int, rate: float
+    ) -> jax.Array:
         if key is None:
             return nn.relu(x)
         mask = ops.keep_mask(key, number, x.shape, rate)
-        return nn.relu(jnp.where(mask, x / (1 - rate), 0)) if self.plain else ops.dropout_relu(x, mask, rate)
+        return (
+            nn.relu(jnp.where(mask, x / (1 - rate), 0))
+            if self.plain
+            else ops.dropout_relu(x, mask, rate)
+        )
 
 
 def parameter_shapes(model: CNN) -> dict:
@@ -179,13 +238,15 @@ def count_parameters(model: CNN) -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of `summarize`: a layer, its output (height, width, channels), the side of the input square that one output pixel sees, and its parameters."""
+    """One line of `summarize`: a layer, its output (height, width, channels), the side of the input
+    square that one output pixel sees, and its parameters.
+    """
 
     name: str
     shape: tuple[int, int, int]
     receptive_field: int
-    kernel_parameters: int
-    norm_parameters: int
+    kernel: int
+    norm: int
 
 
 def summarize(model: CNN) -> list[Row]:
@@ -203,6 +264,9 @@ def summarize(model: CNN) -> list[Row]:
                 side, field, jump = side // 2, field + jump, jump * 2
             case "mean":
                 side, field = 1, field + (layer.window - 1) * jump
-        kernel, norm = (sum(leaf.size for leaf in jax.tree.leaves(params.get(name, {}))) for name in (layer.name, f"{layer.name}_norm"))
+        kernel, norm = (
+            sum(leaf.size for leaf in jax.tree.leaves(params.get(name, {})))
+            for name in (layer.name, f"{layer.name}_norm")
+        )
         rows.append(Row(layer.name, (side, side, channels), field, kernel, norm))
     return rows

@@ -1,7 +1,8 @@
 """A run directory: what its files are called, how they are written, and how they are read back.
 
-Every file but `metrics.jsonl` is written to a temporary name and renamed; `metrics.jsonl` gains one line an epoch, and a half line at its end
-(a killed process) is dropped, never guessed at. Nothing here trains or draws.
+Every file but `metrics.jsonl` is written to a temporary name and renamed; `metrics.jsonl` gains one
+line an epoch, and a half line at its end (a killed process) is dropped, never guessed at. Nothing
+here trains or draws.
 """
 
 import dataclasses
@@ -21,9 +22,11 @@ from jaxnorm.config import Config, Norm, UserError
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of `metrics.jsonl`. Accuracies are fractions; epochs count from 1; the first epoch's time holds compilation.
+    """One line of `metrics.jsonl`. Accuracies are fractions; epochs count from 1; the first epoch's
+    time holds compilation.
 
-    `train_loss` and `train_accuracy` are over the epoch's batches as they were trained on, with dropout, while the net changes.
+    `train_loss` and `train_accuracy` are over the epoch's batches as they were trained on, with
+    dropout, while the net changes.
     """
 
     norm: Norm
@@ -45,7 +48,9 @@ class RunInfo:
     parameters: dict[str, int]
     """Of each norm's net."""
     dataset: dict[str, Any]
-    """name, caption, fingerprint, source, verified, class_names, mean, deviation, train_count, test_count"""
+    """name, caption, fingerprint, source, verified, class_names, mean, deviation, train_count,
+    test_count
+    """
     versions: dict[str, str]
     device: str
     git_revision: str | None
@@ -61,7 +66,10 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path | str) -> "RunDirectory":
-        """Makes a new run directory, private to the user. A path that is used or cannot be written raises `UserError`."""
+        """Makes a new run directory, private to the user.
+
+        A path that is used or cannot be written raises `UserError`.
+        """
         path = Path(path)
         try:
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -76,11 +84,14 @@ class RunDirectory:
     # what is in it
 
     def info(self) -> RunInfo:
-        """Reads `run.json`; raises `UserError` where it is missing or has missing or wrong fields."""
+        """Reads `run.json`; raises `UserError` where it, or a field of it, is missing or wrong."""
         values = _read_json(self.path / "run.json")
         names = {field.name for field in dataclasses.fields(RunInfo)}
         if not isinstance(values, dict) or values.keys() != names:
-            raise UserError(f"{self.path / 'run.json'} was not written by this version of jaxnorm: its fields are not {', '.join(sorted(names))}")
+            raise UserError(
+                f"{self.path / 'run.json'} was not written by this version of jaxnorm: its fields "
+                f"are not {', '.join(sorted(names))}"
+            )
         try:
             return RunInfo(**{**values, "config": Config.from_json(values["config"])})
         except UserError as error:
@@ -95,14 +106,19 @@ class RunDirectory:
             return []
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path} cannot be read: {error}") from None
-        return [_epoch(line, f"{path} line {number}") for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1)]
+        return [
+            _epoch(line, f"{path} line {number}")
+            for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1)
+        ]
 
     def step_losses(self, norm: str, seed: int) -> np.ndarray:
         """The training loss of every batch so far: f32[epochs * steps]."""
         return self._load(self._step_losses(norm, seed))
 
     def predictions(self, norm: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Logits f32[N, classes] of the test images after the newest epoch, and their labels i32[N]."""
+        """Logits f32[N, classes] of the test images after the newest epoch, and their labels
+        i32[N].
+        """
         stored = self._load(self._predictions(norm, seed))
         return stored["logits"], stored["labels"]
 
@@ -118,7 +134,9 @@ class RunDirectory:
 
     def write_info(self, info: RunInfo) -> None:
         """Writes `run.json`."""
-        values = {field.name: getattr(info, field.name) for field in dataclasses.fields(info)} | {"config": info.config.to_json()}
+        values = {field.name: getattr(info, field.name) for field in dataclasses.fields(info)} | {
+            "config": info.config.to_json()
+        }
         self.write_bytes("run.json", (json.dumps(values, indent=2) + "\n").encode())
 
     def append_epoch(self, epoch: Epoch) -> None:
@@ -134,9 +152,14 @@ class RunDirectory:
         np.save(buffer, losses)
         self.write_bytes(self._step_losses(norm, seed).relative_to(self.path), buffer.getvalue())
 
-    def write_predictions(self, norm: str, seed: int, logits: np.ndarray, labels: np.ndarray) -> None:
+    def write_predictions(
+        self, norm: str, seed: int, logits: np.ndarray, labels: np.ndarray
+    ) -> None:
         """Writes the newest test logits."""
-        self.write_arrays(self._predictions(norm, seed).relative_to(self.path), {"logits": logits, "labels": labels})
+        self.write_arrays(
+            self._predictions(norm, seed).relative_to(self.path),
+            {"logits": logits, "labels": labels},
+        )
 
     def write_arrays(self, name: Path | str, arrays: dict[str, np.ndarray]) -> None:
         """Writes a compressed .npz."""
@@ -170,7 +193,11 @@ class RunDirectory:
     def _load(path: Path) -> Any:
         try:
             stored = np.load(path, allow_pickle=False)
-            return stored if isinstance(stored, np.ndarray) else {name: stored[name] for name in stored.files}
+            return (
+                stored
+                if isinstance(stored, np.ndarray)
+                else {name: stored[name] for name in stored.files}
+            )
         except FileNotFoundError:
             raise UserError(f"{path} is missing") from None
         except Exception as error:  # a damaged file can fail in any way
@@ -194,7 +221,9 @@ def _epoch(line: str, where: str) -> Epoch:
         raise UserError(f"{where} is not an epoch's record") from None
     numbers = [value for name, value in values.items() if name not in ("norm", "seed", "epoch")]
     valid = all(isinstance(value, int | float) and math.isfinite(value) for value in numbers)
-    valid &= all(type(value) is int for value in (epoch.seed, epoch.epoch)) and epoch.norm in get_args(Norm)
+    valid &= all(
+        type(value) is int for value in (epoch.seed, epoch.epoch)
+    ) and epoch.norm in get_args(Norm)
     if not valid:
         raise UserError(f"{where} has a field of the wrong kind")
     return epoch

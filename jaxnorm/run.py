@@ -1,5 +1,6 @@
 """The command: `python -m jaxnorm.run --norm layer`. Flags in, exit code out."""
 
+import contextlib
 import datetime
 import shlex
 import signal
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
 app = App(
     name="python -m jaxnorm.run",
-    help="Train a small CNN under batch, group or layer normalization and write a run directory: metrics, predictions, checkpoints, figures.",
+    help=(
+        "Train a small CNN under batch, group or layer normalization and write a run directory: "
+        "metrics, predictions, checkpoints, figures."
+    ),
     version_flags=[],
     help_format="plaintext",
 )
@@ -34,9 +38,11 @@ class Places:
     data_dir
         Directory of TFDS datasets. Default: TFDS_DATA_DIR or ~/tensorflow_datasets.
     archive
-        Official CIFAR-10 archive, binary or Python, a path or an address: imported into the data directory first.
+        Official CIFAR-10 archive, binary or Python, a path or an address: imported into the data
+        directory first.
     allow_unverified
-        Use an archive whose SHA-256 is not an official one; the run and its figures then say "unverified data".
+        Use an archive whose SHA-256 is not an official one; the run and its figures then say
+        "unverified data".
     out
         Run directory, new or empty. Default: runs/<time>-<arch>-<norm>-<dataset>.
     quiet
@@ -62,11 +68,11 @@ _FLAGS = {"name": "*", "negative_bool": ()}
 def main(
     *,
     config: Annotated[Config, Parameter(group=_SETTINGS, **_FLAGS)] = Config(),  # noqa: B008  (frozen)
-    places: Annotated[Places, Parameter(group=_PLACES, **_FLAGS)] = Places(),  # noqa: B008  (frozen)
+    places: Annotated[Places, Parameter(group=_PLACES, **_FLAGS)] = Places(),
 ) -> int:
     """Trains and reports; returns the exit code."""
     if places.summary:
-        _print_summary(config)
+        _print_summary(config, places)
         return 0
     return _train(config, places)
 
@@ -74,7 +80,10 @@ def main(
 def _train(config: Config, places: Places) -> int:
     say: Callable[[str], None] = (lambda text: None) if places.quiet else print
     started = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    out = places.out or Path("runs") / f"{started}-{config.arch}-{config.norm}-{Path(config.dataset).name}"
+    out = (
+        places.out
+        or Path("runs") / f"{started}-{config.arch}-{config.norm}-{Path(config.dataset).name}"
+    )
     from jaxnorm.records import RunDirectory
 
     new = not out.exists()
@@ -91,32 +100,43 @@ def _train(config: Config, places: Places) -> int:
     from jaxnorm import figures
 
     trained, tested = len(dataset.train_labels), len(dataset.test_labels)
-    say(f"{dataset.caption}: {trained:,} training and {tested:,} test images, from {dataset.source}")
+    say(
+        f"{dataset.caption}: {trained:,} training and {tested:,} test images, from {dataset.source}"
+    )
     command = shlex.join(["python", "-m", "jaxnorm.run", *sys.argv[1:]])
     experiment.run(config, dataset, directory, command, _observer(config, places.quiet))
     figures.save_examples(directory, dataset)
     figures.draw(directory)
     print(_final_table(directory))
-    say(f"{len(list((out / 'figures').glob('*.png')))} figures in {out / 'figures'}; everything else in {out}")
+    say(
+        f"{len(list((out / 'figures').glob('*.png')))} figures in {out / 'figures'}; everything "
+        f"else in {out}"
+    )
     return 0
 
 
 def _remove_empty(directory: Path) -> None:
-    try:
+    with contextlib.suppress(OSError):
         directory.rmdir()
-    except OSError:
-        pass
 
 
 def _load(config: Config, places: Places) -> "Dataset":
     from jaxnorm import data
 
     with _Bar(places.quiet) as bar:
-        return data.load(config.dataset, places.data_dir, places.archive, allow_unverified=places.allow_unverified, progress=bar.at)
+        return data.load(
+            config.dataset,
+            places.data_dir,
+            places.archive,
+            allow_unverified=places.allow_unverified,
+            progress=bar.at,
+        )
 
 
 class _Bar:
-    """One progress bar at a time on standard error, for whatever is being done; none where that is no terminal."""
+    """One progress bar at a time on standard error, for whatever is being done; none where that is
+    no terminal.
+    """
 
     def __init__(self, quiet: bool) -> None:
         self._disable = True if quiet else None  # None: tqdm looks whether it writes to a terminal
@@ -136,7 +156,10 @@ class _Bar:
 
         if what != self._what:
             self.__exit__()
-            self._what, self._bar = what, tqdm(total=total, desc=what, leave=False, disable=self._disable, unit_scale=True)
+            self._what, self._bar = (
+                what,
+                tqdm(total=total, desc=what, leave=False, disable=self._disable, unit_scale=True),
+            )
         self._bar.n = done
         self._bar.refresh()
 
@@ -166,8 +189,10 @@ def _observer(config: Config, quiet: bool) -> Any:
 
 def _epoch_line(epoch: "Epoch", epochs: int) -> str:
     return (
-        f"{epoch.norm:>8}  epoch {epoch.epoch:>2}/{epochs}  train loss {epoch.train_loss:.4f}  accuracy {epoch.train_accuracy:6.2%}  "
-        f"test loss {epoch.test_loss:.4f}  accuracy {epoch.test_accuracy:6.2%}  {epoch.train_seconds + epoch.test_seconds:.1f} s"
+        f"{epoch.norm:>8}  epoch {epoch.epoch:>2}/{epochs}  train loss {epoch.train_loss:.4f}  "
+        f"accuracy {epoch.train_accuracy:6.2%}  "
+        f"test loss {epoch.test_loss:.4f}  accuracy {epoch.test_accuracy:6.2%}  "
+        f"{epoch.train_seconds + epoch.test_seconds:.1f} s"
     )
 
 
@@ -175,37 +200,59 @@ def _final_table(directory: "RunDirectory") -> str:
     from jaxnorm import stats
 
     info, epochs = directory.info(), directory.epochs()
-    lines = [f"{'norm':>8}  parameters  best test accuracy  last test accuracy  first epoch at {stats.TARGET:.0%}   ({info.dataset['caption']}, n = 1)"]
+    lines = [
+        f"{'norm':>8}  parameters  best test accuracy  last test accuracy  first epoch at "
+        f"{stats.TARGET:.0%}   ({info.dataset['caption']}, n = 1)"
+    ]
     for norm in info.config.norms:
         summary = stats.summarize([epoch for epoch in epochs if epoch.norm == norm])
         best = f"{summary.best:.2%} (epoch {summary.best_epoch})"
-        lines.append(f"{norm:>8}  {info.parameters[norm]:>10,}  {best:>18}  {summary.last:>18.2%}  {summary.first_at_target or 'never':>18}")
+        lines.append(
+            f"{norm:>8}  {info.parameters[norm]:>10,}  {best:>18}  {summary.last:>18.2%}  "
+            f"{summary.first_at_target or 'never':>18}"
+        )
     return "\n".join(lines)
 
 
-def _print_summary(config: Config) -> None:
+_SUMMARY_LINE = "{:<7}{:>10}{:>17}{:>9}{:>8}{:>9}"
+
+
+def _print_summary(config: Config, places: Places) -> None:
     from jaxnorm import experiment, model
 
-    classes = 100 if config.dataset == "cifar100" else 10
+    known = config.dataset in ("cifar10", "digits")
+    classes = 10 if known else len(_load(config, places).class_names)
     experiment.check_models(config, classes)
     for norm in config.norms:
         net = model.CNN(norm, config.arch, classes, config.groups)
         rows = model.summarize(net)
         print(f"{norm} norm, arch {config.arch}, input 32x32x3")
-        print(f"{'layer':<6}{'output':>12}{'receptive field':>17}{'kernel':>9}{'norm':>8}{'parameters':>12}")
+        print(_SUMMARY_LINE.format("layer", "output", "receptive field", "kernel", "norm", "total"))
         for row in rows:
-            total = row.kernel_parameters + row.norm_parameters
-            print(f"{row.name:<6}{'x'.join(map(str, row.shape)):>12}{row.receptive_field:>17}{row.kernel_parameters:>9,}{row.norm_parameters:>8,}{total:>12,}")
-        print(f"{'total':<6}{model.count_parameters(net):>58,}\n")
+            shape, kernel, norm_ = "x".join(map(str, row.shape)), row.kernel, row.norm
+            numbers = (f"{count:,}" for count in (kernel, norm_, kernel + norm_))
+            print(_SUMMARY_LINE.format(row.name, shape, row.receptive_field, *numbers))
+        print(_SUMMARY_LINE.format("total", "", "", "", "", f"{model.count_parameters(net):,}\n"))
 
 
 def command(arguments: list[str] | None = None) -> int:
-    """Runs the command and turns what goes wrong into one line on standard error and an exit code: 2 for a mistake of the user's, 1 for a failed run."""
+    """Runs the command and turns what goes wrong into one line on standard error and an exit code:
+    2 for a mistake of the user's, 1 for a failed run.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        return app(arguments, exit_on_error=False, print_error=False, result_action="return_value") or 0
+        return (
+            app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+            or 0
+        )
     except (CycloptsError, UserError) as error:
-        cause = error if isinstance(error, UserError) else error.__cause__ if isinstance(error.__cause__, UserError) else error
+        cause = (
+            error
+            if isinstance(error, UserError)
+            else error.__cause__
+            if isinstance(error.__cause__, UserError)
+            else error
+        )
         return _fail(cause, 2)
     except ArithmeticError as error:
         return _fail(error, 1)

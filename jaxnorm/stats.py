@@ -1,4 +1,6 @@
-"""Numbers from records: what a table or a figure shows, computed from epochs and test logits, and nothing else."""
+"""Numbers from records: what a table or a figure shows, computed from epochs and test logits, and
+nothing else.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +25,10 @@ class Summary:
 
 
 def summarize(epochs: Sequence[Epoch]) -> Summary:
-    """Sums up the epochs of one norm and seed. The best epoch, picked on the test set, is the study's rule; the first wins a tie."""
+    """Sums up the epochs of one norm and seed.
+
+    The best epoch, picked on the test set, is the study's rule; the first wins a tie.
+    """
     best = max(epochs, key=lambda epoch: (epoch.test_accuracy, -epoch.epoch))
     first = next((epoch.epoch for epoch in epochs if epoch.test_accuracy >= TARGET), None)
     return Summary(best.test_accuracy, best.epoch, epochs[-1].test_accuracy, first)
@@ -39,11 +44,13 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Counts i64[classes, classes]: row the true class, column the predicted one."""
     classes = logits.shape[1]
-    return np.bincount(labels * classes + logits.argmax(1), minlength=classes**2).reshape(classes, classes)
+    return np.bincount(labels * classes + logits.argmax(1), minlength=classes**2).reshape(
+        classes, classes
+    )
 
 
 def class_accuracy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The fraction of each class classified rightly, f64[classes]; NaN for a class without images."""
+    """The fraction of each class classified rightly, f64[classes]; NaN for an empty class."""
     matrix = confusion_matrix(logits, labels)
     totals = matrix.sum(1)
     return np.where(totals, matrix.diagonal() / np.maximum(totals, 1), np.nan)
@@ -68,7 +75,9 @@ def drawn_mistakes(logits: np.ndarray, labels: np.ndarray, count: int, seed: int
 
 
 def common_mistakes(logits: Sequence[np.ndarray], labels: np.ndarray, count: int) -> np.ndarray:
-    """The images that every net gets wrong, those with the highest mean confidence in the wrong classes first."""
+    """The images that every net gets wrong, those with the highest mean confidence in the wrong
+    classes first.
+    """
     wrong = np.flatnonzero(np.all([each.argmax(1) != labels for each in logits], axis=0))
     confidence = np.mean([probabilities(each[wrong]).max(1) for each in logits], axis=0)
     return wrong[np.argsort(-confidence, kind="stable")[:count]]

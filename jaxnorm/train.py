@@ -1,12 +1,16 @@
 """Training and evaluation as pure functions: arrays in, arrays out.
 
-Random keys are derived and never carried: `key(seed)`, then the purpose, the epoch and the step. So epoch 7 of a resumed run sees the images in the same order, under
-the same dropout masks, as epoch 7 of an unbroken one; and none of it depends on the norm.
+Random keys are derived and never carried: `key(seed)`, then the purpose, the epoch and the step. So
+epoch 7 of a resumed run sees the images in the same order, under the same dropout masks, as epoch 7
+of an unbroken one; and none of it depends on the norm.
 
-The data stays on the device as uint8. An epoch is one compiled loop (`lax.fori_loop`, the loop that `lax.scan` becomes) with bounds given at run time, so
-that a caller who shows progress runs it in pieces without compiling twice, and gets the same bits. The ragged last batch is trained on, as in the study.
+The data stays on the device as uint8. An epoch is one compiled loop (`lax.fori_loop`, the loop that
+`lax.scan` becomes) with bounds given at run time, so that a caller who shows progress runs it in
+pieces without compiling twice, and gets the same bits. The ragged last batch is trained on, as in
+the study.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -25,7 +29,8 @@ _PURPOSES = {"init": 0, "order": 1, "dropout": 2}
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a compiled step depends on besides the shapes of its arrays; hashable, so that one recipe is traced once.
+    """What a compiled step depends on besides the shapes of its arrays; hashable, so that one
+    recipe is traced once.
 
     `mean` and `deviation` standardize each of the three channels of an image scaled to [0, 1].
     """
@@ -51,7 +56,9 @@ class TrainState(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """What a piece of an epoch did: the mean loss of each batch, and how many images were classified rightly."""
+    """What a piece of an epoch did: the mean loss of each batch, and how many images were
+    classified rightly.
+    """
 
     losses: jax.Array  # f32[S], 0 outside the piece
     correct: jax.Array  # i32[]
@@ -65,24 +72,36 @@ class Evaluation(NamedTuple):
     accuracy: jax.Array  # f32[], a fraction
 
 
-def derive_key(seed: int | jax.Array, purpose: Literal["init", "order", "dropout"], *numbers: int | jax.Array) -> jax.Array:
-    """The random key of a purpose; for "order" and "dropout" `numbers` is the epoch (from 1), for "dropout" then the step (from 0)."""
+def derive_key(
+    seed: int | jax.Array, purpose: Literal["init", "order", "dropout"], *numbers: int | jax.Array
+) -> jax.Array:
+    """The random key of a purpose; for "order" and "dropout" `numbers` is the epoch (from 1), for
+    "dropout" then the step (from 0).
+    """
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), _PURPOSES[purpose])
     for number in numbers:
         key = jax.random.fold_in(key, number)
     return key
 
 
-def standardize(recipe: Recipe, images: jax.Array) -> jax.Array:  # u8[N, 32, 32, 3] -> f32[N, 32, 32, 3]
+def standardize(
+    recipe: Recipe, images: jax.Array
+) -> jax.Array:  # u8[N, 32, 32, 3] -> f32[N, 32, 32, 3]
     """Scales images to [0, 1], subtracts the mean and divides by the deviation of each channel."""
     chex.assert_shape(images, (None, 32, 32, 3))
     chex.assert_type(images, jnp.uint8)
-    mean, deviation = (jnp.array(values, jnp.float32) for values in (recipe.mean, recipe.deviation))
+    channels = (1, 1, 1, 3)
+    mean = jnp.array(recipe.mean, jnp.float32).reshape(channels)
+    deviation = jnp.array(recipe.deviation, jnp.float32).reshape(channels)
     return (images.astype(jnp.float32) / 255 - mean) / deviation
 
 
+@partial(jax.jit, static_argnums=0)
 def init_state(recipe: Recipe, seed: int | jax.Array) -> TrainState:
-    """The state before the first step. Kernels depend on the seed and the layer's name alone, not on the norm."""
+    """The state before the first step.
+
+    Kernels depend on the seed and the layer's name alone, not on the norm.
+    """
     variables = recipe.model.init(derive_key(seed, "init"), jnp.zeros((1, 32, 32, 3)))
     params = variables["params"]
     return TrainState(params, variables.get("batch_stats", {}), recipe.optimizer.init(params))
@@ -95,24 +114,39 @@ def train_step(
     labels: jax.Array,  # i32[B]
     key: jax.Array,  # decides the dropout masks
 ) -> tuple[TrainState, jax.Array, jax.Array]:
-    """One step of SGD on the mean cross-entropy of a batch. Returns the new state, the loss f32[] before it, and the number classified rightly i32[]."""
+    """One step of SGD on the mean cross-entropy of a batch.
+
+    Returns the new state, the loss f32[] before it, and the number classified rightly i32[].
+    """
     chex.assert_equal_shape_prefix([images, labels], 1)
     inputs = standardize(recipe, images)
 
     def objective(params):
         logits, updates = recipe.model.apply(
-            {"params": params, "batch_stats": state.batch_stats}, inputs, train=True, rngs={"dropout": key}, mutable=["batch_stats"]
+            {"params": params, "batch_stats": state.batch_stats},
+            inputs,
+            train=True,
+            rngs={"dropout": key},
+            mutable=["batch_stats"],
         )
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return loss, (logits, updates.get("batch_stats", {}))
 
-    (loss, (logits, batch_stats)), gradients = jax.value_and_grad(objective, has_aux=True)(state.params)
+    (loss, (logits, batch_stats)), gradients = jax.value_and_grad(objective, has_aux=True)(
+        state.params
+    )
     updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
     correct = (logits.argmax(-1) == labels).sum(dtype=jnp.int32)
-    return TrainState(optax.apply_updates(state.params, updates), batch_stats, opt_state), loss, correct
+    return (
+        TrainState(optax.apply_updates(state.params, updates), batch_stats, opt_state),
+        loss,
+        correct,
+    )
 
 
-def epoch_order(seed: int | jax.Array, epoch: int | jax.Array, count: int) -> jax.Array:  # i32[count]
+def epoch_order(
+    seed: int | jax.Array, epoch: int | jax.Array, count: int
+) -> jax.Array:  # i32[count]
     """The order in which an epoch (from 1) takes the training images: a fresh shuffle for each."""
     return jax.random.permutation(derive_key(seed, "order", epoch), count).astype(jnp.int32)
 
@@ -129,7 +163,10 @@ def train_steps(
     start: int | jax.Array,
     stop: int | jax.Array,
 ) -> tuple[TrainState, Steps]:
-    """Trains on batches[start:stop] in one compiled loop. `state` is consumed: its memory is used again."""
+    """Trains on batches[start:stop] in one compiled loop.
+
+    `state` is consumed: its memory is used again.
+    """
 
     def body(i, carry):
         state, losses, correct = carry
@@ -144,7 +181,9 @@ def train_steps(
 
 
 class Piece(NamedTuple):
-    """A piece of an epoch, ready for `train_steps`: all full batches share one array, so all their pieces share one compilation."""
+    """A piece of an epoch, ready for `train_steps`: all full batches share one array, so all their
+    pieces share one compilation.
+    """
 
     batches: jax.Array  # i32[S, B]
     first: int
@@ -152,13 +191,17 @@ class Piece(NamedTuple):
     stop: int
 
 
-def epoch_pieces(seed: int | jax.Array, epoch: int | jax.Array, count: int, batch_size: int, pieces: int = 1) -> list[Piece]:
-    """Cuts an epoch over `count` images into about `pieces` pieces of full batches, and one of the ragged last batch if there is one."""
+def epoch_pieces(
+    seed: int | jax.Array, epoch: int | jax.Array, count: int, batch_size: int, pieces: int = 1
+) -> list[Piece]:
+    """Cuts an epoch over `count` images into about `pieces` pieces of full batches, and one of the
+    ragged last batch if there is one.
+    """
     order = epoch_order(seed, epoch, count)
     full = count // batch_size
     batches = order[: full * batch_size].reshape(full, batch_size)
     edges = sorted({round(full * i / pieces) for i in range(pieces + 1)})
-    cut = [Piece(batches, 0, start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    cut = [Piece(batches, 0, start, stop) for start, stop in itertools.pairwise(edges)]
     if count % batch_size:
         cut.append(Piece(order[full * batch_size :][None], full, 0, 1))
     return cut
@@ -173,20 +216,38 @@ def train_epoch(
     epoch: int | jax.Array,
     batch_size: int,
 ) -> tuple[TrainState, Steps]:
-    """Trains on every image once, in the epoch's own order. `state` is consumed. Returns the loss of each of the ceil(N / batch_size) batches."""
+    """Trains on every image once, in the epoch's own order.
+
+    `state` is consumed. Returns the loss of each of the ceil(N / batch_size) batches.
+    """
     done = []
     for piece in epoch_pieces(seed, epoch, labels.shape[0], batch_size):
-        state, steps = train_steps(recipe, state, images, labels, piece.batches, derive_key(seed, "dropout", epoch), *piece[1:])
+        state, steps = train_steps(
+            recipe,
+            state,
+            images,
+            labels,
+            piece.batches,
+            derive_key(seed, "dropout", epoch),
+            *piece[1:],
+        )
         done.append(steps)
-    return state, Steps(jnp.concatenate([steps.losses for steps in done]), jnp.stack([steps.correct for steps in done]).sum())
+    return state, Steps(
+        jnp.concatenate([steps.losses for steps in done]),
+        jnp.stack([steps.correct for steps in done]).sum(),
+    )
 
 
 @partial(jax.jit, static_argnums=0)
-def predict_logits(recipe: Recipe, params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:  # f32[N, classes]
-    """Logits of u8[N, 32, 32, 3] images, with running averages and without dropout, whatever N is."""
+def predict_logits(
+    recipe: Recipe, params: Any, batch_stats: Any, images: jax.Array
+) -> jax.Array:  # f32[N, classes]
+    """Logits of any number of u8[N, 32, 32, 3] images, with running averages, without dropout."""
 
     def logits(batch):
-        return recipe.model.apply({"params": params, "batch_stats": batch_stats}, standardize(recipe, batch))
+        return recipe.model.apply(
+            {"params": params, "batch_stats": batch_stats}, standardize(recipe, batch)
+        )
 
     full = images.shape[0] // EVALUATION_BATCH * EVALUATION_BATCH
     parts = []

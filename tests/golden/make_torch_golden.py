@@ -1,9 +1,10 @@
-"""Writes torch_golden.npz: what PyTorch computes for the study's nets, for tests/test_golden.py to hold ours against.
+"""Writes torch_golden.npz: what PyTorch computes for the study's nets, for test_golden.py.
 
     pip install torch numpy && python tests/golden/make_torch_golden.py
 
-The nets are written here a second time, from the study's own tables and in PyTorch's terms, so that a mistake in jaxnorm/model.py cannot hide.
-Parameters and images are drawn by NumPy from fixed seeds, so only results are stored. Dropout is off: its masks are each library's own.
+The nets are written here a second time, from the study's own tables and in PyTorch's terms, so that
+a mistake in jaxnorm/model.py cannot hide. Parameters and images are drawn by NumPy from fixed
+seeds, so only results are stored. Dropout is off: its masks are each library's own.
 Made with PyTorch 2.13.0 (CPU), float64 rounded to float32.
 """
 
@@ -15,19 +16,54 @@ GOLDEN = Path(__file__).with_name("torch_golden.npz")
 STEPS, BATCH, KEPT = 3, 12, 256
 MEAN, DEVIATION = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2470, 0.2435, 0.2616])
 
-WIDE = dict(C1=(3, 16), C2=(16, 32), c3=(32, 8), C4=(8, 16), C5=(16, 32), C6=(32, 64), c7=(64, 8), C8=(8, 16), C9=(16, 32), C10=(32, 32), c11=(32, 10))
-NARROW = dict(C1=(3, 4), C2=(4, 4), c3=(4, 4), C4=(4, 8), C5=(8, 16), C6=(16, 16), c7=(16, 8), C8=(8, 16), C9=(16, 16), C10=(16, 32), c11=(32, 10))
-PAD_BATCH = dict(C1=1, C2=1, c3=1, C8=1, C9=1, C10=1)
-PAD_OTHER = dict(C4=1, C5=1, C6=1, C8=1, C9=1)
-SIDES = dict(C1=30, C2=28, C4=14, C5=14, C6=14, C8=7, C9=7, C10=5)  # of the group and layer nets' outputs
-NETS = {"original-batch": (WIDE, PAD_BATCH), "original-group": (WIDE, PAD_OTHER), "original-layer": (NARROW, PAD_OTHER)} | {
-    f"matched-{norm}": (WIDE, PAD_OTHER) for norm in ("batch", "group", "layer")
+WIDE = {
+    "C1": (3, 16),
+    "C2": (16, 32),
+    "c3": (32, 8),
+    "C4": (8, 16),
+    "C5": (16, 32),
+    "C6": (32, 64),
+    "c7": (64, 8),
+    "C8": (8, 16),
+    "C9": (16, 32),
+    "C10": (32, 32),
+    "c11": (32, 10),
 }
+NARROW = {
+    "C1": (3, 4),
+    "C2": (4, 4),
+    "c3": (4, 4),
+    "C4": (4, 8),
+    "C5": (8, 16),
+    "C6": (16, 16),
+    "c7": (16, 8),
+    "C8": (8, 16),
+    "C9": (16, 16),
+    "C10": (16, 32),
+    "c11": (32, 10),
+}
+PAD_BATCH = {"C1": 1, "C2": 1, "c3": 1, "C8": 1, "C9": 1, "C10": 1}
+PAD_OTHER = {"C4": 1, "C5": 1, "C6": 1, "C8": 1, "C9": 1}
+SIDES = {
+    "C1": 30,
+    "C2": 28,
+    "C4": 14,
+    "C5": 14,
+    "C6": 14,
+    "C8": 7,
+    "C9": 7,
+    "C10": 5,
+}  # of the group and layer nets' outputs
+NETS = {
+    "original-batch": (WIDE, PAD_BATCH),
+    "original-group": (WIDE, PAD_OTHER),
+    "original-layer": (NARROW, PAD_OTHER),
+} | {f"matched-{norm}": (WIDE, PAD_OTHER) for norm in ("batch", "group", "layer")}
 NORMED = tuple(SIDES)
 
 
 def draw_parameters(net: str) -> dict[str, np.ndarray]:
-    """float64 parameters in Flax's names and layouts: kernels (h, w, in, out), element-wise scales (h, w, c)."""
+    """float64 parameters in Flax's names and layouts: kernels (h, w, i, o), scales (h, w, c)."""
     channels, _ = NETS[net]
     rng = np.random.default_rng(11)
     values = {}
@@ -43,10 +79,12 @@ def draw_parameters(net: str) -> dict[str, np.ndarray]:
 
 
 def draw_batches() -> tuple[np.ndarray, np.ndarray]:
-    """u8[STEPS + 1, BATCH, 32, 32, 3] images, the last batch for evaluation, and their labels."""
+    """Images u8[STEPS + 1, BATCH, 32, 32, 3], the last batch for evaluation, and labels."""
     rng = np.random.default_rng(12)
     coarse = rng.integers(0, 256, (STEPS + 1, BATCH, 8, 8, 3)).repeat(4, 2).repeat(4, 3)
-    return np.clip(coarse + rng.integers(-20, 21, coarse.shape[:2] + (32, 32, 3)), 0, 255).astype(np.uint8), rng.integers(0, 10, (STEPS + 1, BATCH))
+    return np.clip(coarse + rng.integers(-20, 21, (*coarse.shape[:2], 32, 32, 3)), 0, 255).astype(
+        np.uint8
+    ), rng.integers(0, 10, (STEPS + 1, BATCH))
 
 
 def sample(values: np.ndarray) -> np.ndarray:
@@ -68,11 +106,18 @@ def make(net: str) -> dict[str, np.ndarray]:
             super().__init__()
             self.convs = nn.ModuleDict(
                 {
-                    layer: nn.Conv2d(*io, 1 if layer in ("c3", "c7", "c11") else 3, padding=padding.get(layer, 0), bias=False)
+                    layer: nn.Conv2d(
+                        *io,
+                        1 if layer in ("c3", "c7", "c11") else 3,
+                        padding=padding.get(layer, 0),
+                        bias=False,
+                    )
                     for layer, io in channels.items()
                 }
             )
-            self.norms = nn.ModuleDict({layer: self.norm(layer, channels[layer][1]) for layer in NORMED})
+            self.norms = nn.ModuleDict(
+                {layer: self.norm(layer, channels[layer][1]) for layer in NORMED}
+            )
 
         def norm(self, layer, width):
             kind = net.partition("-")[2]
@@ -80,7 +125,11 @@ def make(net: str) -> dict[str, np.ndarray]:
                 return nn.BatchNorm2d(width)
             if kind == "group":
                 return nn.GroupNorm(4, width)
-            return nn.LayerNorm([width, SIDES[layer], SIDES[layer]]) if net == "original-layer" else nn.GroupNorm(1, width)
+            return (
+                nn.LayerNorm([width, SIDES[layer], SIDES[layer]])
+                if net == "original-layer"
+                else nn.GroupNorm(1, width)
+            )
 
         def block(self, layer, x):
             return torch.relu(self.norms[layer](self.convs[layer](x)))
@@ -107,7 +156,10 @@ def make(net: str) -> dict[str, np.ndarray]:
     for layer in channels:
         named[f"{layer}/kernel"] = model.convs[layer].weight
         if layer in NORMED:
-            named[f"{layer}_norm/scale"], named[f"{layer}_norm/bias"] = model.norms[layer].weight, model.norms[layer].bias
+            named[f"{layer}_norm/scale"], named[f"{layer}_norm/bias"] = (
+                model.norms[layer].weight,
+                model.norms[layer].bias,
+            )
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(to_torch(drawn[name]))
@@ -124,13 +176,20 @@ def make(net: str) -> dict[str, np.ndarray]:
         losses.append(loss.item())
         if step == 0:
             results["log_probabilities"] = outputs.detach().numpy().astype(np.float32)
-            results |= {f"gradient/{name}": sample(to_flax(parameter.grad)) for name, parameter in named.items()}
+            results |= {
+                f"gradient/{name}": sample(to_flax(parameter.grad))
+                for name, parameter in named.items()
+            }
         optimizer.step()
     results["losses"] = np.array(losses, np.float32)
-    results |= {f"parameter/{name}": sample(to_flax(parameter)) for name, parameter in named.items()}
+    results |= {
+        f"parameter/{name}": sample(to_flax(parameter)) for name, parameter in named.items()
+    }
     if net.endswith("batch"):
         for layer in NORMED:
-            results[f"mean/{layer}_norm"] = model.norms[layer].running_mean.numpy().astype(np.float32)
+            results[f"mean/{layer}_norm"] = (
+                model.norms[layer].running_mean.numpy().astype(np.float32)
+            )
             results[f"var/{layer}_norm"] = model.norms[layer].running_var.numpy().astype(np.float32)
     model.eval()
     results["evaluated"] = model(inputs[STEPS]).detach().numpy().astype(np.float32)
@@ -138,5 +197,7 @@ def make(net: str) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    np.savez_compressed(GOLDEN, **{name: value for net in NETS for name, value in make(net).items()})
+    np.savez_compressed(
+        GOLDEN, **{name: value for net in NETS for name, value in make(net).items()}
+    )
     print(f"wrote {GOLDEN.name}: {GOLDEN.stat().st_size:,} bytes")

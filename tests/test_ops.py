@@ -1,0 +1,145 @@
+"""The fast operators against Flax's and XLA's own: values, gradients, and the masks' statistics."""
+
+from functools import partial
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxnorm import ops
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+def plain_convolution(images, kernel, padding):
+    return lax.conv_general_dilated(
+        images, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+@pytest.mark.parametrize(
+    ("side", "kernel", "padding"),
+    [
+        ((6, 7), (3, 3, 2, 5), ((0, 0), (0, 0))),
+        ((6, 7), (3, 3, 2, 5), ((1, 1), (1, 1))),
+        ((6, 7), (3, 3, 4, 3), ((2, 0), (0, 1))),
+        ((6, 7), (1, 1, 4, 3), ((0, 0), (0, 0))),
+        ((6, 7), (1, 1, 4, 3), ((1, 1), (1, 1))),
+        ((6, 7), (1, 1, 4, 3), ((2, 0), (0, 1))),
+        ((6, 7), (2, 4, 3, 3), ((0, 1), (2, 1))),
+        ((1, 1), (1, 1, 4, 3), ((0, 0), (0, 0))),
+    ],
+)
+def test_convolution_and_both_gradients_equal_xlas(side, kernel, padding):
+    images, weights = normal(5, *side, kernel[2]), normal(*kernel)
+    ours = partial(ops.convolution, window_strides=(1, 1), padding=padding)
+    wanted, back = jax.vjp(lambda x, w: plain_convolution(x, w, padding), images, weights)
+    outputs, our_back = jax.vjp(ours, images, weights)
+    chex.assert_shape(outputs, wanted.shape)
+    chex.assert_type(outputs, jnp.float32)
+    chex.assert_trees_all_close(outputs, wanted, atol=1e-5)
+    cotangent = normal(*wanted.shape)
+    chex.assert_trees_all_close(our_back(cotangent), back(cotangent), atol=3e-5)
+
+
+def test_convolution_equals_a_sum_over_the_window_in_float64():
+    images, kernel = np.asarray(normal(2, 5, 6, 3)), np.asarray(normal(3, 3, 3, 4))
+    padded = np.pad(images.astype(np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    wanted = sum(padded[:, i : i + 5, j : j + 6] @ kernel[i, j] for i in range(3) for j in range(3))
+    ours = ops.convolution(jnp.asarray(images), jnp.asarray(kernel), (1, 1), ((1, 1), (1, 1)))
+    np.testing.assert_allclose(ours, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window_strides": (2, 2)},
+        {"window_strides": (1, 1), "lhs_dilation": (2, 1)},
+        {"window_strides": (1, 1), "rhs_dilation": (1, 2)},
+        {"window_strides": (1, 1), "feature_group_count": 2},
+    ],
+)
+def test_convolution_refuses_what_its_gradients_do_not_cover(options):
+    with pytest.raises(ValueError, match="stride 1"):
+        ops.convolution(normal(1, 4, 4, 2), normal(3, 3, 2, 2), padding=((0, 0),) * 2, **options)
+
+
+def test_convolution_under_vmap_equals_one_by_one():
+    images, kernels = normal(3, 2, 6, 6, 2), normal(3, 3, 3, 2, 4)
+    one = partial(ops.convolution, window_strides=(1, 1), padding=((1, 1), (1, 1)))
+    total = jax.grad(lambda x, w: jnp.square(one(x, w)).sum(), (0, 1))
+    together = jax.vmap(total)(images, kernels)
+    apart = [total(x, w) for x, w in zip(images, kernels, strict=True)]
+    chex.assert_trees_all_close(
+        together, jax.tree.map(lambda *leaves: jnp.stack(leaves), *apart), rtol=2e-5, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("side", [(6, 6), (7, 5), (2, 3), (34, 34)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_max_pool_and_its_gradient_equal_flaxs(side, ties):
+    images = normal(3, *side, 4)
+    images = jnp.round(images) if ties else images  # after a ReLU, ties at zero are the rule
+    wanted, back = jax.vjp(lambda x: nn.max_pool(x, (2, 2), (2, 2)), images)
+    outputs, our_back = jax.vjp(ops.max_pool, images)
+    chex.assert_shape(outputs, (3, side[0] // 2, side[1] // 2, 4))
+    chex.assert_trees_all_equal(outputs, wanted)
+    cotangent = normal(*wanted.shape)
+    chex.assert_trees_all_close(our_back(cotangent), back(cotangent), atol=0)
+
+
+def test_dropout_relu_and_its_gradient_equal_the_plain_form():
+    inputs, mask, rate = normal(4, 5, 5, 3), jnp.asarray(RNG.random((4, 5, 5, 3)) > 0.3), 0.3
+    wanted, back = jax.vjp(lambda x: nn.relu(jnp.where(mask, x / (1 - rate), 0)), inputs)
+    outputs, our_back = jax.vjp(lambda x: ops.dropout_relu(x, mask, rate), inputs)
+    chex.assert_trees_all_close(outputs, wanted, rtol=1e-6)
+    cotangent = normal(*wanted.shape)
+    chex.assert_trees_all_close(our_back(cotangent), back(cotangent), rtol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.5, 0.9])
+def test_masks_keep_the_right_share_of_every_part(rate):
+    """Five standard errors, over the whole mask, each image, each pixel and each channel."""
+    mask = np.asarray(ops.keep_mask(jax.random.key(3), 0, (64, 16, 16, 32), rate), np.float64)
+    for axes in [(0, 1, 2, 3), (1, 2, 3), (0, 3), (0, 1, 2)]:
+        counts = mask.size / np.prod([mask.shape[axis] for axis in range(4) if axis not in axes])
+        error = np.sqrt(rate * (1 - rate) / counts)
+        assert np.abs(mask.mean(axes) - (1 - rate)).max() < 5 * error
+
+
+def test_masks_of_neighbours_layers_steps_and_seeds_are_uncorrelated():
+    """Between any two masks, and between a mask and itself shifted: |correlation| < 5 / sqrt(n)."""
+    shape, rate = (32, 16, 16, 8), 0.1
+    step = [jax.random.fold_in(jax.random.key(1), i) for i in range(3)]
+    masks = [ops.keep_mask(key, layer, shape, rate) for key in step for layer in range(4)]
+    masks.append(ops.keep_mask(jax.random.key(2), 0, shape, rate))
+    flat = np.stack([np.asarray(mask, np.float64).ravel() for mask in masks])
+    correlation = np.corrcoef(flat) - np.eye(len(masks))
+    limit = 5 / np.sqrt(flat.shape[1])
+    assert np.abs(correlation).max() < limit
+    for shift in (1, 2, 8, 128, 2048):
+        assert abs(np.corrcoef(flat[0][shift:], flat[0][:-shift])[0, 1]) < limit
+
+
+def test_masks_under_vmap_and_jit_equal_one_by_one():
+    keys = jax.random.split(jax.random.key(0), 4)
+    draw = partial(ops.keep_mask, layer=2, shape=(3, 4, 4, 2), rate=0.4)
+    together = jax.jit(jax.vmap(draw))(keys)
+    chex.assert_trees_all_equal(together, jnp.stack([draw(key) for key in keys]))
+
+
+def test_masks_do_not_change():
+    """Stored runs can be repeated only while a key gives the same mask."""
+    mask = ops.keep_mask(jax.random.key(7, impl="threefry2x32"), 1, (32,), 0.5)
+    assert "".join("01"[int(kept)] for kept in mask) == MASK
+
+
+MASK = "01111110010111010101111110101011"
