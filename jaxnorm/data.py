@@ -25,6 +25,7 @@ from jaxnorm import archive as archives
 from jaxnorm.archive import Origin, Progress
 from jaxnorm.config import UserError
 
+CIFAR10_COUNTS = (50_000, 10_000)
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_DEVIATION = (0.2470, 0.2435, 0.2616)
 KNOWN_CONTENT = {"195a5f68901b5f7e2da7cba93ab205c0a7466dc0865da2e67b8b4d0bb13ed155": "JPEG mirror"}
@@ -256,11 +257,8 @@ def _prepared(
         found = _decode(name, prepared, progress)
         _write_cache(cached, *found)
     arrays, class_names, fingerprint = found
-    if name == "cifar10" and [len(arrays[1]), len(arrays[3]), len(class_names)] != [
-        50_000,
-        10_000,
-        10,
-    ]:
+    sizes = (len(arrays[1]), len(arrays[3]))
+    if name == "cifar10" and (sizes != CIFAR10_COUNTS or len(class_names) != 10):
         raise UserError(
             f"{prepared} is not CIFAR-10: {len(arrays[1])} and {len(arrays[3])} images of "
             f"{len(class_names)} classes"

@@ -46,7 +46,7 @@ def fetch(url: str, directory: Path, progress: Progress) -> Path:
 
     try:
         with partial.open("ab" if resumed else "wb") as file:
-            for block in response.iter_content(2**20):
+            for block in response.iter_content(2**18):
                 file.write(block)
                 have += len(block)
                 progress("downloading", have, max(total, have))

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from jaxnorm import stats
+from jaxnorm.config import UserError
 from jaxnorm.data import Dataset
 from jaxnorm.records import Epoch, RunDirectory, RunInfo
 
@@ -123,19 +124,22 @@ def save_examples(directory: RunDirectory, dataset: Dataset) -> None:
     directory.write_arrays("examples.npz", arrays)
 
 
-def draw(directory: RunDirectory) -> list[str]:
-    """Draws every figure into `figures/` and returns their file names.
+def draw(directory: RunDirectory) -> tuple[list[str], list[str]]:
+    """Draws every figure that the records allow into `figures/`.
 
-    Raises `UserError` where a record is missing.
+    Returns the figures' file names, and a line for each record that was missing or damaged.
     """
-    run, names = Run(directory), []
+    run, names, missing = Run(directory), [], []
     for figure_of in FIGURES:
-        for name, figure in figure_of(run):
-            content = io.BytesIO()
-            figure.savefig(content, format="png", dpi=130, metadata={"Software": None})
-            directory.write_bytes(f"figures/{name}.png", content.getvalue())
-            names.append(f"{name}.png")
-    return names
+        try:
+            for name, figure in figure_of(run):
+                content = io.BytesIO()
+                figure.savefig(content, format="png", dpi=130, metadata={"Software": None})
+                directory.write_bytes(f"figures/{name}.png", content.getvalue())
+                names.append(f"{name}.png")
+        except UserError as error:
+            missing.append(str(error))
+    return names, missing
 
 
 def _figure(run: Run, title: str, width: float, height: float) -> Figure:
@@ -229,6 +233,8 @@ def mistakes(run: Run) -> Named:
         for row, image in zip(run.examples["test_rows"], run.examples["test_images"], strict=True)
     }
     for name, rows in run.rows().items():
+        if absent := set(map(int, rows)) - images.keys():
+            raise UserError(f"{name}: {len(absent)} of its images are not in examples.npz")
         _, rule, *rest = name.split("-")
         shown = {norm: run.logits[norm] for norm in (rest or run.logits)}
         title = titles[rule] if len(rows) else "no mistake to show"

@@ -11,13 +11,14 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
-from jaxnorm.config import Config, Norm, UserError
+from jaxnorm.config import ALL, Config, Norm, UserError
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,20 @@ class Epoch:
     test_seconds: float
 
 
+DATASET_FIELDS = (
+    "name",
+    "caption",
+    "fingerprint",
+    "source",
+    "verified",
+    "class_names",
+    "mean",
+    "deviation",
+    "train_count",
+    "test_count",
+)
+
+
 @dataclass(frozen=True)
 class RunInfo:
     """`run.json`: the settings, and all that is known of the data and the machine."""
@@ -48,9 +63,7 @@ class RunInfo:
     parameters: dict[str, int]
     """Of each norm's net."""
     dataset: dict[str, Any]
-    """name, caption, fingerprint, source, verified, class_names, mean, deviation, train_count,
-    test_count
-    """
+    """What is known of the data, by the names of `DATASET_FIELDS`."""
     versions: dict[str, str]
     device: str
     git_revision: str | None
@@ -64,19 +77,24 @@ class RunDirectory:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
 
-    @classmethod
-    def create(cls, path: Path | str) -> "RunDirectory":
-        """Makes a new run directory, private to the user.
-
-        A path that is used or cannot be written raises `UserError`.
-        """
-        path = Path(path)
+    @staticmethod
+    def check_unused(path: Path) -> None:
+        """Raises `UserError` where `create` is known to fail, and makes nothing."""
         try:
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise UserError(f"--out {path} is already used: choose another directory")
+            nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
+        except OSError as error:
+            raise UserError(f"--out {path} cannot be used: {error.strerror}") from None
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"--out {path} cannot be written to: {nearest} is no writable folder")
+
+    @classmethod
+    def create(cls, path: Path) -> "RunDirectory":
+        """Makes a new run directory, private to the user. Raises `UserError` where it cannot."""
+        cls.check_unused(path)
+        try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryFile(dir=path):
-                pass
         except OSError as error:
             raise UserError(f"--out {path} cannot be written to: {error.strerror}") from None
         return cls(path)
@@ -85,17 +103,18 @@ class RunDirectory:
 
     def info(self) -> RunInfo:
         """Reads `run.json`; raises `UserError` where it, or a field of it, is missing or wrong."""
-        values = _read_json(self.path / "run.json")
+        path = self.path / "run.json"
+        values = _read_json(path)
         names = {field.name for field in dataclasses.fields(RunInfo)}
         if not isinstance(values, dict) or values.keys() != names:
-            raise UserError(
-                f"{self.path / 'run.json'} was not written by this version of jaxnorm: its fields "
-                f"are not {', '.join(sorted(names))}"
-            )
+            raise UserError(f"{path}: its fields are not {', '.join(sorted(names))}")
         try:
-            return RunInfo(**{**values, "config": Config.from_json(values["config"])})
+            info = RunInfo(**{**values, "config": Config.from_json(values["config"])})
         except UserError as error:
-            raise UserError(f"{self.path / 'run.json'}: {error}") from None
+            raise UserError(f"{path}: {error}") from None
+        if wrong := [name for name, right in _checks(info).items() if not right]:
+            raise UserError(f"{path}: {', '.join(wrong)} is missing or of the wrong kind")
+        return info
 
     def epochs(self) -> list[Epoch]:
         """Reads `metrics.jsonl`, in order; a half line at its end is dropped."""
@@ -119,8 +138,16 @@ class RunDirectory:
         """Logits f32[N, classes] of the test images after the newest epoch, and their labels
         i32[N].
         """
-        stored = self._load(self._predictions(norm, seed))
-        return stored["logits"], stored["labels"]
+        path = self._predictions(norm, seed)
+        stored = self._load(path)
+        try:
+            logits, labels = stored["logits"], stored["labels"]
+            right = logits.ndim == 2 and labels.shape == logits.shape[:1]
+        except (KeyError, IndexError):
+            raise UserError(f"{path} is damaged: it does not hold logits and labels") from None
+        if not right:
+            raise UserError(f"{path} is damaged: its logits and labels do not fit together")
+        return logits, labels
 
     def examples(self) -> dict[str, np.ndarray]:
         """The pictures kept for figures: arrays by name (see `figures.save_examples`)."""
@@ -131,6 +158,41 @@ class RunDirectory:
         return self.path / "checkpoints" / f"{norm}-{seed}"
 
     # writing
+
+    def take(self, sources: Sequence["RunDirectory"]) -> None:
+        """Puts runs of batch, group and layer norm that were made apart together, as one run.
+
+        Since no norm's training depends on another's, this is what `--norm all` would have
+        recorded, but for the times. Raises `UserError` where anything but the norm differs.
+        """
+        runs = {source.info().config.norm: source for source in sources}
+        if set(runs) != set(ALL) or len(sources) != len(ALL):
+            raise UserError("to be put together, runs must be one each of batch, group and layer")
+        infos = {norm: runs[norm].info() for norm in ALL}
+        first = infos["batch"]
+        for info in infos.values():
+            same = dataclasses.replace(info.config, norm="batch") == first.config
+            for field in ("dataset", "versions", "device"):
+                same &= getattr(info, field) == getattr(first, field)
+            if not same:
+                raise UserError("the runs differ in more than the norm: compare their run.json")
+        lines = []
+        for norm in ALL:
+            epochs = runs[norm].epochs()
+            lines += [json.dumps(dataclasses.asdict(epoch)) + "\n" for epoch in epochs]
+            for file in (self._step_losses, self._predictions):
+                name = file(norm, first.config.seed).relative_to(self.path)
+                self.write_bytes(name, (runs[norm].path / name).read_bytes())
+        self.write_bytes("metrics.jsonl", "".join(lines).encode())
+        self.write_info(
+            dataclasses.replace(
+                first,
+                config=dataclasses.replace(first.config, norm="all"),
+                parameters={norm: infos[norm].parameters[norm] for norm in ALL},
+                started=min(info.started for info in infos.values()),
+                command="; ".join(infos[norm].command for norm in ALL),
+            )
+        )
 
     def write_info(self, info: RunInfo) -> None:
         """Writes `run.json`."""
@@ -202,6 +264,32 @@ class RunDirectory:
             raise UserError(f"{path} is missing") from None
         except Exception as error:  # a damaged file can fail in any way
             raise UserError(f"{path} is damaged: {type(error).__name__}") from None
+
+
+def _checks(info: RunInfo) -> dict[str, bool]:
+    """Whether each field of `run.json` is of the kind that it must be."""
+
+    def maps(value: Any, kind: type) -> bool:
+        return isinstance(value, dict) and all(type(each) is kind for each in value.values())
+
+    def lists(value: Any, kind: type, length: int | None = None) -> bool:
+        right = isinstance(value, list) and all(isinstance(each, kind) for each in value)
+        return right and length in (None, len(value))
+
+    data: Any = info.dataset if isinstance(info.dataset, dict) else {}
+    return {
+        "parameters": maps(info.parameters, int) and {*info.config.norms} <= {*info.parameters},
+        "versions": maps(info.versions, str),
+        "git_revision": info.git_revision is None or isinstance(info.git_revision, str),
+        **{name: isinstance(getattr(info, name), str) for name in ("device", "started", "command")},
+        "dataset": data.keys() == set(DATASET_FIELDS)
+        and all(isinstance(data[n], str) for n in ("name", "caption", "fingerprint", "source"))
+        and data["verified"] in (True, False, None)
+        and lists(data["class_names"], str)
+        and lists(data["mean"], float, 3)
+        and lists(data["deviation"], float, 3)
+        and all(type(data[name]) is int for name in ("train_count", "test_count")),
+    }
 
 
 def _read_json(path: Path) -> Any:

@@ -1,21 +1,21 @@
 """The command: `python -m jaxnorm.run --norm layer`. Flags in, exit code out."""
 
-import contextlib
 import datetime
 import shlex
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, Group, Parameter
 
-from jaxnorm.config import Config, UserError
+from jaxnorm import cli
+from jaxnorm.config import Config
 
 if TYPE_CHECKING:
     from jaxnorm.data import Dataset
+    from jaxnorm.experiment import Observer
     from jaxnorm.records import Epoch, RunDirectory
 
 app = App(
@@ -67,7 +67,7 @@ _FLAGS = {"name": "*", "negative_bool": ()}
 @app.default
 def main(
     *,
-    config: Annotated[Config, Parameter(group=_SETTINGS, **_FLAGS)] = Config(),  # noqa: B008  (frozen)
+    config: Annotated[Config, Parameter(group=_SETTINGS, **_FLAGS)] = Config(),  # noqa: B008
     places: Annotated[Places, Parameter(group=_PLACES, **_FLAGS)] = Places(),
 ) -> int:
     """Trains and reports; returns the exit code."""
@@ -80,50 +80,32 @@ def main(
 def _train(config: Config, places: Places) -> int:
     say: Callable[[str], None] = (lambda text: None) if places.quiet else print
     started = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    out = (
-        places.out
-        or Path("runs") / f"{started}-{config.arch}-{config.norm}-{Path(config.dataset).name}"
-    )
+    name = f"{started}-{config.arch}-{config.norm}-{Path(config.dataset).name}"
+    out = places.out or Path("runs") / name
     from jaxnorm.records import RunDirectory
 
-    new = not out.exists()
-    directory = RunDirectory.create(out)  # before the data, so that a mistake is heard of at once
-    try:
-        dataset = _load(config, places)
-        from jaxnorm import experiment
+    RunDirectory.check_unused(out)  # before the data, so that a mistake is heard of at once
+    dataset = _load(config, places)
+    from jaxnorm import experiment, figures
 
-        experiment.check(config, dataset)
-    except BaseException:
-        if new:
-            _remove_empty(out)
-        raise
-    from jaxnorm import figures
-
-    trained, tested = len(dataset.train_labels), len(dataset.test_labels)
-    say(
-        f"{dataset.caption}: {trained:,} training and {tested:,} test images, from {dataset.source}"
-    )
+    experiment.check(config, dataset)
+    directory = RunDirectory.create(out)
+    counts = f"{len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images"
+    say(f"{dataset.caption}: {counts}, from {dataset.source}")
     command = shlex.join(["python", "-m", "jaxnorm.run", *sys.argv[1:]])
     experiment.run(config, dataset, directory, command, _observer(config, places.quiet))
     figures.save_examples(directory, dataset)
-    figures.draw(directory)
+    drawn, _ = figures.draw(directory)
     print(_final_table(directory))
-    say(
-        f"{len(list((out / 'figures').glob('*.png')))} figures in {out / 'figures'}; everything "
-        f"else in {out}"
-    )
+    say(f"{len(drawn)} figures in {out / 'figures'}; everything else in {out}")
     return 0
-
-
-def _remove_empty(directory: Path) -> None:
-    with contextlib.suppress(OSError):
-        directory.rmdir()
 
 
 def _load(config: Config, places: Places) -> "Dataset":
     from jaxnorm import data
 
-    with _Bar(places.quiet) as bar:
+    bar = cli.Bar(places.quiet)
+    try:
         return data.load(
             config.dataset,
             places.data_dir,
@@ -131,47 +113,18 @@ def _load(config: Config, places: Places) -> "Dataset":
             allow_unverified=places.allow_unverified,
             progress=bar.at,
         )
+    finally:
+        bar.close()
 
 
-class _Bar:
-    """One progress bar at a time on standard error, for whatever is being done; none where that is
-    no terminal.
-    """
-
-    def __init__(self, quiet: bool) -> None:
-        self._disable = True if quiet else None  # None: tqdm looks whether it writes to a terminal
-        self._what: str | None = None
-        self._bar: Any = None
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def at(self, what: str, done: int, total: int) -> None:
-        """Shows that `done` of `total` is reached."""
-        from tqdm import tqdm
-
-        if what != self._what:
-            self.__exit__()
-            self._what, self._bar = (
-                what,
-                tqdm(total=total, desc=what, leave=False, disable=self._disable, unit_scale=True),
-            )
-        self._bar.n = done
-        self._bar.refresh()
-
-
-def _observer(config: Config, quiet: bool) -> Any:
+def _observer(config: Config, quiet: bool) -> "Observer":
     from jaxnorm.experiment import Observer
 
     class Lines(Observer):
         """A bar inside the epoch and a line after it."""
 
         def __init__(self) -> None:
-            self.norm, self.steps, self.bar = "", 0, _Bar(quiet)
+            self.norm, self.steps, self.bar = "", 0, cli.Bar(quiet)
 
         def on_norm(self, norm, seed, steps):
             self.norm, self.steps = norm, steps
@@ -180,7 +133,7 @@ def _observer(config: Config, quiet: bool) -> Any:
             self.bar.at(f"{self.norm} norm, epoch {epoch} of {config.epochs}", done, self.steps)
 
         def on_epoch(self, epoch):
-            self.bar.__exit__()
+            self.bar.close()
             if not quiet:
                 print(_epoch_line(epoch, config.epochs), flush=True)
 
@@ -235,37 +188,5 @@ def _print_summary(config: Config, places: Places) -> None:
         print(_SUMMARY_LINE.format("total", "", "", "", "", f"{model.count_parameters(net):,}\n"))
 
 
-def command(arguments: list[str] | None = None) -> int:
-    """Runs the command and turns what goes wrong into one line on standard error and an exit code:
-    2 for a mistake of the user's, 1 for a failed run.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        return (
-            app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
-            or 0
-        )
-    except (CycloptsError, UserError) as error:
-        cause = (
-            error
-            if isinstance(error, UserError)
-            else error.__cause__
-            if isinstance(error.__cause__, UserError)
-            else error
-        )
-        return _fail(cause, 2)
-    except ArithmeticError as error:
-        return _fail(error, 1)
-    except OSError as error:
-        return _fail(f"{error.filename or 'writing'}: {error.strerror or error}", 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted; the epochs on disk are complete", 130)
-
-
-def _fail(error: object, code: int) -> int:
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
-    return code
-
-
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(cli.run(app))
