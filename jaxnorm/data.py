@@ -340,7 +340,7 @@ def _read_cache(path: Path) -> tuple[list[np.ndarray], tuple[str, ...], str] | N
     them.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = [stored[field] for field in _FIELDS]
             class_names, fingerprint = (
                 tuple(map(str, stored["class_names"])),

@@ -10,9 +10,11 @@ A new figure is one more function of `Run` that returns (file name, Figure) pair
 """
 
 import io
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import get_args
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,19 +22,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from jaxnorm import stats
-from jaxnorm.config import UserError
+from jaxnorm.config import Norm, UserError
 from jaxnorm.data import Dataset
 from jaxnorm.records import Epoch, RunDirectory, RunInfo
 
-COLOURS = {
-    "batch": "#0072B2",
-    "group": "#D55E00",
-    "layer": "#009E73",
-    "instance": "#CC79A7",
-    "rms": "#E69F00",
-    "none": "#000000",
-}
-MARKERS = {"batch": "o", "group": "s", "layer": "^", "instance": "D", "rms": "v", "none": "x"}
+_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = dict(zip(get_args(Norm), itertools.cycle(_PALETTE), strict=False))
+MARKERS = dict(zip(get_args(Norm), itertools.cycle("os^Dv*X"), strict=False))
 GRID = 10
 """Images in a grid of mistakes: 5 columns, 2 rows."""
 SAMPLE = 20

@@ -192,6 +192,7 @@ def dropout_relu(inputs: jax.Array, mask: jax.Array, rate: float) -> jax.Array:
     An output is positive exactly where the element was kept and positive, so the gradient needs the
     output alone, which the next layer keeps anyway, and no mask is stored or drawn twice.
     """
+    chex.assert_equal_shape([inputs, mask])
     return jnp.where(mask, jnp.maximum(inputs, 0) * (1 / (1 - rate)), 0)
 
 

@@ -254,12 +254,11 @@ class RunDirectory:
     @staticmethod
     def _load(path: Path) -> Any:
         try:
-            stored = np.load(path, allow_pickle=False)
-            return (
-                stored
-                if isinstance(stored, np.ndarray)
-                else {name: stored[name] for name in stored.files}
-            )
+            with path.open("rb") as file:
+                stored = np.load(file, allow_pickle=False)
+                if isinstance(stored, np.ndarray):
+                    return stored
+                return {name: stored[name] for name in stored.files}
         except FileNotFoundError:
             raise UserError(f"{path} is missing") from None
         except Exception as error:  # a damaged file can fail in any way

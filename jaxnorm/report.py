@@ -2,7 +2,7 @@
 
 It draws the figures again and writes `report.md` in each run; it never trains. `--readme` writes
 the tables of a README that stand between `<!-- table NAME -->` and `<!-- end -->`, where NAME is a
-run directory's own name, so that no number there is typed by hand.
+run directory's own name or that and "beside others", so that no number there is typed by hand.
 """
 
 import json
@@ -18,6 +18,7 @@ from jaxnorm import cli
 from jaxnorm.config import UserError
 
 app = App(
+    suppress_keyboard_interrupt=False,
     name="python -m jaxnorm.report",
     help="Draw the figures of run directories and write their reports; nothing is trained.",
     version_flags=[],
@@ -71,13 +72,16 @@ def main(
     directories = [RunDirectory(path) for path in runs]
     if options.merge:
         directories = [_merge(directories, options)]
-    reference = _read_reference(options.reference)
+    reference = read_reference(options.reference)
     tables = {}
     for directory in directories:
         title = directory.path.absolute().name
-        tables[title] = results_table(directory, reference)
+        own = {title: results_table(directory)}
+        if reference and directory.info().config.arch == "original":
+            own[f"{title} beside others"] = comparison_table(directory, reference)
+        tables |= own
         drawn, missing = figures.draw(directory)
-        report = write_markdown(title, tables[title], drawn, missing)
+        report = write_markdown(title, list(own.values()), drawn, missing)
         directory.write_bytes("report.md", report.encode())
         print(f"{directory.path / 'report.md'}: {len(drawn)} figures")
         for line in missing:
@@ -105,7 +109,7 @@ def _merge(sources: list[Any], options: Options) -> Any:
     return directory
 
 
-def _read_reference(path: Path | None) -> dict[str, Any]:
+def read_reference(path: Path | None) -> dict[str, Any]:
     """{source: {norm: {"test_accuracy": [...]}}}, fractions by epoch; empty without a path."""
     if path is None:
         return {}
@@ -119,46 +123,69 @@ def _read_reference(path: Path | None) -> dict[str, Any]:
     return values
 
 
-def results_table(directory: Any, reference: dict[str, Any]) -> str:
-    """A Markdown table of a run: one row a norm, and what `reference` has beside it."""
+def results_table(directory: Any) -> str:
+    """A run's results in Markdown, a row a norm, and under it what they were measured with."""
     from jaxnorm import stats
 
     info, epochs = directory.info(), directory.epochs()
-    beside = {
-        source: norms for source, norms in reference.items() if info.config.arch == "original"
-    }
-    head = ["norm", "parameters", "best test (epoch)", "last test", "last train", "70 % at epoch"]
-    for source in beside:
-        head += [f"{source}: best (epoch)", "last", "ours minus it, last"]
-    rows = [head, ["---"] + ["--:"] * (len(head) - 1)]
-    for norm in info.config.norms:
-        own = [epoch for epoch in epochs if epoch.norm == norm]
-        if not own:
-            rows.append([norm, *["not trained yet"] * (len(head) - 1)])
-            continue
-        summary = stats.summarize(own)
-        row = [norm, f"{info.parameters[norm]:,}", f"{summary.best:.2%} ({summary.best_epoch})"]
-        row += [f"{summary.last:.2%}", f"{own[-1].train_accuracy:.2%}"]
-        row.append(str(summary.first_at_target or "never"))
-        for norms in beside.values():
-            theirs = norms[norm]["test_accuracy"]
-            best = max(theirs)
-            row += [f"{best:.2%} ({theirs.index(best) + 1})", f"{theirs[-1]:.2%}"]
-            row.append(f"{100 * (summary.last - theirs[-1]):+.2f} points")
-        rows.append(row)
-    finished = min(sum(epoch.norm == norm for epoch in epochs) for norm in info.config.norms)
     config = info.config
+    head = ["norm", "parameters", "best test (epoch)", "last test", "last train", "first at 70 %"]
+    rows = []
+    for norm in config.norms:
+        if own := [epoch for epoch in epochs if epoch.norm == norm]:
+            summary = stats.summarize(own)
+            best = f"{summary.best:.2%} ({summary.best_epoch})"
+            last = [f"{summary.last:.2%}", f"{own[-1].train_accuracy:.2%}"]
+            first = f"epoch {summary.first_at_target}" if summary.first_at_target else "never"
+            rows.append([norm, f"{info.parameters[norm]:,}", best, *last, first])
+        else:
+            rows.append([norm, *["not trained yet"] * (len(head) - 1)])
+    finished = min(sum(epoch.norm == norm for epoch in epochs) for norm in config.norms)
     note = (
         f"{info.dataset['caption']}; {config.arch} nets, {finished} of {config.epochs} epochs, "
-        f"batch {config.batch}, seed {config.seed}, n = 1; {info.device}, jax "
-        f"{info.versions['jax']}, flax {info.versions['flax']}."
+        f"batch {config.batch}, seed {config.seed}, n = 1; {info.device}; "
+        + ", ".join(f"{name} {info.versions[name]}" for name in ("jax", "flax", "optax"))
+        + "."
     )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + f"\n\n{note}\n"
+    return f"{_markdown(head, rows)}\n\n{note}\n"
 
 
-def write_markdown(title: str, table: str, figures: list[str], missing: list[str]) -> str:
-    """The report: the table, every figure, and what is missing."""
-    parts = [f"# {title}", table.rstrip()]
+def comparison_table(directory: Any, reference: dict[str, Any]) -> str:
+    """A run of the study's own nets beside others' runs of them: best / last test accuracy."""
+    from jaxnorm import stats
+
+    epochs = directory.epochs()
+    head = ["norm", "ours"]
+    for source in reference:
+        head += [source, "ours minus it, points"]
+    rows = []
+    for norm in directory.info().config.norms:
+        own = [epoch for epoch in epochs if epoch.norm == norm]
+        if not own:
+            continue
+        summary = stats.summarize(own)
+        ours = (summary.best, summary.last)
+        row = [norm, f"{ours[0]:.2%} / {ours[1]:.2%}"]
+        for norms in reference.values():
+            accuracies = norms[norm]["test_accuracy"]
+            theirs = (max(accuracies), accuracies[-1])
+            differences = (100 * (a - b) for a, b in zip(ours, theirs, strict=True))
+            row.append(f"{theirs[0]:.2%} / {theirs[1]:.2%}")
+            row.append(" / ".join(f"{difference:+.2f}" for difference in differences))
+        rows.append(row)
+    caption = directory.info().dataset["caption"]
+    note = f"Test accuracy, best / last epoch, n = 1 each; ours: {caption}."
+    return f"{_markdown(head, rows)}\n\n{note}\n"
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_markdown(title: str, tables: list[str], figures: list[str], missing: list[str]) -> str:
+    """The report: the tables, what is missing, and every figure."""
+    parts = [f"# {title}", *(table.rstrip() for table in tables)]
     parts += [f"Missing: {line}" for line in missing]
     parts += [f"![{Path(name).stem.replace('-', ' ')}](figures/{name})" for name in figures]
     return "\n\n".join(parts) + "\n"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxnorm.records import Epoch, RunDirectory
 
 app = App(
+    suppress_keyboard_interrupt=False,
     name="python -m jaxnorm.run",
     help=(
         "Train a small CNN under batch, group or layer normalization and write a run directory: "

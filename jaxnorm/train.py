@@ -168,6 +168,10 @@ def train_steps(
     `state` is consumed: its memory is used again.
     """
 
+    chex.assert_equal_shape_prefix([images, labels], 1)
+    chex.assert_rank(batches, 2)
+    chex.assert_type([labels, batches], jnp.int32)
+
     def body(i, carry):
         state, losses, correct = carry
         rows = batches[i]

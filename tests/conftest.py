@@ -49,3 +49,18 @@ def tiny() -> Dataset:
     names = ("north", "east", "south", "west")
     digest = content_fingerprint(arrays)
     return Dataset("tiny", *arrays, names, digest, "drawn", True, mean, deviation)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny, tmp_path_factory):
+    """A finished run of all three norms of the study on `tiny`: two epochs, with figures."""
+    from jaxnorm import experiment, figures
+    from jaxnorm.config import Config
+    from jaxnorm.records import RunDirectory
+
+    directory = RunDirectory.create(tmp_path_factory.mktemp("runs") / "tiny run")
+    config = Config(dataset="tiny", epochs=2, batch_size=16, seed=3)
+    experiment.run(config, tiny, directory, "python -m jaxnorm.run --dataset tiny")
+    figures.save_examples(directory, tiny)
+    figures.draw(directory)
+    return directory

@@ -1,0 +1,180 @@
+"""The command, as a user calls it: output, exit codes, and nothing left behind by a mistake."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxnorm import cli, data, experiment, run
+from jaxnorm.records import RunDirectory
+
+
+def call(*arguments) -> int:
+    return cli.run(run.app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def inside(scratch, monkeypatch):
+    """A working directory of one's own."""
+    monkeypatch.chdir(scratch)
+    return scratch
+
+
+def test_help_names_every_setting_and_loads_no_jax():
+    code = "import sys, jaxnorm.run; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxnorm.run", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    flags = "norm arch dataset data-dir archive epochs batch-size learning-rate momentum dropout"
+    for flag in (*flags.split(), "groups", "seed", "out", "quiet", "summary", "allow-unverified"):
+        assert f"--{flag}" in done.stdout, flag
+
+
+def test_summary_prints_the_layer_tables_and_trains_nothing(inside, capsys):
+    assert call("--summary") == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[1] for line in printed.splitlines() if line.startswith("total")] == [
+        *("45,776", "45,776", "46,412")
+    ]
+    rows = [line.split() for line in printed.splitlines()]
+    assert ["c3", "34x34x8", "5", "256", "0", "256"] in rows
+    assert list(inside.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--norm", "weight"),
+        ("--norm", "rms"),
+        ("--epochs", "0"),
+        ("--epochs", "-1"),
+        ("--epochs", "many"),
+        ("--batch-size", "1438"),
+        ("--norm", "group", "--groups", "3"),
+        ("--learning-rate", "nan"),
+        ("--archive", "no.tar.gz", "--dataset", "cifar10"),
+        ("--archive", "no.tar.gz"),
+        ("--dataset", "cifar11"),
+        ("--out", "used"),
+        ("--out", "used/file"),
+        ("--out", "used/file/in"),
+        ("--out", "/proc/nowhere"),
+        ("--bogus",),
+        ("stray",),
+        ("--summary", "--norm", "group", "--groups", "5"),
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_is_one_line_exit_code_2_and_leaves_nothing(inside, arguments, capsys):
+    (inside / "used").mkdir()
+    (inside / "used" / "file").write_text("x")
+    before = sorted(inside.rglob("*"))
+    extra = () if "--dataset" in arguments or "--summary" in arguments else ("--dataset", "digits")
+    assert call(*arguments, *extra) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert not captured.out
+    assert sorted(inside.rglob("*")) == before
+
+
+def test_a_read_only_directory_is_refused(inside, capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert call("--dataset", "digits", "--out", "new/run") == 2
+    assert "writable" in capsys.readouterr().err
+    assert list(inside.iterdir()) == []
+
+
+@pytest.fixture
+def tiny_by_name(tiny, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda *_, **__: tiny)
+
+
+SMALL = ("--dataset", "tiny", "--epochs", "1", "--batch-size", "35", "--norm", "layer")
+
+
+def test_a_run_prints_a_line_an_epoch_and_the_table(inside, tiny_by_name, capsys):
+    assert call(*SMALL, "--out", "a run") == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert lines[0] == "tiny: 70 training and 22 test images, from drawn"
+    assert lines[1].startswith("   layer  epoch  1/1  train loss ")
+    for part in ("train loss", "test loss", "accuracy", "%", " s"):
+        assert part in lines[1]
+    assert "46,220" in lines[3]
+    assert captured.err == ""
+    (epoch,) = RunDirectory("a run").epochs()
+    assert f"{epoch.test_accuracy:.2%}" in lines[3]
+    assert call(*SMALL, "--out", "a run") == 2
+
+
+def test_quiet_prints_the_table_alone(inside, tiny_by_name, capsys):
+    assert call(*SMALL, "--quiet") == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 2
+    assert captured.err == ""
+    (made,) = (inside / "runs").iterdir()
+    assert made.name.endswith("-original-layer-tiny")
+
+
+def test_a_loss_that_turns_nan_is_exit_code_1(inside, tiny_by_name, capsys):
+    assert call(*SMALL, "--learning-rate", "1e30", "--momentum", "0", "--out", "x") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the training loss of layer norm, seed 1, is")
+    assert "epoch" in error
+    assert "step" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left on device", "x"), 1, "x: No space left on device"),
+    ],
+)
+def test_what_happens_to_a_run_has_its_exit_code(
+    inside, tiny_by_name, monkeypatch, capsys, error, code, text
+):
+    def stop(*_):
+        raise error
+
+    monkeypatch.setattr(experiment, "run", stop)
+    assert call(*SMALL, "--out", "x") == code
+    assert text in capsys.readouterr().err
+
+
+def test_the_bar_shows_what_is_done_on_a_terminal_alone(capsys, monkeypatch):
+    bar = cli.Bar(quiet=False)
+    for done in range(3):
+        bar.at("reading", done, 2)
+    bar.close()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    for what in ("reading", "decoding"):
+        bar.at(what, 1, 2)
+    bar.close()
+    error = capsys.readouterr().err
+    assert "reading:  50%" in error
+    assert "decoding:  50%" in error
+
+
+def test_digits_from_the_shell_without_tensorflow(inside):
+    """A process of its own, as a user has it; two epochs are enough to see it learn."""
+    code = (
+        "import sys; from jaxnorm import cli, run; "
+        "code = cli.run(run.app, sys.argv[1:]); "
+        "sys.exit(3 if 'tensorflow' in sys.modules else code)"
+    )
+    arguments = ["--norm", "batch", "--dataset", "digits", "--epochs", "2", "--out", "run"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = RunDirectory(inside / "run").epochs()
+    assert second.train_loss < first.train_loss
+    assert second.test_accuracy > 0.5
+    losses = RunDirectory(inside / "run").step_losses("batch", 1)
+    assert losses.shape == (90,)
+    assert np.isfinite(losses).all()
