@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from jaxnorm import cli, report
+from jaxnorm import cli, figures, report
 from jaxnorm.records import RunDirectory
 
 
@@ -32,7 +32,8 @@ def test_a_report_has_the_table_and_every_figure(copy, capsys):
     assert "report.md: 17 figures" in capsys.readouterr().out
 
 
-def test_others_results_stand_beside_ours_in_points(copy, scratch):
+def test_others_results_stand_beside_ours_in_points(copy, scratch, monkeypatch):
+    monkeypatch.setattr(figures, "draw", lambda directory: ([], []))
     theirs = {"study": {n: {"test_accuracy": [0.5, 0.2]} for n in ("batch", "group", "layer")}}
     (scratch / "r.json").write_text(json.dumps(theirs))
     assert call(copy, "--reference", scratch / "r.json") == 0
@@ -56,7 +57,10 @@ def test_an_unfinished_run_is_reported_as_far_as_it_goes(copy, capsys):
     assert "missing: " in capsys.readouterr().err
 
 
-def test_readme_tables_are_written_between_their_marks_and_nowhere_else(copy, scratch, capsys):
+def test_readme_tables_are_written_between_their_marks_and_nowhere_else(
+    copy, scratch, capsys, monkeypatch
+):
+    monkeypatch.setattr(figures, "draw", lambda directory: ([], []))
     readme = scratch / "README.md"
     readme.write_text("before\n<!-- table tiny -->\nold\n<!-- end -->\nafter\n")
     assert call(copy, "--readme", readme) == 0
