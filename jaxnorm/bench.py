@@ -141,10 +141,8 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
 
 
 @app.default
@@ -272,7 +270,7 @@ def render(comparison: dict) -> str:
     lines = [f"{title}, {comparison['gflop']:.2f} GFLOP a {unit}"]
     columns = ("", "ms", "images/s", "GFLOP/s", "of ceiling", "peak MB", "compile s")
     widths = (28, 9, 11, 9, 12, 9, 11)
-    rows = [columns]
+    rows: list[tuple[str, ...]] = [columns]
     for name, side in comparison["sides"].items():
         rows.append(
             (

@@ -98,8 +98,8 @@ def jax_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
 
 def torch_net(norm: str, arch: str) -> Any:
     """The same net in PyTorch, from the same layer tables."""
-    import torch
-    from torch import nn
+    import torch  # pyright: ignore[reportMissingImports]
+    from torch import nn  # pyright: ignore[reportMissingImports]
 
     from jaxnorm.model import CNN, summarize
 
@@ -133,7 +133,7 @@ def torch_net(norm: str, arch: str) -> Any:
 
 def torch_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
     """PyTorch's training or evaluation, and what it runs on."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     if job.threads:
         torch.set_num_threads(job.threads)

@@ -1,0 +1,88 @@
+"""The benchmark's arithmetic, and its mistakes; it never times anything here."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxnorm import bench, cli
+from jaxnorm.peers import IMAGES, Job, batches_of, draw_data
+
+
+def call(*arguments) -> int:
+    return cli.run(bench.app, [str(argument) for argument in arguments])
+
+
+def timing(peer, layout, samples, norm="batch"):
+    job = Job(peer, norm, "original", 128, layout)
+    return bench.Timing(job, {"device": "cpu"}, 1.0, 2.0, list(samples), 10**9)
+
+
+def test_a_step_of_the_studys_nets_is_counted_by_hand():
+    """C1 of the group net: 30 x 30 outputs of 16 channels, each 27 products and sums."""
+    forward = bench.step_flops("group", "original", 1, "evaluate") / IMAGES
+    first = 2 * 30 * 30 * 16 * 27
+    layers = [
+        *(first, 2 * 28 * 28 * 32 * 144, 2 * 28 * 28 * 8 * 32),
+        *(2 * 14 * 14 * 16 * 72, 2 * 14 * 14 * 32 * 144, 2 * 14 * 14 * 64 * 288),
+        *(2 * 14 * 14 * 8 * 64, 2 * 7 * 7 * 16 * 72, 2 * 7 * 7 * 32 * 144),
+        *(2 * 5 * 5 * 32 * 288, 2 * 10 * 32),
+    ]
+    assert forward == sum(layers)
+    assert bench.step_flops("group", "original", 128, "train") == 128 * (3 * sum(layers) - first)
+
+
+def test_the_ratio_is_taken_within_each_round_against_the_fastest_variant():
+    ours = timing("jaxnorm", "contiguous", [0.1, 0.2, 0.1])
+    slow = timing("torch", "contiguous", [0.9, 0.9, 0.9])
+    fast = timing("torch", "channels_last", [0.2, 0.6, 0.3])
+    result = bench.summarize([ours, slow, fast], {"torch-compile": "no"}, 1e11)
+    ratio = result["ratio"]
+    assert ratio["against"] == "torch channels_last"
+    assert ratio["median"] == pytest.approx(3.0)
+    assert ratio["10th_and_90th_percentile"] == pytest.approx([2.0, 3.0])
+    side = result["sides"]["jaxnorm"]
+    assert side["milliseconds"] == pytest.approx(100)
+    assert side["images_per_second"] == pytest.approx(1280)
+    flops = bench.step_flops("batch", "original", 128, "train")
+    assert side["share_of_ceiling"] == pytest.approx(flops / 0.1 / 1e11)
+    text = bench.render(result)
+    assert "ours is 3.00 times as fast as torch channels_last" in text
+    assert "torch-compile" in text
+    json.dumps(result)
+
+
+def test_both_sides_take_the_same_batches():
+    batches = batches_of(128)
+    assert batches.shape == (78, 128)
+    assert len(np.unique(batches)) == batches.size
+    images, labels = draw_data()
+    assert images.shape == (IMAGES, 32, 32, 3)
+    assert labels.max() == 9
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--norm", "weight"),
+        ("--arch", "resnet"),
+        ("--peers", "torch"),
+        ("--seconds", "0"),
+        ("--batch-size", "0"),
+        ("--batch-size", "10001"),
+        ("--task", "sleep"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(arguments, capsys):
+    assert call(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_a_side_that_cannot_be_had_is_told(monkeypatch):
+    """A job that no process can do: the worker says why, and the comparison says that."""
+    worker = bench.Worker(Job("jaxnorm", "no such norm", "original", 128))
+    assert worker.failed is not None
+    assert worker.timing is None
+    worker.close()
