@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 
 from jaxnorm import archive as archives
 from jaxnorm.archive import Origin, Progress
 from jaxnorm.config import UserError
+from jaxnorm.places import default_cache_dir, default_data_dir, private_directory
 
 CIFAR10_COUNTS = (50_000, 10_000)
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -67,16 +67,6 @@ class Dataset:
             "unverified data" if self.verified is False else "",
         ]
         return ", ".join(part for part in parts if part)
-
-
-def default_data_dir() -> Path:
-    """Where TFDS keeps its datasets."""
-    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-
-
-def default_cache_dir() -> Path:
-    """Where decoded arrays and downloads are kept; private to the user."""
-    return Path(platformdirs.user_cache_dir("jaxnorm", appauthor=False))
 
 
 def load(
@@ -366,8 +356,9 @@ def _write_cache(
         "fingerprint": np.array(fingerprint),
     }
     np.savez(buffer, **values)
+    if private_directory(path.parent) is None:
+        return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             try:
                 file.write(buffer.getbuffer())
@@ -376,4 +367,4 @@ def _write_cache(
             except OSError:
                 os.unlink(file.name)
     except OSError:
-        pass
+        return

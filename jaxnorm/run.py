@@ -1,6 +1,9 @@
 """The command: `python -m jaxnorm.run --norm layer`. Flags in, exit code out."""
 
 import datetime
+import hashlib
+import os
+import platform
 import shlex
 import sys
 from collections.abc import Callable
@@ -46,6 +49,8 @@ class Places:
         "unverified data".
     out
         Run directory, new or empty. Default: runs/<time>-<arch>-<norm>-<dataset>.
+    no_compilation_cache
+        Compile anew; otherwise compiled code is kept in the user's cache for the next start.
     quiet
         Print nothing but the table at the end, and errors.
     summary
@@ -56,6 +61,7 @@ class Places:
     archive: str | None = None
     allow_unverified: bool = False
     out: Path | None = None
+    no_compilation_cache: bool = False
     quiet: bool = False
     summary: bool = False
 
@@ -87,6 +93,8 @@ def _train(config: Config, places: Places) -> int:
 
     RunDirectory.check_unused(out)  # before the data, so that a mistake is heard of at once
     dataset = _load(config, places)
+    if not places.no_compilation_cache:
+        _keep_compiled_code()
     from jaxnorm import experiment, figures
 
     experiment.check(config, dataset)
@@ -100,6 +108,31 @@ def _train(config: Config, places: Places) -> int:
     print(_final_table(directory))
     say(f"{len(drawn)} figures in {out / 'figures'}; everything else in {out}")
     return 0
+
+
+def _keep_compiled_code() -> None:
+    """Has JAX keep what it compiles, for this processor and these versions, in the user's cache."""
+    # XLA logs as errors, each time it loads, that its own tuning hints are no processor features.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import jax
+
+    from jaxnorm.places import default_cache_dir, private_directory
+
+    directory = private_directory(default_cache_dir() / "compiled" / _machine())
+    if directory is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _machine() -> str:
+    """A short name for what compiled code depends on: the processor, and how many cores we have."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = sorted({line for line in lines if line.startswith(("flags", "model"))})
+    except OSError:
+        features = [platform.processor()]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return hashlib.sha256(f"{platform.machine()} {cores} {features}".encode()).hexdigest()[:16]
 
 
 def _load(config: Config, places: Places) -> "Dataset":

@@ -162,19 +162,28 @@ def test_the_bar_shows_what_is_done_on_a_terminal_alone(capsys, monkeypatch):
     assert "decoding:  50%" in error
 
 
-def test_digits_from_the_shell_without_tensorflow(inside):
-    """A process of its own, as a user has it; two epochs are enough to see it learn."""
+def test_digits_from_the_shell_without_tensorflow_cold_and_warm(inside, monkeypatch):
+    """A process of its own, as a user has it, twice: the second loads what the first compiled."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(inside / "cache"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     code = (
-        "import sys; from jaxnorm import cli, run; "
-        "code = cli.run(run.app, sys.argv[1:]); "
+        "import sys; from jaxnorm import cli, run; code = cli.run(run.app, sys.argv[1:]); "
         "sys.exit(3 if 'tensorflow' in sys.modules else code)"
     )
-    arguments = ["--norm", "batch", "--dataset", "digits", "--epochs", "2", "--out", "run"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    first, second = RunDirectory(inside / "run").epochs()
+    compiled = []
+    for name in ("cold", "warm"):
+        arguments = ["--norm", "batch", "--dataset", "digits", "--epochs", "2", "--out", name]
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == b""
+        compiled.append(sorted((inside / "cache" / "jaxnorm" / "compiled").glob("*/*-cache")))
+    assert compiled[0]
+    assert compiled[0] == compiled[1]
+    cold, warm = (RunDirectory(inside / name) for name in ("cold", "warm"))
+    first, second = cold.epochs()
     assert second.train_loss < first.train_loss
     assert second.test_accuracy > 0.5
-    losses = RunDirectory(inside / "run").step_losses("batch", 1)
+    losses = cold.step_losses("batch", 1)
     assert losses.shape == (90,)
-    assert np.isfinite(losses).all()
+    np.testing.assert_array_equal(losses, warm.step_losses("batch", 1))
+    np.testing.assert_array_equal(cold.predictions("batch", 1)[0], warm.predictions("batch", 1)[0])
