@@ -235,11 +235,10 @@ class _Unpickler(pickle.Unpickler):
     _admitted = ("_reconstruct", "ndarray", "dtype")
 
     def find_class(self, module: str, name: str) -> Any:
-        if (
-            module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
-            and name in self._admitted
-        ):
-            return np._core.multiarray._reconstruct if name == "_reconstruct" else getattr(np, name)  # type: ignore[attr-defined]
+        """Finds one of the three names that an array is pickled by; raises for any other."""
+        homes = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
+        if module in homes and name in self._admitted:
+            return super().find_class(module.replace(".core.", "._core."), name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
@@ -297,6 +296,7 @@ def _builder(splits: dict[str, Any], directory: Path, progress: Progress) -> Any
     done = 0
 
     def examples(split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """A split's images with their keys, told to `progress`."""
         nonlocal done
         for i, (pixels, label) in enumerate(zip(*splits[split], strict=True)):
             yield (

@@ -77,6 +77,7 @@ def _open(url: str, have: int) -> Any:
     answer: list[Any] = []
 
     def ask() -> None:
+        """Asks the host, and puts its answer or the error where the caller finds it."""
         try:
             headers = {"Range": f"bytes={have}-"} if have else {}
             answer.append(

@@ -43,6 +43,7 @@ class Run:
 
     @cached_property
     def info(self) -> RunInfo:
+        """`run.json`."""
         return self.directory.info()
 
     @cached_property
@@ -69,14 +70,17 @@ class Run:
 
     @cached_property
     def examples(self) -> dict[str, np.ndarray]:
+        """What `save_examples` kept."""
         return self.directory.examples()
 
     @property
     def class_names(self) -> Sequence[str]:
+        """The classes, by number."""
         return self.info.dataset["class_names"]
 
     @property
     def caption(self) -> str:
+        """What stands under every figure: the data, the nets and the seed."""
         config = self.info.config
         return f"{self.info.dataset['caption']}; {config.arch} nets, seed {config.seed}"
 

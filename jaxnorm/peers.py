@@ -81,6 +81,7 @@ def jax_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
     state = train.init_state(recipe, 1)
 
     def steps(count: int) -> None:
+        """Trains on so many batches."""
         nonlocal state
         while count > 0:
             now = min(count, len(batches))
@@ -89,6 +90,7 @@ def jax_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
         jax.block_until_ready(done.losses)
 
     def evaluations(count: int) -> None:
+        """Evaluates all images so many times."""
         for _ in range(count):
             jax.block_until_ready(train.evaluate(recipe, state, images, labels))
 
@@ -153,13 +155,16 @@ def torch_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
     model = torch.compile(net, mode=mode) if job.peer == "torch-compile" else net
 
     def standardized(rows: Any) -> Any:
+        """The images of these rows, as the net takes them."""
         return (images[rows].float() / 255 - mean) / deviation
 
     def done() -> None:
+        """Waits for the device."""
         if device.type == "cuda":
             torch.cuda.synchronize()
 
     def steps(count: int) -> None:
+        """Trains on so many batches."""
         net.train()
         for i in range(count):
             rows = batches[i % len(batches)]
@@ -171,6 +176,7 @@ def torch_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
 
     @torch.no_grad()
     def evaluations(count: int) -> None:
+        """Evaluates all images so many times."""
         net.eval()
         for _ in range(count):
             for first in range(0, IMAGES, 500):
@@ -191,6 +197,7 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is no answer
 
     def answer(**values: Any) -> None:
+        """Writes a line of JSON to whoever asked."""
         answers.write(json.dumps(values) + "\n")
         answers.flush()
 

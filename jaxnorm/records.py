@@ -271,9 +271,11 @@ def _checks(info: RunInfo) -> dict[str, bool]:
     """Whether each field of `run.json` is of the kind that it must be."""
 
     def maps(value: Any, kind: type) -> bool:
+        """Whether it is an object of such values."""
         return isinstance(value, dict) and all(type(each) is kind for each in value.values())
 
     def lists(value: Any, kind: type, length: int | None = None) -> bool:
+        """Whether it is a list of such values, of that length if one is given."""
         right = isinstance(value, list) and all(isinstance(each, kind) for each in value)
         return right and length in (None, len(value))
 

@@ -161,12 +161,15 @@ def _observer(config: Config, quiet: bool) -> "Observer":
             self.norm, self.steps, self.bar = "", 0, cli.Bar(quiet)
 
         def on_norm(self, norm, seed, steps):
+            """Remembers what the bar is of."""
             self.norm, self.steps = norm, steps
 
         def on_steps(self, epoch, done):
+            """Moves the bar."""
             self.bar.at(f"{self.norm} norm, epoch {epoch} of {config.epochs}", done, self.steps)
 
         def on_epoch(self, epoch):
+            """Prints the epoch's line in the bar's place."""
             self.bar.close()
             if not quiet:
                 print(_epoch_line(epoch, config.epochs), flush=True)

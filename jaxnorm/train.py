@@ -122,6 +122,7 @@ def train_step(
     inputs = standardize(recipe, images)
 
     def objective(params):
+        """The mean cross-entropy, and what else the step gives."""
         logits, updates = recipe.model.apply(
             {"params": params, "batch_stats": state.batch_stats},
             inputs,
@@ -173,6 +174,7 @@ def train_steps(
     chex.assert_type([labels, batches], jnp.int32)
 
     def body(i, carry):
+        """One batch."""
         state, losses, correct = carry
         rows = batches[i]
         key = jax.random.fold_in(dropout_key, first + i)
@@ -249,6 +251,7 @@ def predict_logits(
     """Logits of any number of u8[N, 32, 32, 3] images, with running averages, without dropout."""
 
     def logits(batch):
+        """A batch, standardized, through the net."""
         return recipe.model.apply(
             {"params": params, "batch_stats": batch_stats}, standardize(recipe, batch)
         )
