@@ -246,10 +246,13 @@ def load_model(path: Path | str, norm: Norm, seed: int) -> Predict:
 
 def _predict(recipe: train.Recipe, state: train.TrainState) -> Predict:
     def predict(images: jax.Array | np.ndarray) -> jax.Array:
-        """Probabilities f32[N, classes] of u8[N, 32, 32, 3] images."""
-        return jax.nn.softmax(
-            train.predict_logits(recipe, state.params, state.batch_stats, jnp.asarray(images))
-        )
+        """Probabilities f32[N, classes] of u8[N, 32, 32, 3] images; ValueError for any other."""
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3):
+            raise ValueError(
+                f"predict takes images u8[N, 32, 32, 3], not {images.dtype}{list(images.shape)}"
+            )
+        logits = train.predict_logits(recipe, state.params, state.batch_stats, jnp.asarray(images))
+        return jax.nn.softmax(logits)
 
     return predict
 

@@ -70,6 +70,12 @@ class RunInfo:
     started: str
     command: str
 
+    @property
+    def code(self) -> dict[str, str]:
+        """What code ran: the versions, with our own given by its git revision where it has one."""
+        own = {"jaxnorm": self.git_revision} if self.git_revision else {}
+        return {**self.versions, **own}
+
 
 class RunDirectory:
     """Reads and writes the files of one run."""
@@ -174,8 +180,8 @@ class RunDirectory:
         for norm, info in infos.items():
             arch = first.config.arch if norm == "group" else info.config.arch
             same = dataclasses.replace(info.config, norm="batch", arch=arch) == first.config
-            for field in ("dataset", "versions", "device"):
-                same &= getattr(info, field) == getattr(first, field)
+            same &= (info.dataset, info.device) == (first.dataset, first.device)
+            same &= info.code == first.code
             if not same:
                 raise UserError("the runs differ in more than the norm: compare their run.json")
         lines = []

@@ -186,6 +186,7 @@ def test_runs_that_differ_in_more_than_the_norm_stay_apart(scratch):
         single(scratch / "s", "layer", config=Config(norm="layer", seed=2)),
         single(scratch / "d", "layer", dataset=DATASET | {"fingerprint": "y"}),
         single(scratch / "v", "layer", versions={"jax": "2"}),
+        single(scratch / "r", "layer", git_revision="abc"),
     ]
     for number, other in enumerate(others):
         with pytest.raises(UserError, match="more than the norm"):
