@@ -166,6 +166,7 @@ def test_digits_from_the_shell_without_tensorflow_cold_and_warm(inside, monkeypa
     """A process of its own, as a user has it, twice: the second loads what the first compiled."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(inside / "cache"))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)  # JAX sets it in this process
     code = (
         "import sys; from jaxnorm import cli, run; code = cli.run(run.app, sys.argv[1:]); "
         "sys.exit(3 if 'tensorflow' in sys.modules else code)"
