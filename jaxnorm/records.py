@@ -169,17 +169,15 @@ class RunDirectory:
         """Puts runs of batch, group and layer norm that were made apart together, as one run.
 
         Since no norm's training depends on another's, this is what `--norm all` would have
-        recorded, but for the times. A group run belongs to either arch, because the matched net
-        *is* the study's group net. Raises `UserError` where anything but the norm differs.
+        recorded, but for the times. Raises `UserError` where anything but the norm differs.
         """
         runs = {source.info().config.norm: source for source in sources}
         if set(runs) != set(ALL) or len(sources) != len(ALL):
             raise UserError("to be put together, runs must be one each of batch, group and layer")
         infos = {norm: runs[norm].info() for norm in ALL}
         first = infos["batch"]
-        for norm, info in infos.items():
-            arch = first.config.arch if norm == "group" else info.config.arch
-            same = dataclasses.replace(info.config, norm="batch", arch=arch) == first.config
+        for info in infos.values():
+            same = dataclasses.replace(info.config, norm="batch") == first.config
             same &= (info.dataset, info.device) == (first.dataset, first.device)
             same &= info.code == first.code
             if not same:

@@ -54,7 +54,6 @@ def test_the_layer_table_tells_the_shapes_that_the_net_has(norm, window):
 
 
 def test_the_matched_net_is_the_studys_group_net():
-    """`records.take` counts on it: a group run belongs to either arch."""
     assert models.ORIGINAL["group"] == models.MATCHED
     modules = [normalization("group", arch, 4, True, "n") for arch in ("original", "matched")]
     assert modules[0] == modules[1]
