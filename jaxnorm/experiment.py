@@ -86,7 +86,12 @@ def make_recipe(
     """The recipe of one norm under a configuration."""
     net = CNN(norm, config.arch, num_classes, config.groups, config.dropout)
     return train.Recipe(
-        net, config.learning_rate, config.momentum, tuple(dataset_mean), tuple(dataset_deviation)
+        net,
+        config.learning_rate,
+        config.momentum,
+        tuple(dataset_mean),
+        tuple(dataset_deviation),
+        train.devices_for(config.batch),
     )
 
 
@@ -122,13 +127,12 @@ def check_models(config: Config, num_classes: int) -> dict[str, int]:
 def _train(config: Config, dataset: Dataset, norm: Norm, observer: Observer) -> Iterator[_Trained]:
     """Trains one net, epoch by epoch."""
     recipe = make_recipe(config, dataset.mean, dataset.deviation, len(dataset.class_names), norm)
-    train_images, train_labels = (
-        jnp.asarray(dataset.train_images),
-        jnp.asarray(dataset.train_labels),
+    train_images, train_labels, test_images, test_labels = train.replicate(
+        recipe,
+        (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels),
     )
-    test_images, test_labels = jnp.asarray(dataset.test_images), jnp.asarray(dataset.test_labels)
     count, seed = len(dataset.train_labels), config.seed
-    state = train.init_state(recipe, seed)
+    state = train.replicate(recipe, train.init_state(recipe, seed))
     observer.on_norm(norm, seed, -(-count // config.batch))
     for epoch in range(1, config.epochs + 1):
         clock = time.perf_counter()
@@ -213,7 +217,8 @@ def run(
             for done in _train(config, dataset, norm, observer):
                 losses = np.concatenate([losses, done.losses])
                 checkpoints.save(
-                    done.record.epoch, args=ocp.args.StandardSave(done.state._asdict())
+                    done.record.epoch,
+                    args=ocp.args.StandardSave(jax.device_get(done.state)._asdict()),
                 )  # pyright: ignore[reportCallIssue]
                 directory.write_step_losses(norm, config.seed, losses)
                 directory.write_predictions(norm, config.seed, done.logits, dataset.test_labels)

@@ -96,6 +96,83 @@ class BatchNorm(nn.BatchNorm):
         return outputs
 
 
+class FastBatchNorm(BatchNorm):
+    """`BatchNorm`, in training by `ops.normalize`; over the batch of all devices along the mesh
+    axis `axis_name`.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalizes x, f32[N, H, W, C], and in training moves the running averages."""
+        if self.use_running_average or self.is_initializing():
+            return super().__call__(x)
+        channels = x.shape[-1:]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
+        variance = self.variable("batch_stats", "var", jnp.ones, channels)
+        scale = self.param("scale", self.scale_init, channels)
+        bias = self.param("bias", self.bias_init, channels)
+        over = ops.Over(True, x.shape[-1], epsilon=self.epsilon, axis=self.axis_name)
+        outputs, statistics = ops.normalize(x, scale, bias, over)
+        devices = jax.lax.axis_size(self.axis_name) if self.axis_name else 1
+        count = devices * math.prod(x.shape[:-1])
+        unbiased = statistics.variance[0] * (count / max(count - 1, 1))
+        kept = self.momentum
+        mean.value = kept * mean.value + (1 - kept) * statistics.mean[0]
+        variance.value = kept * variance.value + (1 - kept) * unbiased
+        return outputs
+
+
+class FastGroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm` by `ops.normalize`."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalizes x, f32[N, H, W, C]."""
+        scale = self.param("scale", self.scale_init, x.shape[-1:])
+        bias = self.param("bias", self.bias_init, x.shape[-1:])
+        groups = x.shape[-1] if self.num_groups is None else self.num_groups
+        return ops.normalize(x, scale, bias, ops.Over(False, groups, epsilon=self.epsilon))[0]
+
+
+class FastInstanceNorm(nn.InstanceNorm):
+    """`nn.InstanceNorm` by `ops.normalize`."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalizes x, f32[N, H, W, C]."""
+        scale = self.param("scale", self.scale_init, x.shape[-1:])
+        bias = self.param("bias", self.bias_init, x.shape[-1:])
+        return ops.normalize(x, scale, bias, ops.Over(False, x.shape[-1], epsilon=self.epsilon))[0]
+
+
+class FastLayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` over height, width and channels by `ops.normalize`."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalizes x, f32[N, H, W, C]."""
+        by_channel = self.feature_axes == -1
+        shape = x.shape[-1:] if by_channel else x.shape[1:]
+        scale = self.param("scale", self.scale_init, shape)
+        bias = self.param("bias", self.bias_init, shape)
+        over = ops.Over(False, 1, epsilon=self.epsilon)
+        if by_channel:
+            return ops.normalize(x, scale, bias, over)[0]
+        ones, zeros = jnp.ones(x.shape[-1]), jnp.zeros(x.shape[-1])
+        return ops.normalize(x, ones, zeros, over)[0] * scale[None] + bias[None]
+
+
+class FastRMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm` over height, width and channels by `ops.normalize`."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalizes x, f32[N, H, W, C]."""
+        scale = self.param("scale", self.scale_init, x.shape[-1:])
+        over = ops.Over(False, 1, centered=False, epsilon=self.epsilon)
+        return ops.normalize(x, scale, jnp.zeros_like(scale), over)[0]
+
+
 class NoNorm(nn.Module):
     """Leaves its input as it is."""
 
@@ -105,33 +182,45 @@ class NoNorm(nn.Module):
         return x
 
 
-def normalization(norm: Norm, arch: Arch, groups: int, train: bool, name: str | None) -> nn.Module:
+def normalization(
+    norm: Norm,
+    arch: Arch,
+    groups: int,
+    train: bool,
+    name: str | None,
+    plain: bool = False,
+    axis_name: str | None = None,
+) -> nn.Module:
     """The Flax module that normalizes f32[N, H, W, C] after a 3x3 convolution.
 
     In `original`, layer norm has a scale and a bias for each element, as in the study; elsewhere
-    every norm has them for each channel (rms has no bias).
+    every norm has them for each channel (rms has no bias). `plain` and `axis_name` as in `CNN`.
     """
     options = {"epsilon": EPSILON, "name": name}
     image = (-3, -2, -1)
     match norm:
         case "batch":
-            return BatchNorm(
+            return (BatchNorm if plain else FastBatchNorm)(
                 use_running_average=not train,
                 momentum=STATISTICS_MOMENTUM,
                 use_fast_variance=False,
+                axis_name=axis_name,
                 **options,
             )
         case "group":
-            return nn.GroupNorm(groups, use_fast_variance=False, **options)
+            group_norm = nn.GroupNorm if plain else FastGroupNorm
+            return group_norm(groups, use_fast_variance=False, **options)
         case "layer":
             features = image if arch == "original" else -1
-            return nn.LayerNorm(
+            return (nn.LayerNorm if plain else FastLayerNorm)(
                 reduction_axes=image, feature_axes=features, use_fast_variance=False, **options
             )
         case "instance":
-            return nn.InstanceNorm(use_fast_variance=False, **options)
+            instance_norm = nn.InstanceNorm if plain else FastInstanceNorm
+            return instance_norm(use_fast_variance=False, **options)
         case "rms":
-            return nn.RMSNorm(reduction_axes=image, feature_axes=-1, **options)
+            rms_norm = nn.RMSNorm if plain else FastRMSNorm
+            return rms_norm(reduction_axes=image, feature_axes=-1, **options)
         case "none":
             return NoNorm(name=name)
 
@@ -144,7 +233,9 @@ class CNN(nn.Module):
 
     Called with images f32[N, 32, 32, 3], standardized, it returns logits f32[N, num_classes]. In
     training (`train=True`) it needs `rngs={"dropout": key}` unless `dropout` is 0, and
-    `mutable=["batch_stats"]` for batch norm.
+    `mutable=["batch_stats"]` for batch norm. Images that are a part of a batch say by `first` where
+    in it they begin, so that they get its dropout masks; with devices that share a batch along a
+    mesh axis, `axis_name` names it.
     """
 
     norm: Norm = "batch"
@@ -153,6 +244,7 @@ class CNN(nn.Module):
     groups: int = 4
     dropout: float = 0.1
     plain: bool = False
+    axis_name: str | None = None
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -175,7 +267,9 @@ class CNN(nn.Module):
         return layers
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, images: jax.Array, train: bool = False, first: int | jax.Array = 0
+    ) -> jax.Array:
         """Logits f32[N, num_classes] of standardized images f32[N, 32, 32, 3]."""
         chex.assert_shape(images, (None, 32, 32, 3))
         chex.assert_type(images, jnp.float32)
@@ -187,9 +281,15 @@ class CNN(nn.Module):
                 case "block":
                     x = self._convolution(layer, 3)(x)
                     x = normalization(
-                        self.norm, self.arch, self.groups, train, name=f"{layer.name}_norm"
+                        self.norm,
+                        self.arch,
+                        self.groups,
+                        train,
+                        f"{layer.name}_norm",
+                        self.plain,
+                        self.axis_name,
                     )(x)
-                    x = self._dropout_relu(x, key, number, dropout)
+                    x = self._dropout_relu(x, key, number, dropout, first)
                 case "squeeze":
                     x = nn.relu(self._convolution(layer, 1)(x))
                 case "pool":
@@ -214,11 +314,16 @@ class CNN(nn.Module):
         )
 
     def _dropout_relu(
-        self, x: jax.Array, key: jax.Array | None, number: int, rate: float
+        self,
+        x: jax.Array,
+        key: jax.Array | None,
+        number: int,
+        rate: float,
+        first: int | jax.Array,
     ) -> jax.Array:
         if key is None:
             return nn.relu(x)
-        mask = ops.keep_mask(key, number, x.shape, rate)
+        mask = ops.keep_mask(key, number, x.shape, rate, first)
         return (
             nn.relu(jnp.where(mask, x / (1 - rate), 0))
             if self.plain

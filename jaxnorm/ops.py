@@ -15,16 +15,36 @@ Arrays are NHWC and kernels HWIO, float32.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 Padding = tuple[tuple[int, int], tuple[int, int]]
+PIECE = 16
+"""Images to work on at a time: their activations stay in a core's cache."""
+
+
+def piece_of(count: int) -> int:
+    """How many of `count` images to take at a time: on a CPU the divisor near `PIECE`, elsewhere
+    all.
+    """
+    if not _on_cpu():
+        return count
+    divisors = [piece for piece in range(1, count + 1) if count % piece == 0]
+    below = max(piece for piece in divisors if piece <= PIECE)
+    return below if below > PIECE // 2 or below == count else min(set(divisors) - {*range(PIECE)})
+
+
+def _on_cpu() -> bool:
+    """What is here to suit XLA's CPU compiler is left out on other devices."""
+    return jax.default_backend() == "cpu"
 
 
 def convolution(
@@ -49,13 +69,11 @@ def convolution(
             "convolution: only stride 1, without dilation or feature groups, is supported; use "
             "nn.Conv as it is"
         )
+    if not _on_cpu():
+        return lax.conv_general_dilated(images, kernel, (1, 1), padding, dimension_numbers=_NHWC)
     low_high = tuple((int(low), int(high)) for low, high in padding)
     assert len(low_high) == 2
     return _convolution(images, kernel, low_high)
-
-
-def _correlate(images: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
-    return lax.conv_general_dilated(images, kernel, (1, 1), padding, dimension_numbers=_NHWC)
 
 
 def _pad(images: jax.Array, padding: Padding) -> jax.Array:
@@ -63,13 +81,57 @@ def _pad(images: jax.Array, padding: Padding) -> jax.Array:
     if padding == ((0, 0), (0, 0)):
         return images
     edges = ((0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0))
-    return lax.pad(images, jnp.zeros((), images.dtype), edges)
+    # XLA would move a pad with a known zero into the convolution behind it, and its fast kernels
+    # take "valid" convolutions alone.
+    return lax.pad(images, lax.optimization_barrier(jnp.zeros((), images.dtype)), edges)
+
+
+def _correlate(images: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
+    images = _pad(images, padding)
+    fold = _fold_of(kernel)
+    if fold > 1:
+        return _correlate_folded(images, kernel, fold)
+    return lax.conv_general_dilated(images, kernel, (1, 1), "VALID", dimension_numbers=_NHWC)
+
+
+def _fold_of(kernel: jax.Array) -> int:
+    """How many neighbouring pixels to take as one, so that channels fill vectors (as measured)."""
+    products = kernel.shape[2] * kernel.shape[3]
+    return 4 if products < 48 else 2 if products <= 256 else 1
+
+
+def _correlate_folded(images: jax.Array, kernel: jax.Array, fold: int) -> jax.Array:
+    """A "valid" correlation of few channels, which takes `fold` neighbouring pixels as channels.
+
+    f32[N, H, W, I] is read as f32[N, H, W / fold, fold I], and the kernel is spread with zeros so
+    that one place of it makes `fold` pixels: more arithmetic, in vectors that are full.
+    """
+    n, height, width, inputs = images.shape
+    tall, wide, _, outputs = kernel.shape
+    pixels = width - wide + 1
+    places, blocks = -(-pixels // fold), -(-(fold + wide - 1) // fold)
+    images = _pad(images, ((0, 0), (0, (places + blocks - 1) * fold - width)))
+    # joins[p, q, j]: the kernel's column j joins input pixel p of the blocks to output pixel q.
+    joins = np.zeros((blocks * fold, fold, wide), np.float32)
+    for q in range(fold):
+        for j in range(wide):
+            joins[q + j, q, j] = 1
+    spread = jnp.einsum("pqj,hjio->hpiqo", joins, kernel)
+    folded = lax.conv_general_dilated(
+        images.reshape(n, height, -1, fold * inputs),
+        spread.reshape(tall, blocks, fold * inputs, fold * outputs),
+        (1, 1),
+        "VALID",
+        dimension_numbers=_NHWC,
+    )
+    return folded.reshape(n, height - tall + 1, places * fold, outputs)[:, :, :pixels]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolution(images: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
     if kernel.shape[:2] == (1, 1):
-        return jnp.einsum("nhwi,io->nhwo", _pad(images, padding), kernel[0, 0])
+        # Padding adds zeros to a product without a bias: the few channels behind it are cheaper.
+        return _pad(jnp.einsum("nhwi,io->nhwo", images, kernel[0, 0]), padding)
     return _correlate(images, kernel, padding)
 
 
@@ -82,26 +144,48 @@ def _convolution_backward(
 ):
     images, kernel = saved
     height, width = kernel.shape[:2]
+    (top, bottom), (left, right) = padding
     if (height, width) == (1, 1):
-        to_padded = jnp.einsum("nhwo,io->nhwi", gradient, kernel[0, 0])
-        (top, bottom), (left, right) = padding
-        to_images = _pad(to_padded, ((-top, -bottom), (-left, -right)))
-        to_kernel = jnp.einsum("nhwi,nhwo->io", _pad(images, padding), gradient)
-        return to_images, to_kernel[None, None]
+        inner = _pad(gradient, ((-top, -bottom), (-left, -right)))
+        to_images = jnp.einsum("nhwo,io->nhwi", inner, kernel[0, 0])
+        # XLA transposes the first factor: let that be the smaller one, image by image.
+        by_image = jnp.einsum("nhwo,nhwi->noi", inner, images)
+        return to_images, by_image.sum(0).T[None, None]
     # An output's gradient goes back through the kernel turned by 180 degrees, channels swapped.
     flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    (top, bottom), (left, right) = padding
     outer = ((height - 1 - top, height - 1 - bottom), (width - 1 - left, width - 1 - right))
     to_images = _correlate(gradient, flipped, outer)
-    # The kernel's gradient is a convolution too, with the batch in the role of the channels.
-    to_kernel = lax.conv_general_dilated(
-        images.transpose(3, 1, 2, 0),
-        gradient.transpose(1, 2, 0, 3),
-        (1, 1),
-        padding,
-        dimension_numbers=_NHWC,
-    )
-    return to_images, to_kernel.transpose(1, 2, 0, 3)
+    return to_images, _kernel_gradient(images, gradient, padding)
+
+
+def _kernel_gradient(images: jax.Array, gradient: jax.Array, padding: Padding) -> jax.Array:
+    """The kernel's gradient is a convolution too, with the batch in the role of the channels.
+
+    It needs both arrays transposed, which is cheap in pieces that a core's cache holds.
+    """
+
+    def of_piece(images, gradient):
+        """The gradient from a few images."""
+        return lax.conv_general_dilated(
+            images.transpose(3, 1, 2, 0),
+            gradient.transpose(1, 2, 0, 3),
+            (1, 1),
+            padding,
+            dimension_numbers=_NHWC,
+        ).transpose(1, 2, 0, 3)
+
+    count = images.shape[0]
+    piece = piece_of(count)
+    if piece == count:
+        return of_piece(images, gradient)
+
+    def body(i, total):
+        """Adds one piece."""
+        cut = (lax.dynamic_slice_in_dim(a, i * piece, piece) for a in (images, gradient))
+        return total + of_piece(*cut)
+
+    zeros = jax.eval_shape(of_piece, images[:1], gradient[:1])
+    return lax.fori_loop(0, count // piece, body, jnp.zeros(zeros.shape, zeros.dtype))
 
 
 _convolution.defvjp(_convolution_forward, _convolution_backward)
@@ -125,26 +209,164 @@ def _windows(images: jax.Array) -> jax.Array:
 
 
 def _max_pool_forward(images: jax.Array):
-    pooled = max_pool(images)
-    return pooled, (images, pooled)
+    windows, pooled = _windows(images), max_pool(images)
+    first = jnp.full(pooled.shape, 3, jnp.uint8)
+    for corner in (2, 1, 0):
+        hit = windows[:, :, corner // 2, :, corner % 2] == pooled
+        first = jnp.where(hit, jnp.uint8(corner), first)
+    return pooled, (first, images)
 
 
 def _max_pool_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array):
-    images, pooled = saved
-    windows = _windows(images)
-    taken = jnp.zeros(pooled.shape, bool)
-    corners = []
-    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        hit = (windows[:, :, row, :, column] == pooled) & ~taken
-        taken |= hit
-        corners.append(jnp.where(hit, gradient, 0))
-    top, bottom = jnp.stack(corners[:2], 3), jnp.stack(corners[2:], 3)
+    first, images = saved
+    corner = jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 2, 1, 2, 1)
+    windows = jnp.where(
+        first[:, :, None, :, None] == corner, gradient[:, :, None, :, None], jnp.float32(0)
+    )
     n, height, width, channels = images.shape
-    even = jnp.stack([top, bottom], 2).reshape(n, height // 2 * 2, width // 2 * 2, channels)
+    even = windows.reshape(n, height // 2 * 2, width // 2 * 2, channels)
     return (jnp.pad(even, ((0, 0), (0, height % 2), (0, width % 2), (0, 0))),)
 
 
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+@dataclass(frozen=True)
+class Over:
+    """What statistics are taken over: all positions of `channels / groups` neighbouring channels,
+    of each image or of the whole batch; `centered` is False for RMS norm.
+
+    `axis` names the mesh axis along which devices share a batch, if they do.
+    """
+
+    batch: bool
+    groups: int
+    centered: bool = True
+    epsilon: float = 1e-5
+    axis: str | None = None
+
+
+class Statistics(NamedTuple):
+    """What `normalize` subtracted and divided by; its gradient is never asked for."""
+
+    mean: jax.Array  # f32[1 or N, groups]
+    variance: jax.Array  # f32[1 or N, groups], over all elements (divided by n)
+
+
+def normalize(
+    inputs: jax.Array,  # f32[N, H, W, C]
+    scale: jax.Array,  # f32[C]
+    bias: jax.Array,  # f32[C]
+    over: Over,
+) -> tuple[jax.Array, Statistics]:  # f32[N, H, W, C]
+    """Subtracts the mean, divides by sqrt(variance + epsilon), scales and shifts: batch, group,
+    layer, instance and RMS norm, by what they average `over`.
+
+    The variance is that of the centered values. Sums go over the height first, which leaves whole
+    rows as vectors; XLA's own reduction to few channels takes several times as long.
+    """
+    chex.assert_rank(inputs, 4)
+    chex.assert_shape([scale, bias], inputs.shape[-1:])
+    return _normalize(inputs, scale, bias, over)
+
+
+def _by_channel(values: jax.Array) -> jax.Array:
+    """Sums f32[N, H, W, C] over height and width: f32[N, C].
+
+    Over the height by a reduction, then over the width by a product with zeros and ones. Two
+    reductions in a row can come out wrong on a CPU: jaxlib 0.10.1 fuses them, and where the second
+    does not divide into its windows (28 x 32 values, say) leaves some out.
+    """
+    n, height, width, channels = values.shape
+    rows = lax.optimization_barrier(values.reshape(n, height, width * channels).sum(1))
+    same_channel = np.tile(np.eye(channels, dtype=np.float32), (width, 1))
+    return _product(rows, same_channel)
+
+
+def _pool(sums: jax.Array, over: Over) -> jax.Array:
+    """Sums f32[N, C] over what shares a statistic: f32[1 or N, groups]."""
+    if over.batch:
+        sums = _over_images(sums)[None]
+        if over.axis is not None:
+            sums = lax.psum(sums, over.axis)
+    same_group = np.repeat(np.eye(over.groups, dtype=np.float32), sums.shape[1] // over.groups, 0)
+    return sums if over.groups == sums.shape[1] else _product(sums, same_group)
+
+
+def _over_images(sums: jax.Array) -> jax.Array:
+    """Sums f32[N, C] over the images: f32[C]."""
+    return _product(np.ones((1, sums.shape[0]), np.float32), sums)[0]
+
+
+def _product(a: jax.Array | np.ndarray, b: jax.Array | np.ndarray) -> jax.Array:
+    """A matrix product in full float32, on every device."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def _spread(statistic: jax.Array, inputs: jax.Array) -> jax.Array:
+    """A statistic f32[1 or N, groups] at each element it is for: f32[1 or N, 1, 1, C]."""
+    return jnp.repeat(statistic, inputs.shape[-1] // statistic.shape[1], 1)[:, None, None, :]
+
+
+def _count(inputs: jax.Array, over: Over) -> int:
+    """How many elements share a statistic."""
+    n, height, width, channels = inputs.shape
+    images = n * (lax.axis_size(over.axis) if over.axis else 1) if over.batch else 1
+    return images * height * width * channels // over.groups
+
+
+def _statistics(inputs: jax.Array, over: Over) -> Statistics:
+    count = _count(inputs, over)
+    if over.centered:
+        mean = _pool(_by_channel(inputs), over) / count
+    else:
+        mean = jnp.zeros((1 if over.batch else inputs.shape[0], over.groups), inputs.dtype)
+    squares = jnp.square(inputs - _spread(mean, inputs))
+    return Statistics(mean, _pool(_by_channel(squares), over) / count)
+
+
+def _normalize_plainly(
+    inputs: jax.Array, scale: jax.Array, bias: jax.Array, over: Over
+) -> tuple[jax.Array, Statistics]:
+    statistics = _statistics(inputs, over)
+    factor = lax.rsqrt(statistics.variance + over.epsilon)
+    centered = inputs - _spread(statistics.mean, inputs)
+    scale, bias = scale[None, None, None], bias[None, None, None]
+    return centered * (_spread(factor, inputs) * scale) + bias, statistics
+
+
+_normalize = jax.custom_vjp(_normalize_plainly, nondiff_argnums=(3,))
+
+
+def _normalize_forward(inputs: jax.Array, scale: jax.Array, bias: jax.Array, over: Over):
+    outputs, statistics = _normalize(inputs, scale, bias, over)
+    return (outputs, statistics), (inputs, scale, statistics)
+
+
+def _normalize_backward(over: Over, saved, gradients):
+    inputs, scale, statistics = saved
+    gradient, _ = gradients
+    # With x the centered input, r = 1 / sqrt(variance + epsilon) and g = gradient * scale:
+    # to_inputs = r * (g - mean(g) - x * r^2 * mean(g x)). Two sums over all elements serve
+    # everything.
+    count = _count(inputs, over)
+    factor = lax.rsqrt(statistics.variance + over.epsilon)
+    centered = inputs - _spread(statistics.mean, inputs)
+    to_bias, to_scale = _by_channel(gradient), _by_channel(gradient * centered)
+    mean_gradient = _pool(to_bias * scale[None], over) / count * factor
+    if not over.centered:
+        mean_gradient = jnp.zeros_like(mean_gradient)
+    mean_product = _pool(to_scale * scale[None], over) / count * factor**3
+    to_inputs = (
+        gradient * (_spread(factor, inputs) * scale[None, None, None])
+        - centered * _spread(mean_product, inputs)
+        - _spread(mean_gradient, inputs)
+    )
+    to_scale = to_scale * _spread(factor, inputs)[:, 0, 0, :]
+    return to_inputs, _over_images(to_scale), _over_images(to_bias)
+
+
+_normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 def _mix(bits: jax.Array) -> jax.Array:
@@ -164,23 +386,28 @@ def keep_mask(
     layer: int,
     shape: tuple[int, ...],
     rate: float,
+    first: int | jax.Array = 0,
 ) -> jax.Array:  # bool[shape]
     """Draws a dropout mask: each element is kept (True) with probability 1 - `rate`.
 
     The random bits are a hash of the element's index, the key's two words and the layer's number,
     so the mask depends on nothing else: not on the norm, not on `vmap`, not on what was drawn
     before. Costs a few multiplications an element and fuses into the loop that uses it.
+
+    `first` is the place in the batch of the first image here: a batch cut into pieces gets the
+    same masks as the batch in one.
     """
-    first, second = (jax.random.key_data(key)[..., i].astype(jnp.uint32) for i in (0, -1))
-    first, second = (
-        _mix(first + jnp.uint32(0x9E3779B9 * (layer + 1) & 0xFFFFFFFF)),
-        _mix(second ^ jnp.uint32(layer)),
+    one, two = (jax.random.key_data(key)[..., i].astype(jnp.uint32) for i in (0, -1))
+    one, two = (
+        _mix(one + jnp.uint32(0x9E3779B9 * (layer + 1) & 0xFFFFFFFF)),
+        _mix(two ^ jnp.uint32(layer)),
     )
     size = 1
     for side in shape:
         size *= side
-    index = lax.iota(jnp.uint32, size).reshape(shape)
-    bits = _mix(_mix(index ^ first) + second)
+    offset = jnp.asarray(first).astype(jnp.uint32) * jnp.uint32(size // shape[0])
+    index = lax.iota(jnp.uint32, size).reshape(shape) + offset
+    bits = _mix(_mix(index ^ one) + two)
     return bits >= jnp.uint32(round(rate * 2**32))
 
 

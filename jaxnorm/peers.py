@@ -66,19 +66,20 @@ def batches_of(batch_size: int) -> np.ndarray:
 def jax_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
     """Our training or evaluation, and what it runs on."""
     import jax
-    import jax.numpy as jnp
 
     from jaxnorm import train
     from jaxnorm.model import CNN
 
+    train.use_all_cores()
     if job.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", job.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     net = CNN(job.norm, job.arch, plain=job.peer == "flax")  # type: ignore[arg-type]
-    recipe = train.Recipe(net, 0.01, 0.9, MEAN, DEVIATION)
-    images, labels = map(jnp.asarray, draw_data())
-    batches, key = jnp.asarray(batches_of(job.batch_size)), train.derive_key(1, "dropout", 1)
-    state = train.init_state(recipe, 1)
+    devices = train.devices_for(job.batch_size) if job.peer == "jaxnorm" else 1
+    recipe = train.Recipe(net, 0.01, 0.9, MEAN, DEVIATION, devices)
+    images, labels, batches = train.replicate(recipe, (*draw_data(), batches_of(job.batch_size)))
+    key = train.derive_key(1, "dropout", 1)
+    state = train.replicate(recipe, train.init_state(recipe, 1))
 
     def steps(count: int) -> None:
         """Trains on so many batches."""
@@ -94,7 +95,7 @@ def jax_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
         for _ in range(count):
             jax.block_until_ready(train.evaluate(recipe, state, images, labels))
 
-    about = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    about = {"jax": jax.__version__, "device": f"{jax.devices()[0].device_kind} x{devices}"}
     return (steps if job.task == "train" else evaluations), about
 
 

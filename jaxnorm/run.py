@@ -95,8 +95,9 @@ def _train(config: Config, places: Places) -> int:
     dataset = _load(config, places)
     if not places.no_compilation_cache:
         _keep_compiled_code()
-    from jaxnorm import experiment, figures
+    from jaxnorm import experiment, figures, train
 
+    train.use_all_cores()
     experiment.check(config, dataset)
     directory = RunDirectory.create(out)
     counts = f"{len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images"

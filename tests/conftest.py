@@ -11,6 +11,7 @@ os.environ["TFDS_DATA_DIR"] = str(_SCRATCH / "tfds")
 import jax  # noqa: E402  (after the environment is set)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_num_cpu_devices", 2)  # whatever the machine has: some tests share a batch
 
 import shutil  # noqa: E402
 

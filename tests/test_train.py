@@ -1,5 +1,8 @@
 """Training and evaluation: keys, order, the ragged batch, exact evaluation, and that it learns."""
 
+import contextlib
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -99,6 +102,64 @@ def test_an_epoch_equals_its_steps_one_by_one_and_holds_the_ragged_batch(tiny, a
         lambda a, b: float(jnp.abs(a - b).max()), state.params, train.init_state(recipe, 3).params
     )
     assert min(jax.tree.leaves(moved)) > 0
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_a_step_in_pieces_or_shared_by_devices_is_the_plain_step(tiny, arrays, norm):
+    """32 images: at once by Flax's operators; in pieces of 16; and 16 on each of two devices.
+
+    The same loss, gradients, masks and batch statistics, within rounding. Among three million
+    pre-activations some lie within rounding of zero, and a ReLU lets one program's gradient through
+    and not the other's (see `close`): under batch norm, for every other seed. A wrong program
+    differs under every seed, so one of six must agree to rounding.
+    """
+    images, labels = (array[:32] for array in arrays)
+    rows = jnp.arange(32, dtype=jnp.int32)[None]
+    pieces = recipe_of(norm, tiny)
+    plain = dataclasses.replace(pieces, model=pieces.model.clone(plain=True))
+    shared = dataclasses.replace(pieces, devices=2)
+    assert train.devices_for(32) == 2
+    assert train.devices_for(31) == train.devices_for(16) == 1
+
+    def step(recipe, seed):
+        state = train.replicate(recipe, train.init_state(recipe, seed))
+        key = train.derive_key(seed, "dropout", 1)
+        state, steps = train.train_steps(recipe, state, images, labels, rows, key, 0, 0, 1)
+        return jax.device_get((state, steps))
+
+    agree = {pieces: 0, shared: 0}
+    for seed in range(1, 7):
+        wanted, wanted_steps = step(plain, seed)
+        for recipe in agree:
+            state, steps = step(recipe, seed)
+            np.testing.assert_allclose(steps.losses, wanted_steps.losses, rtol=1e-5)
+            assert steps.correct == wanted_steps.correct
+            chex.assert_trees_all_close(state.batch_stats, wanted.batch_stats, rtol=1e-5, atol=1e-6)
+            ours, theirs = state.opt_state[0].trace, wanted.opt_state[0].trace
+            assert_gradients_close(ours, theirs, typical=3e-2)
+            with contextlib.suppress(AssertionError):
+                assert_gradients_close(ours, theirs)
+                agree[recipe] += 1
+        if min(agree.values()):
+            break
+    assert min(agree.values()) > 0
+    whole = train.predict_logits(plain, wanted.params, wanted.batch_stats, arrays[0])
+    chex.assert_shape(whole, (70, 4))
+    for recipe in agree:
+        params, averages = train.replicate(recipe, (wanted.params, wanted.batch_stats))
+        logits = train.predict_logits(recipe, params, averages, arrays[0])
+        np.testing.assert_allclose(logits, whole, atol=2e-5)
+
+
+def test_a_batch_that_devices_cannot_share_evenly_is_trained_whole(tiny, arrays):
+    rows, key = jnp.arange(15, dtype=jnp.int32)[None], train.derive_key(1, "dropout", 1)
+    one = recipe_of("group", tiny)
+    losses = []
+    for recipe in (one, dataclasses.replace(one, devices=2)):
+        state = train.replicate(recipe, train.init_state(recipe, 1))
+        _, steps = train.train_steps(recipe, state, *arrays, rows, key, 0, 0, 1)
+        losses.append(float(steps.losses[0]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_an_epoch_in_pieces_is_the_same_bits_and_no_second_trace(tiny, arrays):
