@@ -6,24 +6,27 @@ ratio is taken within each round. Imports, compilation and warm-up are outside t
 apart. Nothing else should run meanwhile.
 """
 
+import dataclasses
 import datetime
+import itertools
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import App, Parameter
 
 from jaxnorm import cli
-from jaxnorm.config import ALL, UserError
-from jaxnorm.peers import IMAGES, Job
+from jaxnorm.config import ALL, Arch, Norm, UserError
+from jaxnorm.peers import IMAGES, Job, Peer
 
 app = App(
     name="python -m jaxnorm.bench",
@@ -46,34 +49,40 @@ class Options:
         The nets to time.
     batch_size
         The batch sizes to time.
+    seeds
+        How many nets to train, a step of each.
     task
-        "train" steps, or "evaluate" 10,000 images.
+        "train" steps, "evaluate" 10,000 images, or both.
     peers
-        The sides to time.
+        The sides to time; "jaxnorm-vmap" trains its seeds in one program, "flax" is our net from
+        Flax's plain operators.
     seconds
         Seconds to spend on each net and batch size, once all sides are warm.
     out
         JSON file to write, with every sample.
+    profile
+        Tell where a training step's time goes, by layer and operator, instead of comparing.
     """
 
-    norm: tuple[str, ...] = ALL
-    arch: tuple[str, ...] = ("original",)
+    norm: tuple[Norm, ...] = ALL
+    arch: tuple[Arch, ...] = ("original",)
     batch_size: tuple[int, ...] = (128,)
-    task: str = "train"
-    peers: tuple[str, ...] = ("jaxnorm", "torch", "torch-compile")
+    seeds: tuple[int, ...] = (1,)
+    task: tuple[Literal["train", "evaluate"], ...] = ("train",)
+    peers: tuple[Peer, ...] = ("jaxnorm", "torch", "torch-compile")
     seconds: float = 60.0
     out: Path | None = None
+    profile: bool = False
 
     def __post_init__(self) -> None:
         choices = {
-            "norm": ALL,
-            "arch": ("original", "matched"),
+            "norm": get_args(Norm),
+            "arch": get_args(Arch),
             "task": ("train", "evaluate"),
-            "peers": ("jaxnorm", "flax", "torch", "torch-compile"),
+            "peers": get_args(Peer),
         }
         for name, allowed in choices.items():
-            values = getattr(self, name)
-            for value in (values,) if isinstance(values, str) else values:
+            for value in getattr(self, name):
                 if value not in allowed:
                     raise UserError(f"--{name} {value}: choose from {', '.join(allowed)}")
         if "jaxnorm" not in self.peers:
@@ -82,6 +91,8 @@ class Options:
             raise UserError(f"--seconds {self.seconds:g}: it must be above 0")
         if not all(1 <= size <= IMAGES for size in self.batch_size):
             raise UserError(f"--batch-size must be from 1 to {IMAGES}")
+        if not all(1 <= count <= 1000 for count in self.seeds):
+            raise UserError("--seeds must be from 1 to 1000")
 
 
 @dataclass
@@ -92,6 +103,8 @@ class Timing:
     about: dict[str, str]
     start_seconds: float
     compile_seconds: float
+    first_step_seconds: float
+    warm_first_step_seconds: float | None = None
     samples: list[float] = field(default_factory=list)
     peak_bytes: int = 0
 
@@ -102,10 +115,13 @@ class Timing:
 
 
 class Worker:
-    """A process that makes steps when it is told to."""
+    """A process that makes steps when it is told to. It starts without compiled code of earlier
+    ones, unless `job.compilation_cache` holds some.
+    """
 
     def __init__(self, job: Job) -> None:
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "jaxnorm.peers"],
             stdin=subprocess.PIPE,
@@ -115,11 +131,10 @@ class Worker:
             env=environment,
         )
         self.timing: Timing | None = None
-        answer = self._ask(job.to_line())
-        self.failed: str | None = answer.get("failed")
+        answer = self._ask(dataclasses.replace(job, spawned=time.time()).to_line())
+        self.failed: str | None = answer.pop("failed", None)
         if self.failed is None:
-            ready = (answer["about"], answer["start_seconds"], answer["compile_seconds"])
-            self.timing = Timing(job, *ready)
+            self.timing = Timing(job, **answer)
 
     def seconds_for(self, steps: int) -> float:
         """The time of so many steps."""
@@ -153,41 +168,62 @@ def main(
     ] = Options(),
 ) -> int:
     """Times each net and batch size, prints a table for each, and writes the JSON."""
+    if options.profile:
+        from jaxnorm import profiling
+
+        for arch, norm, size in itertools.product(options.arch, options.norm, options.batch_size):
+            print(profiling.render(profiling.profile(Job("jaxnorm", norm, arch, size))))
+        return 0
     ceiling = measure_ceiling()
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores: ", end="")
-    print(f"{ceiling / 1e9:.0f} GFLOP/s in a 2048 x 2048 matrix product")
+    print(f"{describe_processor()}, {os.cpu_count()} cores: ", end="")
+    print(f"{ceiling / 1e9:.0f} GFLOP/s in a 2048 x 2048 matrix product", flush=True)
     comparisons = []
-    for arch in options.arch:
-        for norm in options.norm:
-            for batch_size in options.batch_size:
-                timings, failures = compare(options, norm, arch, batch_size)
-                comparison = summarize(timings, failures, ceiling)
-                comparisons.append(comparison)
-                print(render(comparison), flush=True)
-    if options.out:
-        write(options.out, {"machine": describe_machine(ceiling), "comparisons": comparisons})
+    for task, arch, norm, size, seeds in itertools.product(
+        options.task, options.arch, options.norm, options.batch_size, options.seeds
+    ):
+        timings, failures = compare(
+            options, Job("jaxnorm", norm, arch, size, task=task, seeds=seeds)
+        )
+        comparison = summarize(timings, failures, ceiling)
+        comparisons.append(comparison)
+        print(render(comparison), flush=True)
+        if options.out:
+            write(options.out, {"machine": describe_machine(ceiling), "comparisons": comparisons})
     return 0
 
 
-def jobs_of(options: Options, norm: str, arch: str, batch_size: int) -> list[Job]:
+def jobs_of(options: Options, ours: Job) -> list[Job]:
     """The sides of one comparison; PyTorch in both layouts."""
     jobs = []
     for peer in options.peers:
-        layouts = ("contiguous", "channels_last") if peer.startswith("torch") else ("contiguous",)
-        for layout in layouts:
-            jobs.append(Job(peer, norm, arch, batch_size, layout, options.task))
+        for layout in (
+            ("contiguous", "channels_last") if peer.startswith("torch") else (ours.layout,)
+        ):
+            jobs.append(dataclasses.replace(ours, peer=peer, layout=layout))
     return jobs
 
 
-def compare(
-    options: Options, norm: str, arch: str, batch_size: int
-) -> tuple[list[Timing], dict[str, str]]:
-    """Times all sides of one net in turn until the seconds are spent, at least three rounds."""
+def compare(options: Options, ours: Job) -> tuple[list[Timing], dict[str, str]]:
+    """Times all sides of one net in turn until the seconds are spent, at least three rounds.
+
+    Our own side starts twice, without compiled code and with that of the first time.
+    """
     workers, failures = [], {}
+    cache = tempfile.TemporaryDirectory(prefix="jaxnorm-bench-")
     try:
-        for job in jobs_of(options, norm, arch, batch_size):
+        for job in jobs_of(options, ours):
+            cold = None
+            if job.peer == "jaxnorm":
+                job = dataclasses.replace(job, compilation_cache=cache.name)
+                first = Worker(job)
+                cold = first.timing
+                first.close()
             worker = Worker(job)
             workers.append(worker)
+            if worker.timing is not None and cold is not None:
+                worker.timing.warm_first_step_seconds = worker.timing.first_step_seconds
+                worker.timing.first_step_seconds = cold.first_step_seconds
+                worker.timing.compile_seconds = cold.compile_seconds
             if worker.failed is not None:
                 failures[job.name] = worker.failed
         ready = [worker for worker in workers if worker.timing is not None]
@@ -209,30 +245,31 @@ def compare(
     finally:
         for worker in workers:
             worker.close()
+        cache.cleanup()
     return [worker.timing for worker in ready if worker.timing], failures
 
 
-def step_flops(norm: str, arch: str, batch_size: int, task: str) -> float:
-    """Floating-point operations of the convolutions in a training step, or in an evaluation.
+def step_flops(job: Job) -> float:
+    """Floating-point operations of the convolutions in a training step of all seeds, or in an
+    evaluation.
 
     A step is the outputs and both gradients, the first layer's input gradient left out.
     """
     from jaxnorm.model import CNN, summarize
 
     forward = [
-        2 * row.shape[0] * row.shape[1] * row.kernel
-        for row in summarize(CNN(norm, arch))  # type: ignore[arg-type]
+        2 * row.shape[0] * row.shape[1] * row.kernel for row in summarize(CNN(job.norm, job.arch))
     ]
-    if task == "evaluate":
+    if job.task == "evaluate":
         return float(IMAGES * sum(forward))
-    return float(batch_size * (3 * sum(forward) - forward[0]))
+    return float(job.seeds * job.batch_size * (3 * sum(forward) - forward[0]))
 
 
 def summarize(timings: Sequence[Timing], failures: dict[str, str], ceiling: float) -> dict:
     """A comparison as it is written: each side, and our ratio to PyTorch's fastest variant."""
     ours = next(timing for timing in timings if timing.job.peer == "jaxnorm")
-    flops = step_flops(ours.job.norm, ours.job.arch, ours.job.batch_size, ours.job.task)
-    images = ours.job.batch_size if ours.job.task == "train" else IMAGES
+    flops = step_flops(ours.job)
+    images = ours.job.batch_size * ours.job.seeds if ours.job.task == "train" else IMAGES
     sides = {}
     for timing in timings:
         sides[timing.job.name] = {
@@ -243,11 +280,14 @@ def summarize(timings: Sequence[Timing], failures: dict[str, str], ceiling: floa
             "peak_megabytes": timing.peak_bytes / 1e6,
             "start_seconds": timing.start_seconds,
             "compile_seconds": timing.compile_seconds,
+            "first_step_seconds": timing.first_step_seconds,
+            "warm_first_step_seconds": timing.warm_first_step_seconds,
             "about": timing.about,
             "samples_milliseconds": [sample * 1e3 for sample in timing.samples],
         }
     result = {**asdict(ours.job), "gflop": flops / 1e9, "sides": sides, "failed": failures}
-    del result["peer"], result["layout"]
+    for name in ("peer", "layout", "compilation_cache", "spawned"):
+        del result[name]
     others = [timing for timing in timings if timing.job.peer.startswith("torch")]
     if others:
         best = min(others, key=lambda timing: timing.median)
@@ -267,9 +307,11 @@ def render(comparison: dict) -> str:
     """A comparison as a table for a person."""
     unit = "step" if comparison["task"] == "train" else "10,000 images"
     title = f"\n{comparison['arch']} {comparison['norm']}, batch {comparison['batch_size']}"
+    if comparison["seeds"] > 1:
+        title += f", {comparison['seeds']} seeds"
     lines = [f"{title}, {comparison['gflop']:.2f} GFLOP a {unit}"]
-    columns = ("", "ms", "images/s", "GFLOP/s", "of ceiling", "peak MB", "compile s")
-    widths = (28, 9, 11, 9, 12, 9, 11)
+    columns = ("", "ms", "images/s", "GFLOP/s", "of ceiling", "peak MB", "first step s", "warm s")
+    widths = (28, 9, 11, 9, 12, 9, 14, 8)
     rows: list[tuple[str, ...]] = [columns]
     for name, side in comparison["sides"].items():
         rows.append(
@@ -280,7 +322,8 @@ def render(comparison: dict) -> str:
                 f"{side['gflop_per_second']:.1f}",
                 f"{side['share_of_ceiling']:.0%}",
                 f"{side['peak_megabytes']:.0f}",
-                f"{side['compile_seconds']:.1f}",
+                f"{side['first_step_seconds']:.1f}",
+                f"{warm:.1f}" if (warm := side["warm_first_step_seconds"]) else "",
             )
         )
     for first, *others in rows:
@@ -310,16 +353,19 @@ def measure_ceiling() -> float:
     return float(done.stdout)
 
 
-def describe_machine(ceiling: float) -> dict[str, Any]:
-    """Where and when the figures were taken."""
-    model = ""
+def describe_processor() -> str:
+    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
-        model = platform.processor()
+        return platform.processor() or platform.machine()
+
+
+def describe_machine(ceiling: float) -> dict[str, Any]:
+    """Where and when the figures were taken."""
     return {
-        "processor": model,
+        "processor": describe_processor(),
         "cores": os.cpu_count(),
         "matrix_product_gflop_per_second": ceiling / 1e9,
         "python": platform.python_version(),

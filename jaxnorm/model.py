@@ -375,3 +375,8 @@ def summarize(model: CNN) -> list[Row]:
         )
         rows.append(Row(layer.name, (side, side, channels), field, kernel, norm))
     return rows
+
+
+def activation_bytes(model: CNN) -> int:
+    """The size of the largest activation of one image."""
+    return max(4 * math.prod(row.shape) for row in summarize(model))

@@ -27,19 +27,20 @@ from jax import lax
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 Padding = tuple[tuple[int, int], tuple[int, int]]
-PIECE = 16
-"""Images to work on at a time: their activations stay in a core's cache."""
+PIECE_BYTES = 2_200_000
+"""The largest activation that a piece of a batch may have, so that it stays in a core's cache."""
 
 
-def piece_of(count: int) -> int:
-    """How many of `count` images to take at a time: on a CPU the divisor near `PIECE`, elsewhere
-    all.
+def piece_of(count: int, image_bytes: int) -> int:
+    """How many of `count` images to take at a time, where the largest activation of one takes
+    `image_bytes`: on a CPU a divisor near what `PIECE_BYTES` holds, elsewhere all.
     """
-    if not _on_cpu():
+    near = max(1, PIECE_BYTES // image_bytes)
+    if not _on_cpu() or count <= near:
         return count
     divisors = [piece for piece in range(1, count + 1) if count % piece == 0]
-    below = max(piece for piece in divisors if piece <= PIECE)
-    return below if below > PIECE // 2 or below == count else min(set(divisors) - {*range(PIECE)})
+    below = max(piece for piece in divisors if piece <= near)
+    return below if below > near // 2 else min(piece for piece in divisors if piece > near)
 
 
 def _on_cpu() -> bool:
@@ -98,6 +99,9 @@ def _fold_of(kernel: jax.Array) -> int:
     """How many neighbouring pixels to take as one, so that channels fill vectors (as measured)."""
     products = kernel.shape[2] * kernel.shape[3]
     return 4 if products < 48 else 2 if products <= 256 else 1
+
+
+_TALL = 8
 
 
 def _correlate_folded(images: jax.Array, kernel: jax.Array, fold: int) -> jax.Array:
@@ -175,7 +179,7 @@ def _kernel_gradient(images: jax.Array, gradient: jax.Array, padding: Padding) -
         ).transpose(1, 2, 0, 3)
 
     count = images.shape[0]
-    piece = piece_of(count)
+    piece = piece_of(count, 4 * max(images[0].size, gradient[0].size))
     if piece == count:
         return of_piece(images, gradient)
 
@@ -273,13 +277,17 @@ def normalize(
 def _by_channel(values: jax.Array) -> jax.Array:
     """Sums f32[N, H, W, C] over height and width: f32[N, C].
 
-    Over the height by a reduction, then over the width by a product with zeros and ones. Two
+    Over some rows by a reduction (more than 8, a power of two apart, fall on one line of a cache),
+    then over the others and the width by a product with zeros and ones. Two
     reductions in a row can come out wrong on a CPU: jaxlib 0.10.1 fuses them, and where the second
     does not divide into its windows (28 x 32 values, say) leaves some out.
     """
     n, height, width, channels = values.shape
-    rows = lax.optimization_barrier(values.reshape(n, height, width * channels).sum(1))
-    same_channel = np.tile(np.eye(channels, dtype=np.float32), (width, 1))
+    tall = max(tall for tall in range(1, _TALL + 1) if height % tall == 0)
+    tall = tall if tall > 1 else height
+    rows = values.reshape(n, height // tall, tall, width * channels).sum(2)
+    rows = lax.optimization_barrier(rows.reshape(n, height // tall * width * channels))
+    same_channel = np.tile(np.eye(channels, dtype=np.float32), (height // tall * width, 1))
     return _product(rows, same_channel)
 
 

@@ -13,12 +13,15 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from jaxnorm.config import Arch, Norm
+
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 IMAGES = 10_000
+Peer = Literal["jaxnorm", "jaxnorm-vmap", "flax", "torch", "torch-compile"]
 Stepper = Callable[[int], None]
 """Makes a number of steps, and returns when they are done."""
 
@@ -27,18 +30,22 @@ Stepper = Callable[[int], None]
 class Job:
     """What a process is to time.
 
-    peer: "jaxnorm", "flax" (our net from Flax's plain operators), "torch" or "torch-compile";
-    layout: of PyTorch's images, "contiguous" or "channels_last"; task: "train" or "evaluate".
+    peer: "jaxnorm"; "jaxnorm-vmap", which trains its seeds in one program instead of one by one;
+    "flax" (our net from Flax's plain operators); "torch" or "torch-compile". layout: of PyTorch's
+    images. seeds: nets to train, a step of each. spawned: when the process was started, in seconds
+    since 1970.
     """
 
-    peer: str
-    norm: str
-    arch: str
+    peer: Peer
+    norm: Norm
+    arch: Arch
     batch_size: int
-    layout: str = "contiguous"
-    task: str = "train"
+    layout: Literal["contiguous", "channels_last"] = "contiguous"
+    task: Literal["train", "evaluate"] = "train"
+    seeds: int = 1
     compilation_cache: str | None = None
     threads: int | None = None
+    spawned: float = 0.0
 
     @property
     def name(self) -> str:
@@ -63,50 +70,75 @@ def batches_of(batch_size: int) -> np.ndarray:
     return order[: IMAGES // batch_size * batch_size].reshape(-1, batch_size)
 
 
+def jax_setup(job: Job) -> tuple[Any, tuple, Any]:
+    """The recipe, the images, labels and batches on its devices, and a state for each seed (one
+    stacked state for "jaxnorm-vmap").
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from jaxnorm import train
+    from jaxnorm.model import CNN
+
+    net = CNN(job.norm, job.arch, plain=job.peer == "flax")
+    devices = train.devices_for(job.batch_size) if job.peer == "jaxnorm" else 1
+    recipe = train.Recipe(net, 0.01, 0.9, MEAN, DEVIATION, devices)
+    arrays = train.replicate(recipe, (*draw_data(), batches_of(job.batch_size)))
+    states = [train.replicate(recipe, train.init_state(recipe, seed)) for seed in range(job.seeds)]
+    if job.peer == "jaxnorm-vmap":
+        states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    return recipe, arrays, states
+
+
 def jax_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
     """Our training or evaluation, and what it runs on."""
     import jax
 
     from jaxnorm import train
-    from jaxnorm.model import CNN
 
     train.use_all_cores()
     if job.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", job.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    net = CNN(job.norm, job.arch, plain=job.peer == "flax")  # type: ignore[arg-type]
-    devices = train.devices_for(job.batch_size) if job.peer == "jaxnorm" else 1
-    recipe = train.Recipe(net, 0.01, 0.9, MEAN, DEVIATION, devices)
-    images, labels, batches = train.replicate(recipe, (*draw_data(), batches_of(job.batch_size)))
+    recipe, (images, labels, batches), states = jax_setup(job)
     key = train.derive_key(1, "dropout", 1)
-    state = train.replicate(recipe, train.init_state(recipe, 1))
+
+    def train_one(state: Any, stop: Any) -> Any:
+        """Trains a state on the first so many batches."""
+        return train.train_steps(recipe, state, images, labels, batches, key, 0, 0, stop)
+
+    train_all = jax.jit(jax.vmap(train_one, in_axes=(0, None)))
 
     def steps(count: int) -> None:
-        """Trains on so many batches."""
-        nonlocal state
+        """Trains every seed on so many batches."""
+        nonlocal states
         while count > 0:
-            now = min(count, len(batches))
-            state, done = train.train_steps(recipe, state, images, labels, batches, key, 0, 0, now)
-            count -= now
+            stop = min(count, len(batches))
+            if job.peer == "jaxnorm-vmap":
+                states, done = train_all(states, stop)
+            else:
+                for i, state in enumerate(states):
+                    states[i], done = train_one(state, stop)
+            count -= stop
         jax.block_until_ready(done.losses)
 
     def evaluations(count: int) -> None:
         """Evaluates all images so many times."""
         for _ in range(count):
-            jax.block_until_ready(train.evaluate(recipe, state, images, labels))
+            jax.block_until_ready(train.evaluate(recipe, states[0], images, labels))
 
-    about = {"jax": jax.__version__, "device": f"{jax.devices()[0].device_kind} x{devices}"}
+    about = {"jax": jax.__version__, "device": f"{jax.devices()[0].device_kind} x{recipe.devices}"}
     return (steps if job.task == "train" else evaluations), about
 
 
-def torch_net(norm: str, arch: str) -> Any:
+def torch_net(norm: Norm, arch: Arch) -> Any:
     """The same net in PyTorch, from the same layer tables."""
     import torch  # pyright: ignore[reportMissingImports]
     from torch import nn  # pyright: ignore[reportMissingImports]
 
     from jaxnorm.model import CNN, summarize
 
-    net = CNN(norm, arch)  # type: ignore[arg-type]
+    net = CNN(norm, arch)
     modules: list[Any] = []
     inputs = 3
     for layer, row in zip(net.layers, summarize(net), strict=True):
@@ -207,12 +239,17 @@ def main() -> None:
         stepper, about = (torch_stepper if job.peer.startswith("torch") else jax_stepper)(job)
         imported = time.perf_counter()
         stepper(1)
-        first = time.perf_counter()
+        first, first_step_seconds = time.perf_counter(), time.time() - job.spawned
         stepper(3 if job.task == "train" else 1)
     except Exception as error:  # a variant that does not work here is told, not hidden
         answer(failed=f"{type(error).__name__}: {error}"[:300])
         return
-    answer(about=about, start_seconds=imported - began, compile_seconds=first - imported)
+    answer(
+        about=about,
+        start_seconds=imported - began,
+        compile_seconds=first - imported,
+        first_step_seconds=first_step_seconds,
+    )
     for line in sys.stdin:
         clock = time.perf_counter()
         stepper(int(line))

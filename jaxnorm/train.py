@@ -31,9 +31,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxnorm import ops
-from jaxnorm.model import CNN
+from jaxnorm.model import CNN, activation_bytes
 
 EVALUATION_BATCH = 100
+SHARE = 16
+"""The fewest images of a batch that are worth a device."""
 AXIS = "batch"
 """The mesh axis along which devices share a batch."""
 _PURPOSES = {"init": 0, "order": 1, "dropout": 2}
@@ -105,7 +107,7 @@ def devices_for(batch_size: int) -> int:
     if jax.default_backend() != "cpu":
         return 1
     counts = range(jax.local_device_count(), 1, -1)
-    fits = (n for n in counts if batch_size % n == 0 and batch_size // n >= ops.PIECE)
+    fits = (n for n in counts if batch_size % n == 0 and batch_size // n >= SHARE)
     return next(fits, 1)
 
 
@@ -192,7 +194,11 @@ def train_step(
         return losses.sum() / size, (hits, updates.get("batch_stats", {}))
 
     differentiate = jax.value_and_grad(objective, has_aux=True)
-    piece = ops.piece_of(count) if net.norm != "batch" and not net.plain else count
+    piece = (
+        ops.piece_of(count, activation_bytes(net))
+        if net.norm != "batch" and not net.plain
+        else count
+    )
 
     def add_piece(i, total):
         """Adds what the images of one piece give; they know nothing of the others."""

@@ -13,14 +13,18 @@ def call(*arguments) -> int:
     return cli.run(bench.app, [str(argument) for argument in arguments])
 
 
+def job_of(batch_size, **changes):
+    return Job("jaxnorm", "group", "original", batch_size, **changes)
+
+
 def timing(peer, layout, samples, norm="batch"):
     job = Job(peer, norm, "original", 128, layout)
-    return bench.Timing(job, {"device": "cpu"}, 1.0, 2.0, list(samples), 10**9)
+    return bench.Timing(job, {"device": "cpu"}, 1.0, 2.0, 4.0, 3.0, list(samples), 10**9)
 
 
 def test_a_step_of_the_studys_nets_is_counted_by_hand():
     """C1 of the group net: 30 x 30 outputs of 16 channels, each 27 products and sums."""
-    forward = bench.step_flops("group", "original", 1, "evaluate") / IMAGES
+    forward = bench.step_flops(job_of(1, task="evaluate")) / IMAGES
     first = 2 * 30 * 30 * 16 * 27
     layers = [
         *(first, 2 * 28 * 28 * 32 * 144, 2 * 28 * 28 * 8 * 32),
@@ -29,7 +33,8 @@ def test_a_step_of_the_studys_nets_is_counted_by_hand():
         *(2 * 5 * 5 * 32 * 288, 2 * 10 * 32),
     ]
     assert forward == sum(layers)
-    assert bench.step_flops("group", "original", 128, "train") == 128 * (3 * sum(layers) - first)
+    assert bench.step_flops(job_of(128)) == 128 * (3 * sum(layers) - first)
+    assert bench.step_flops(job_of(128, seeds=4)) == 4 * bench.step_flops(job_of(128))
 
 
 def test_the_ratio_is_taken_within_each_round_against_the_fastest_variant():
@@ -44,7 +49,7 @@ def test_the_ratio_is_taken_within_each_round_against_the_fastest_variant():
     side = result["sides"]["jaxnorm"]
     assert side["milliseconds"] == pytest.approx(100)
     assert side["images_per_second"] == pytest.approx(1280)
-    flops = bench.step_flops("batch", "original", 128, "train")
+    flops = bench.step_flops(ours.job)
     assert side["share_of_ceiling"] == pytest.approx(flops / 0.1 / 1e11)
     text = bench.render(result)
     assert "ours is 3.00 times as fast as torch channels_last" in text

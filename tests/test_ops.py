@@ -87,8 +87,9 @@ def test_convolution_under_vmap_equals_one_by_one():
 
 
 @pytest.mark.parametrize("count", [1, 16, 20, 29, 34])
-def test_a_kernels_gradient_is_that_of_all_images(count):
+def test_a_kernels_gradient_is_that_of_all_images(count, monkeypatch):
     """However many there are, and however they are cut into pieces."""
+    monkeypatch.setattr(ops, "PIECE_BYTES", 4 * 16 * 5 * 6 * 4)  # 16 images
     images, weights, cotangent = normal(count, 5, 6, 3), normal(3, 3, 3, 4), normal(count, 5, 6, 4)
     padding = ((1, 1), (1, 1))
     _, back = jax.vjp(lambda w: plain_convolution(images, w, padding), weights)
@@ -97,11 +98,14 @@ def test_a_kernels_gradient_is_that_of_all_images(count):
 
 
 def test_pieces_divide_and_are_few():
+    image = ops.PIECE_BYTES // 16
     for count in range(1, 300):
-        piece = ops.piece_of(count)
+        piece = ops.piece_of(count, image)
         assert count % piece == 0
-        assert piece > ops.PIECE // 2 or piece == count
-    assert [ops.piece_of(count) for count in (40, 64, 80, 128)] == [10, 16, 16, 16]
+        assert piece > 8 or piece == count
+    assert [ops.piece_of(count, image) for count in (16, 40, 64, 128)] == [16, 10, 16, 16]
+    assert ops.piece_of(64, image // 4) == 64
+    assert ops.piece_of(7, 10 * ops.PIECE_BYTES) == 1
 
 
 FLAX_NORMS = {

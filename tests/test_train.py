@@ -240,8 +240,12 @@ def test_evaluation_has_no_dropout_and_moves_nothing(tiny):
 
 @pytest.mark.parametrize("norm", ["batch", "group", "layer"])
 def test_a_tiny_set_is_learned(tiny, arrays, norm):
-    """To 99 % with dropout on, and the test images, which it has not seen, to 95 %."""
-    recipe = recipe_of(norm, tiny, learning_rate=0.02)
+    """To 99 % with dropout on, and the test images, which it has not seen, to 95 %.
+
+    At a learning rate at which every norm and seed tried learns by the 30th epoch; from 0.02 on
+    layer norm's first epochs are chaotic, and rounding decides when it recovers.
+    """
+    recipe = recipe_of(norm, tiny, learning_rate=0.005)
     state, best = train.init_state(recipe, 0), 0.0
     test = jnp.asarray(tiny.test_images), jnp.asarray(tiny.test_labels)
     for epoch in range(1, 81):
