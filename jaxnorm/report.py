@@ -2,7 +2,8 @@
 
 It draws the figures again and writes `report.md` in each run; it never trains. `--readme` writes
 the tables of a README that stand between `<!-- table NAME -->` and `<!-- end -->`, where NAME is a
-run directory's own name or that and "beside others", so that no number there is typed by hand.
+run directory's own name, that and "beside others", or the name of a benchmark's file, so that no
+number there is typed by hand.
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from jaxnorm import cli
+from jaxnorm import bench, cli
 from jaxnorm.config import UserError
 
 app = App(
@@ -39,6 +40,8 @@ class Options:
         Write the tables of this file anew.
     reference
         JSON of others' results on the same nets, to stand beside ours in the tables.
+    bench
+        JSON files that jaxnorm.bench wrote, each for the README's table of its name.
     data_dir
         With --merge: directory of TFDS datasets. Default: TFDS_DATA_DIR or ~/tensorflow_datasets.
     allow_unverified
@@ -48,6 +51,7 @@ class Options:
     merge: Path | None = None
     readme: Path | None = None
     reference: Path | None = None
+    bench: tuple[Path, ...] = ()
     data_dir: Path | None = None
     allow_unverified: bool = False
 
@@ -55,7 +59,9 @@ class Options:
 @app.default
 def main(
     *runs: Annotated[Path, Parameter(name="RUN")],
-    options: Annotated[Options, Parameter(name="*", negative_bool=())] = Options(),
+    options: Annotated[
+        Options, Parameter(name="*", negative_bool=(), negative_iterable=(), consume_multiple=True)
+    ] = Options(),
 ) -> int:
     """Reports on each run.
 
@@ -67,7 +73,7 @@ def main(
     from jaxnorm import figures
     from jaxnorm.records import RunDirectory
 
-    if not runs:
+    if not runs and not options.bench:
         raise UserError("no run directory was given: python -m jaxnorm.report RUN [RUN ...]")
     directories = [RunDirectory(path) for path in runs]
     if options.merge:
@@ -86,6 +92,8 @@ def main(
         print(f"{directory.path / 'report.md'}: {len(drawn)} figures")
         for line in missing:
             print(f"missing: {line}", file=sys.stderr)
+    for path in options.bench:
+        tables[path.stem] = bench.table(bench.read(path))
     if options.readme:
         fill_readme(options.readme, tables)
     return 0
@@ -147,7 +155,7 @@ def results_table(directory: Any) -> str:
         + ", ".join(f"{name} {info.versions[name]}" for name in ("jax", "flax", "optax"))
         + "."
     )
-    return f"{_markdown(head, rows)}\n\n{note}\n"
+    return f"{bench.markdown(head, rows)}\n\n{note}\n"
 
 
 def comparison_table(directory: Any, reference: dict[str, Any]) -> str:
@@ -175,12 +183,7 @@ def comparison_table(directory: Any, reference: dict[str, Any]) -> str:
         rows.append(row)
     caption = directory.info().dataset["caption"]
     note = f"Test accuracy, best / last epoch, n = 1 each; ours: {caption}."
-    return f"{_markdown(head, rows)}\n\n{note}\n"
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{bench.markdown(head, rows)}\n\n{note}\n"
 
 
 def write_markdown(title: str, tables: list[str], figures: list[str], missing: list[str]) -> str:

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from jaxnorm import bench, cli
+from jaxnorm import bench, cli, profiling
+from jaxnorm.config import UserError
 from jaxnorm.peers import IMAGES, Job, batches_of, draw_data
 
 
@@ -55,6 +56,42 @@ def test_the_ratio_is_taken_within_each_round_against_the_fastest_variant():
     assert "ours is 3.00 times as fast as torch channels_last" in text
     assert "torch-compile" in text
     json.dumps(result)
+
+
+def test_a_written_benchmark_reads_back_as_a_table(tmp_path):
+    sides = [timing("jaxnorm", "contiguous", [0.1, 0.2]), timing("torch", "contiguous", [0.3, 0.3])]
+    sides[0].about["jax"], sides[1].about["torch"] = "1.2", "3.4"
+    comparison = bench.summarize(sides, {}, 1e11)
+    bench.write(
+        tmp_path / "x.json", {"machine": bench.describe_machine(2e11), "comparisons": [comparison]}
+    )
+    table = bench.table(bench.read(tmp_path / "x.json"))
+    assert "| original batch | 128 | 1 | 150.0 |" in table
+    assert "300.0 (torch contiguous)" in table
+    assert "2 to 2 rounds" in table
+    assert "jax 1.2, torch 3.4" in table
+    (tmp_path / "x.json").write_text('{"comparisons": []}')
+    with pytest.raises(UserError, match="cannot be read"):
+        bench.read(tmp_path / "x.json")
+
+
+def test_the_profile_names_layer_direction_and_operator():
+    hlo = """
+  %while.3 = (s32[]) while(%tuple), metadata={op_name="jit(f)/while"}
+  %fusion.1 = f32[2]{0} fusion(%p), metadata={op_name="jit(f)/transpose(jvp(CNN))/C2/transpose"}
+  ROOT %x.2 = f32[2]{0} convolution(%p), metadata={op_name="jvp(CNN)/C10/conv_general_dilated"}
+  %y = f32[2]{0} fusion(%p), metadata={op_name="jit(f)/transpose(jvp(CNN))/C1_norm/reduce_sum"}
+"""
+    found = {
+        name: profiling.origin_of(line) for name, line in profiling.instructions_of(hlo).items()
+    }
+    assert found == {
+        "fusion.1": ("C2", "backward", "transpose"),
+        "x.2": ("C10", "forward", "convolution"),
+        "y": ("C1_norm", "backward", "sum"),
+    }
+    text = profiling.render(profiling.Profile(job_of(128), 80.0, {("C2", "backward", "sum"): 1.5}))
+    assert text.splitlines()[1].split() == ["1.50", "ms", "C2", "backward", "sum"]
 
 
 def test_both_sides_take_the_same_batches():

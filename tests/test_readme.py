@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxnorm import report
+from jaxnorm import bench, report
 from jaxnorm.records import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,6 +22,12 @@ def test_tables_equal_what_the_records_say(name):
         tables.append(report.comparison_table(directory, reference))
     for table in tables:
         assert f"-->\n\n{table}\n<!-- end -->" in readme
+
+
+@pytest.mark.parametrize("name", ["speed", "scaling", "seeds"])
+def test_speed_tables_equal_the_committed_benchmarks(name):
+    values = bench.read(RESULTS / f"{name}.json")
+    assert f"-->\n\n{bench.table(values)}\n<!-- end -->" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["original", "matched"])
