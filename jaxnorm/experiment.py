@@ -246,7 +246,7 @@ def load_model(path: Path | str, norm: Norm, seed: int) -> Predict:
         if newest is None:
             raise UserError(f"{path} has no complete epoch of {norm} norm, seed {seed}")
         stored = checkpoints.restore(newest, args=ocp.args.StandardRestore(shapes._asdict()))  # pyright: ignore[reportCallIssue]
-    return _predict(recipe, train.TrainState(**stored))
+    return _predict(recipe, train.TrainState(**train.replicate(recipe, stored)))
 
 
 def _predict(recipe: train.Recipe, state: train.TrainState) -> Predict:

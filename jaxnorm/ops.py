@@ -1,11 +1,12 @@
-"""Convolution, max pooling and dropout in the form that XLA runs fast on a CPU.
+"""Convolution, norms, max pooling and dropout in the form that XLA runs fast on a CPU.
 
 Every function here has the same values and gradients, within float32 rounding, as the plain form
 that Flax or XLA would give (`tests/test_ops.py` compares each one). What differs is the work done:
 
 * `convolution` writes both of its gradients as plain convolutions, or matrix products for 1x1
-  kernels. XLA's own
-  gradient falls to a naive loop inside `lax.scan` (jax-ml/jax#12868).
+  kernels. XLA's own gradient falls to a naive loop inside `lax.scan` (jax-ml/jax#12868). Narrow
+  layers take neighbouring pixels as channels.
+* `normalize` is every norm, its gradient written out: two sums over all elements each way.
 * `max_pool` sends the gradient back by comparison instead of `select_and_scatter`.
 * `keep_mask` hashes element indices instead of drawing threefry bits, which took half of a training
   step.
@@ -101,9 +102,6 @@ def _fold_of(kernel: jax.Array) -> int:
     return 4 if products < 48 else 2 if products <= 256 else 1
 
 
-_TALL = 8
-
-
 def _correlate_folded(images: jax.Array, kernel: jax.Array, fold: int) -> jax.Array:
     """A "valid" correlation of few channels, which takes `fold` neighbouring pixels as channels.
 
@@ -154,7 +152,8 @@ def _convolution_backward(
         to_images = jnp.einsum("nhwo,io->nhwi", inner, kernel[0, 0])
         # XLA transposes the first factor: let that be the smaller one, image by image.
         by_image = jnp.einsum("nhwo,nhwi->noi", inner, images)
-        return to_images, by_image.sum(0).T[None, None]
+        to_kernel = _over_images(by_image.reshape(images.shape[0], -1))
+        return to_images, to_kernel.reshape(by_image.shape[1:]).T[None, None]
     # An output's gradient goes back through the kernel turned by 180 degrees, channels swapped.
     flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
     outer = ((height - 1 - top, height - 1 - bottom), (width - 1 - left, width - 1 - right))
@@ -277,14 +276,14 @@ def normalize(
 def _by_channel(values: jax.Array) -> jax.Array:
     """Sums f32[N, H, W, C] over height and width: f32[N, C].
 
-    Over some rows by a reduction (more than 8, a power of two apart, fall on one line of a cache),
-    then over the others and the width by a product with zeros and ones. Two
-    reductions in a row can come out wrong on a CPU: jaxlib 0.10.1 fuses them, and where the second
-    does not divide into its windows (28 x 32 values, say) leaves some out.
+    Over up to 8 rows by a reduction (more, a power of two apart, evict each other from a cache),
+    then over the rest and the width by a product with zeros and ones. Two reductions in a row can
+    come out wrong on a CPU: jaxlib 0.10.1 fuses them, and where the second does not divide into its
+    windows (28 x 32 values, say) leaves some out.
     """
     n, height, width, channels = values.shape
-    tall = max(tall for tall in range(1, _TALL + 1) if height % tall == 0)
-    tall = tall if tall > 1 else height
+    tall = max(tall for tall in range(1, 9) if height % tall == 0)
+    tall = tall if tall > 1 else height  # a prime height is no power of two
     rows = values.reshape(n, height // tall, tall, width * channels).sum(2)
     rows = lax.optimization_barrier(rows.reshape(n, height // tall * width * channels))
     same_channel = np.tile(np.eye(channels, dtype=np.float32), (height // tall * width, 1))

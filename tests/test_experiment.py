@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxnorm
-from jaxnorm import experiment, stats
+from jaxnorm import experiment, stats, train
 from jaxnorm.config import Config, UserError
 from jaxnorm.records import RunDirectory
 
@@ -105,6 +105,17 @@ def test_fit_is_the_run_without_the_disk_and_repeats_bit_for_bit(tiny_run, tiny,
     steps = [(epoch, done) for epoch in (1, 2) for done in (1, 2, 3, 4, 5)]
     heard = [("group", 3, 5), *steps[:5], fitted.epochs[0], *steps[5:], fitted.epochs[1]]
     assert diary.heard == heard
+
+
+def test_a_run_whose_batches_were_shared_by_devices_is_a_run_like_any_other(tiny, scratch):
+    config = Config(norm="batch", dataset="tiny", epochs=1, batch_size=32)
+    assert train.devices_for(config.batch) == 2
+    directory = RunDirectory.create(scratch / "run")
+    experiment.run(config, tiny, directory, "x")
+    logits, _ = directory.predictions("batch", 1)
+    assert directory.step_losses("batch", 1).shape == (3,)
+    probabilities = jaxnorm.load_model(directory.path, "batch", 1)(tiny.test_images)
+    np.testing.assert_allclose(probabilities, stats.probabilities(logits), atol=1e-6)
 
 
 def test_another_seed_is_another_run(tiny_run, tiny):
