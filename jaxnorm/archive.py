@@ -173,13 +173,12 @@ def _read_splits(
             f"--archive {path} is not a complete CIFAR-10 archive: {', '.join(missing)} not found "
             "in it"
         )
-    return {
-        split: tuple(
-            np.concatenate([found[part][i] for part in _PARTS if _PARTS[part] == split])
-            for i in (0, 1)
-        )  # type: ignore[misc]
-        for split in ("train", "test")
-    }
+
+    def joined(split: str, i: int) -> np.ndarray:
+        """The images (0) or labels (1) of all parts of a split."""
+        return np.concatenate([found[part][i] for part in _PARTS if _PARTS[part] == split])
+
+    return {split: (joined(split, 0), joined(split, 1)) for split in ("train", "test")}
 
 
 def _parse_binary(data: bytes, name: str, path: Path) -> tuple[np.ndarray, np.ndarray]:

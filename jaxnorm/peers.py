@@ -44,7 +44,6 @@ class Job:
     task: Literal["train", "evaluate"] = "train"
     seeds: int = 1
     compilation_cache: str | None = None
-    threads: int | None = None
     spawned: float = 0.0
 
     @property
@@ -170,8 +169,6 @@ def torch_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
     """PyTorch's training or evaluation, and what it runs on."""
     import torch  # pyright: ignore[reportMissingImports]
 
-    if job.threads:
-        torch.set_num_threads(job.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layout = getattr(torch, f"{job.layout}_format" if job.layout == "contiguous" else job.layout)
     net = torch_net(job.norm, job.arch).to(device).to(memory_format=layout)

@@ -232,6 +232,7 @@ class RunDirectory:
     def write_arrays(self, name: Path | str, arrays: dict[str, np.ndarray]) -> None:
         """Writes a compressed .npz."""
         buffer = io.BytesIO()
+        # NumPy's stub takes any name for `allow_pickle`.
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
         self.write_bytes(name, buffer.getvalue())
 

@@ -74,7 +74,7 @@ _FLAGS = {"name": "*", "negative_bool": ()}
 @app.default
 def main(
     *,
-    config: Annotated[Config, Parameter(group=_SETTINGS, **_FLAGS)] = Config(),  # noqa: B008
+    config: Annotated[Config, Parameter(group=_SETTINGS, **_FLAGS)] = Config(),  # noqa: B008 (frozen)
     places: Annotated[Places, Parameter(group=_PLACES, **_FLAGS)] = Places(),
 ) -> int:
     """Trains and reports; returns the exit code."""

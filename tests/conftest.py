@@ -8,17 +8,17 @@ _SCRATCH = Path(tempfile.mkdtemp(prefix="jaxnorm-tests-"))
 os.environ["XDG_CACHE_HOME"] = str(_SCRATCH / "cache")
 os.environ["TFDS_DATA_DIR"] = str(_SCRATCH / "tfds")
 
-import jax  # noqa: E402  (after the environment is set)
+import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 2)  # whatever the machine has: some tests share a batch
 
-import shutil  # noqa: E402
+import shutil
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import numpy as np
+import pytest
 
-from jaxnorm.data import Dataset, channel_statistics, content_fingerprint  # noqa: E402
+from jaxnorm.data import Dataset, channel_statistics, content_fingerprint
 
 
 def pytest_sessionfinish() -> None:

@@ -96,4 +96,4 @@ def test_json_that_is_no_object_is_refused():
 
 def test_settings_cannot_be_changed_afterwards():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Config().epochs = 3  # type: ignore[misc]
+        Config().epochs = 3
