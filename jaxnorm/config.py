@@ -11,6 +11,8 @@ Norm = Literal["batch", "group", "layer", "instance", "rms", "none"]
 Arch = Literal["original", "matched"]
 ALL: tuple[Norm, ...] = ("batch", "group", "layer")
 """The study's three norms, in its order: what `--norm all` trains."""
+ADDED = {"seeds": 1, "validation": 0}
+"""Settings younger than the first run directories, and what those were trained with."""
 
 
 class UserError(ValueError):
@@ -50,6 +52,12 @@ class Config:
         Groups of channels in group norm.
     seed
         Decides the initial kernels, the order of the images and the dropout masks.
+    seeds
+        Nets to train under each norm, with the seeds SEED, SEED + 1, and so on: the same ones under
+        every norm, so that they make pairs.
+    validation
+        Training images to hold out, the same share of each class, drawn by the seed. The net is
+        evaluated on them after every epoch and never trained on them.
     allow_large
         Allow a net of more than 50,000 parameters.
     """
@@ -64,6 +72,8 @@ class Config:
     dropout: float = 0.1
     groups: int = 4
     seed: int = 1
+    seeds: int = 1
+    validation: int = 0
     allow_large: bool = False
 
     def __post_init__(self) -> None:
@@ -78,6 +88,8 @@ class Config:
         self._require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1")
         self._require(self.groups >= 1, "groups", "1 or more")
         self._require(0 <= self.seed < 2**32, "seed", "at least 0 and below 2**32")
+        self._require(1 <= self.seeds <= 2**32 - self.seed, "seeds", "1 or more, all below 2**32")
+        self._require(self.validation >= 0, "validation", "0 or more")
         self._require(self.dataset.strip() == self.dataset != "", "dataset", "a dataset's name")
         if self.arch == "original" and self.norm not in (*ALL, "all"):
             raise UserError(
@@ -89,6 +101,16 @@ class Config:
     def norms(self) -> tuple[Norm, ...]:
         """The norms to train, in order."""
         return ALL if self.norm == "all" else (self.norm,)
+
+    @property
+    def seed_numbers(self) -> range:
+        """The seeds to train under each norm, in order."""
+        return range(self.seed, self.seed + self.seeds)
+
+    @property
+    def nets(self) -> list[tuple[Norm, int]]:
+        """The norm and seed of every net to train, all norms of a seed before the next seed."""
+        return [(norm, seed) for seed in self.seed_numbers for norm in self.norms]
 
     @property
     def batch(self) -> int:
@@ -104,10 +126,12 @@ class Config:
     def from_json(cls, values: Any) -> "Config":
         """Reads what `to_json` wrote.
 
-        A missing, unknown or wrong field raises `UserError` and is named.
+        A missing, unknown or wrong field raises `UserError` and is named. A field of `ADDED` may be
+        missing: runs are older than it.
         """
         if not isinstance(values, dict):
             raise UserError("the settings are not a JSON object")
+        values = {**ADDED, **values}
         names = {field.name for field in dataclasses.fields(cls)}
         if wrong := names ^ values.keys():
             raise UserError(

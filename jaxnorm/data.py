@@ -96,6 +96,27 @@ def load(
     return _prepared(name, prepared, None, cache, progress)
 
 
+def hold_out(
+    labels: np.ndarray,  # i32[N]
+    count: int,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray]:  # i32[N - count], i32[count], ascending
+    """The rows to train on, and `count` rows held out of each class's share of them.
+
+    The held-out rows are drawn by the seed alone (NumPy's frozen `RandomState`). Where a class's
+    share is no whole number, the classes with the largest remainders get one more.
+    """
+    random = np.random.RandomState(seed)
+    sizes = np.bincount(labels)
+    shares = count * sizes / len(labels)
+    wanted = shares.astype(int)
+    wanted[np.argsort(wanted - shares, kind="stable")[: count - wanted.sum()]] += 1
+    drawn = [random.permutation(np.flatnonzero(labels == i))[:n] for i, n in enumerate(wanted)]
+    held = np.zeros(len(labels), bool)
+    held[np.concatenate(drawn)] = True
+    return np.flatnonzero(~held).astype(np.int32), np.flatnonzero(held).astype(np.int32)
+
+
 def content_fingerprint(arrays: list[np.ndarray]) -> str:
     """The SHA-256 of arrays: their types, shapes and bytes, in order."""
     digest = hashlib.sha256()

@@ -3,6 +3,8 @@
 Knows nothing of flags and pictures. What happens is told to an `Observer`.
 """
 
+import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
 import platform
@@ -11,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ import orbax.checkpoint as ocp
 from jaxnorm import model as models
 from jaxnorm import train
 from jaxnorm.config import Config, Norm, UserError
-from jaxnorm.data import Dataset
+from jaxnorm.data import Dataset, hold_out
 from jaxnorm.model import CNN
 from jaxnorm.records import Epoch, RunDirectory, RunInfo
 
@@ -49,19 +51,21 @@ class NonFiniteLoss(ArithmeticError):
 class Observer:
     """Hears what happens. Every method does nothing unless overridden."""
 
-    def on_norm(self, norm: Norm, seed: int, steps: int) -> None:
-        """A net begins to train; `steps` is the number of batches in an epoch."""
+    def on_nets(self, norm: Norm, seeds: list[int], steps: int) -> None:
+        """The nets of a norm and these seeds begin to train, together; `steps` is the number of
+        batches in an epoch.
+        """
 
     def on_steps(self, epoch: int, done: int) -> None:
         """So many batches of the epoch are done."""
 
     def on_epoch(self, epoch: Epoch) -> None:
-        """An epoch is complete: trained, evaluated, and on disk where there is one."""
+        """A net's epoch is complete: trained, evaluated, and on disk where there is one."""
 
 
 class _Trained(NamedTuple):
     record: Epoch
-    state: train.TrainState
+    state: Any  # train.TrainState
     losses: np.ndarray  # f32[steps], of this epoch
     logits: np.ndarray  # f32[M, classes], of the test set after it
 
@@ -77,7 +81,11 @@ class Fit:
     step_losses: np.ndarray  # f32[epochs * steps]
     logits: np.ndarray  # f32[M, classes], of the test set after the last epoch
     state: train.TrainState
-    predict: Predict
+    recipe: train.Recipe
+
+    def predict(self, images: jax.Array | np.ndarray) -> jax.Array:
+        """Probabilities f32[N, classes] of u8[N, 32, 32, 3] images; ValueError for any other."""
+        return _predict(self.recipe, self.state)(images)
 
 
 def make_recipe(
@@ -100,10 +108,17 @@ def check(config: Config, dataset: Dataset) -> dict[str, int]:
 
     Raises `UserError` for what can be known to fail before training starts.
     """
-    if config.batch > len(dataset.train_labels):
+    count = len(dataset.train_labels)
+    if config.validation >= count:
         raise UserError(
-            f"--batch-size {config.batch} is larger than the {len(dataset.train_labels)} training "
-            f"images of {dataset.name}"
+            f"--validation {config.validation} leaves none of the {count} training images of "
+            f"{dataset.name} to train on"
+        )
+    if config.batch > count - config.validation:
+        held = f", of which {config.validation} are held out" if config.validation else ""
+        raise UserError(
+            f"--batch-size {config.batch} is larger than the {count} training images of "
+            f"{dataset.name}{held}"
         )
     return check_models(config, len(dataset.class_names))
 
@@ -124,77 +139,134 @@ def check_models(config: Config, num_classes: int) -> dict[str, int]:
     return counts
 
 
-def _train(config: Config, dataset: Dataset, norm: Norm, observer: Observer) -> Iterator[_Trained]:
-    """Trains one net, epoch by epoch."""
-    recipe = make_recipe(config, dataset.mean, dataset.deviation, len(dataset.class_names), norm)
-    train_images, train_labels, test_images, test_labels = train.replicate(
+def groups(config: Config, dataset: Dataset) -> Iterator[tuple[Norm, list[int]]]:
+    """The norms and seeds in the order in which they train: the seeds that train in one program
+    together, and all norms of these before the next seeds.
+    """
+    device_seeds = min(
+        train.seeds_at_once(_recipe(config, dataset, norm), config.batch) for norm in config.norms
+    )
+    count = -(-config.seeds // device_seeds)
+    for part in np.array_split(np.array(config.seed_numbers), count):
+        for norm in config.norms:
+            yield norm, part.tolist()
+
+
+def _recipe(config: Config, dataset: Dataset, norm: Norm) -> train.Recipe:
+    return make_recipe(config, dataset.mean, dataset.deviation, len(dataset.class_names), norm)
+
+
+def _train(
+    config: Config, dataset: Dataset, norm: Norm, seeds: list[int], observer: Observer
+) -> Iterator[list[_Trained]]:
+    """Trains one net for each seed, epoch by epoch; several seeds in one program."""
+    recipe = _recipe(config, dataset, norm)
+    images, labels, test_images, test_labels = train.replicate(
         recipe,
         (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels),
     )
-    count, seed = len(dataset.train_labels), config.seed
-    state = train.replicate(recipe, train.init_state(recipe, seed))
-    observer.on_norm(norm, seed, -(-count // config.batch))
+    splits = [hold_out(dataset.train_labels, config.validation, seed) for seed in seeds]
+    count = len(dataset.train_labels) - config.validation
+    several = len(seeds) > 1
+    train_steps = train.train_seeds if several else train.train_steps
+    evaluate = train.evaluate_seeds if several else train.evaluate
+    stack = train.stack_seeds
+    held = stack([train.replicate(recipe, rows) for _, rows in splits])
+    state = stack([train.replicate(recipe, train.init_state(recipe, seed)) for seed in seeds])
+    observer.on_nets(norm, seeds, -(-count // config.batch))
     for epoch in range(1, config.epochs + 1):
         clock = time.perf_counter()
-        losses, correct = [], 0
-        dropout_key = train.derive_key(seed, "dropout", epoch)
-        for piece in train.epoch_pieces(seed, epoch, count, config.batch, PIECES):
-            state, steps = train.train_steps(
-                recipe, state, train_images, train_labels, piece.batches, dropout_key, *piece[1:]
+        losses = np.zeros((len(seeds), 0), np.float32)
+        correct = np.zeros(len(seeds), int)
+        dropout_key = stack([train.derive_key(seed, "dropout", epoch) for seed in seeds])
+        cut = [
+            train.epoch_pieces(seed, epoch, jnp.asarray(rows), config.batch, PIECES)
+            for seed, (rows, _) in zip(seeds, splits, strict=True)
+        ]
+        for pieces in zip(*cut, strict=True):
+            batches = stack([piece.batches for piece in pieces])
+            _, first, start, stop = pieces[0]
+            state, steps = train_steps(
+                recipe, state, images, labels, batches, dropout_key, first, start, stop
             )
-            losses.extend(np.asarray(steps.losses)[piece.start : piece.stop].tolist())
-            correct += int(steps.correct)
-            if not np.isfinite(losses).all():
-                step = int(np.flatnonzero(~np.isfinite(losses))[0])
-                raise NonFiniteLoss(norm, seed, epoch, step + 1, losses[step])
-            observer.on_steps(epoch, len(losses))
+            new = np.reshape(steps.losses, (len(seeds), -1))[:, start:stop]
+            losses = np.concatenate([losses, new], axis=1)
+            correct += np.reshape(steps.correct, len(seeds))
+            if not np.isfinite(new).all():
+                which, step = np.argwhere(~np.isfinite(losses))[0]
+                loss = float(losses[which, step])
+                raise NonFiniteLoss(norm, seeds[which], epoch, int(step) + 1, loss)
+            observer.on_steps(epoch, losses.shape[1])
         trained = time.perf_counter()
-        test = jax.block_until_ready(train.evaluate(recipe, state, test_images, test_labels))
-        tested = time.perf_counter()
-        sizes = np.full(len(losses), config.batch)
-        sizes[-1] = count - config.batch * (len(losses) - 1)
-        record = Epoch(
-            norm,
-            seed,
-            epoch,
-            train_loss=float(np.average(losses, weights=sizes)),
-            train_accuracy=correct / count,
-            test_loss=float(test.loss),
-            test_accuracy=round(float(test.accuracy) * len(test_labels)) / len(test_labels),
-            train_seconds=round(trained - clock, 3),
-            test_seconds=round(tested - trained, 3),
+        test = evaluate(recipe, state, test_images, test_labels)
+        validation = (
+            evaluate(recipe, state, images[held], labels[held]) if config.validation else None
         )
-        yield _Trained(record, state, np.array(losses, np.float32), np.asarray(test.logits))
+        tests = train.unstack_seeds(jax.device_get(test), len(seeds))
+        validations = train.unstack_seeds(jax.device_get(validation), len(seeds))
+        tested = time.perf_counter()
+        states = train.unstack_seeds(state, len(seeds))
+        sizes = np.full(losses.shape[1], config.batch)
+        sizes[-1] = count - config.batch * (losses.shape[1] - 1)
+        done = []
+        for i, seed in enumerate(seeds):
+            record = Epoch(
+                norm,
+                seed,
+                epoch,
+                train_loss=float(np.average(losses[i].astype(np.float64), weights=sizes)),
+                train_accuracy=int(correct[i]) / count,
+                test_loss=float(tests[i].loss),
+                test_accuracy=_fraction(tests[i].accuracy, len(test_labels)),
+                train_seconds=round((trained - clock) / len(seeds), 3),
+                test_seconds=round((tested - trained) / len(seeds), 3),
+            )
+            if config.validation:
+                record = dataclasses.replace(
+                    record,
+                    validation_loss=float(validations[i].loss),
+                    validation_accuracy=_fraction(validations[i].accuracy, config.validation),
+                )
+            done.append(_Trained(record, states[i], losses[i], tests[i].logits))
+        yield done
 
 
-def fit(config: Config, dataset: Dataset, observer: Observer | None = None) -> dict[Norm, Fit]:
-    """Trains every norm of `config` on `dataset` without touching the disk.
+def _fraction(accuracy: np.ndarray, count: int) -> float:
+    """An accuracy in float32 as the double nearest to the fraction that it is."""
+    return round(float(accuracy) * count) / count
 
-    Raises `UserError` and `NonFiniteLoss`.
+
+def fit(
+    config: Config, dataset: Dataset, observer: Observer | None = None
+) -> dict[tuple[Norm, int], Fit]:
+    """Trains every net of `config` on `dataset` without touching the disk.
+
+    Returns a net for each (norm, seed). Raises `UserError` and `NonFiniteLoss`.
     """
     observer = observer or Observer()
     counts, results = check(config, dataset), {}
-    for norm in config.norms:
-        epochs, losses = [], []
-        for done in _train(config, dataset, norm, observer):
-            epochs.append(done.record)
-            losses.append(done.losses)
-            observer.on_epoch(done.record)
-        recipe = make_recipe(
-            config, dataset.mean, dataset.deviation, len(dataset.class_names), norm
-        )
-        predict = _predict(recipe, done.state)
-        results[norm] = Fit(
-            norm,
-            config.seed,
-            counts[norm],
-            epochs,
-            np.concatenate(losses),
-            done.logits,
-            done.state,
-            predict,
-        )
-    return results
+    for norm, seeds in groups(config, dataset):
+        histories: dict[int, list[_Trained]] = {seed: [] for seed in seeds}
+        for nets in _train(config, dataset, norm, seeds, observer):
+            for net in nets:
+                seed = net.record.seed
+                # The state of the epoch before is used up by training.
+                histories[seed] = [*(each._replace(state=None) for each in histories[seed]), net]
+                observer.on_epoch(net.record)
+        recipe = _recipe(config, dataset, norm)
+        for seed, history in histories.items():
+            last = history[-1]
+            results[norm, seed] = Fit(
+                norm,
+                seed,
+                counts[norm],
+                [net.record for net in history],
+                np.concatenate([net.losses for net in history]),
+                last.logits,
+                last.state,
+                recipe,
+            )
+    return {net: results[net] for net in config.nets}
 
 
 def run(
@@ -204,31 +276,35 @@ def run(
     command: str,
     observer: Observer | None = None,
 ) -> None:
-    """Trains every norm of `config` on `dataset` into a run directory.
+    """Trains every net of `config` on `dataset` into a run directory.
 
     After each epoch the checkpoint, the losses and the predictions are written, and then the
     epoch's line. Raises `UserError`, `NonFiniteLoss` and OSError.
     """
     observer = observer or Observer()
     directory.write_info(describe(config, dataset, check(config, dataset), command))
-    for norm in config.norms:
-        losses = np.zeros(0, np.float32)
-        with _checkpointer(directory, norm, config.seed) as checkpoints:
-            for done in _train(config, dataset, norm, observer):
-                losses = np.concatenate([losses, done.losses])
-                checkpoints.save(
-                    done.record.epoch,
-                    args=ocp.args.StandardSave(jax.device_get(done.state)._asdict()),
-                )  # pyright: ignore[reportCallIssue]
-                directory.write_step_losses(norm, config.seed, losses)
-                directory.write_predictions(norm, config.seed, done.logits, dataset.test_labels)
-                directory.append_epoch(done.record)
-                observer.on_epoch(done.record)
+    for norm, seeds in groups(config, dataset):
+        losses = {seed: np.zeros(0, np.float32) for seed in seeds}
+        with contextlib.ExitStack() as stack:
+            checkpoints = {
+                seed: stack.enter_context(_checkpointer(directory, norm, seed)) for seed in seeds
+            }
+            for nets in _train(config, dataset, norm, seeds, observer):
+                for net in nets:
+                    seed = net.record.seed
+                    losses[seed] = np.concatenate([losses[seed], net.losses])
+                    checkpoints[seed].save(
+                        net.record.epoch,
+                        args=ocp.args.StandardSave(jax.device_get(net.state)._asdict()),
+                    )  # pyright: ignore[reportCallIssue]
+                    directory.write_step_losses(norm, seed, losses[seed])
+                    directory.write_predictions(norm, seed, net.logits, dataset.test_labels)
+                    directory.append_epoch(net.record)
+                    observer.on_epoch(net.record)
 
 
-def load_model(path: Path | str, norm: Norm, seed: int) -> Predict:
-    """The trained net of a run: a pure `predict(images u8[N, 32, 32, 3]) -> probabilities f32[N,
-    classes]`.
+def load_state(path: Path | str, norm: Norm, seed: int) -> tuple[train.Recipe, train.TrainState]:
+    """The recipe and the newest checkpoint of a net of a run.
 
     Raises `UserError` where the run has no checkpoint of that norm and seed.
     """
@@ -246,7 +322,16 @@ def load_model(path: Path | str, norm: Norm, seed: int) -> Predict:
         if newest is None:
             raise UserError(f"{path} has no complete epoch of {norm} norm, seed {seed}")
         stored = checkpoints.restore(newest, args=ocp.args.StandardRestore(shapes._asdict()))  # pyright: ignore[reportCallIssue]
-    return _predict(recipe, train.TrainState(**train.replicate(recipe, stored)))
+    return recipe, train.TrainState(**train.replicate(recipe, stored))
+
+
+def load_model(path: Path | str, norm: Norm, seed: int) -> Predict:
+    """The trained net of a run: a pure `predict(images u8[N, 32, 32, 3]) -> probabilities f32[N,
+    classes]`.
+
+    Raises `UserError` where the run has no checkpoint of that norm and seed.
+    """
+    return _predict(*load_state(path, norm, seed))
 
 
 def _predict(recipe: train.Recipe, state: train.TrainState) -> Predict:

@@ -377,6 +377,7 @@ def summarize(model: CNN) -> list[Row]:
     return rows
 
 
-def activation_bytes(model: CNN) -> int:
-    """The size of the largest activation of one image."""
-    return max(4 * math.prod(row.shape) for row in summarize(model))
+def activation_bytes(model: CNN, all_layers: bool = False) -> int:
+    """The size of one image's largest activation, or of the outputs of all layers together."""
+    sizes = [4 * math.prod(row.shape) for row in summarize(model)]
+    return sum(sizes) if all_layers else max(sizes)

@@ -27,7 +27,8 @@ class Epoch:
     time holds compilation.
 
     `train_loss` and `train_accuracy` are over the epoch's batches as they were trained on, with
-    dropout, while the net changes.
+    dropout, while the net changes. Seeds that train in one program each have an equal share of its
+    time.
     """
 
     norm: Norm
@@ -39,6 +40,12 @@ class Epoch:
     test_accuracy: float
     train_seconds: float
     test_seconds: float
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; the two of the validation are left out where nothing was held out."""
+        return {name: each for name, each in dataclasses.asdict(self).items() if each is not None}
 
 
 DATASET_FIELDS = (
@@ -155,6 +162,28 @@ class RunDirectory:
             raise UserError(f"{path} is damaged: its logits and labels do not fit together")
         return logits, labels
 
+    def effects(self, norm: str, seed: int) -> dict[str, np.ndarray]:
+        """What was measured inside a trained net, by name (see `effects.measure`)."""
+        path = self._effects(norm, seed)
+        stored = self._load(path)
+        layers, kernels, sizes = (
+            np.size(stored[name]) if name in stored else -1
+            for name in ("layers", "kernels", "sizes")
+        )
+        shapes = {
+            "layers": (layers,),
+            "before": (layers, 2),
+            "after": (layers, 2),
+            "kernels": (kernels,),
+            "gradients": (kernels,),
+            "sizes": (sizes,),
+            "batch_accuracy": (sizes,),
+            "running_accuracy": (),
+        }
+        if {name: each.shape for name, each in stored.items()} != shapes:
+            raise UserError(f"{path} is damaged: it does not hold what is measured inside a net")
+        return stored
+
     def examples(self) -> dict[str, np.ndarray]:
         """The pictures kept for figures: arrays by name (see `figures.save_examples`)."""
         return self._load(self.path / "examples.npz")
@@ -165,40 +194,64 @@ class RunDirectory:
 
     # writing
 
-    def take(self, sources: Sequence["RunDirectory"]) -> None:
-        """Puts runs of batch, group and layer norm that were made apart together, as one run.
+    def take(self, sources: Sequence["RunDirectory"]) -> dict[tuple[Norm, int], "RunDirectory"]:
+        """Puts runs that differ in nothing but their norms and seeds together, as one run.
 
-        Since no norm's training depends on another's, this is what `--norm all` would have
-        recorded, but for the times. Raises `UserError` where anything but the norm differs.
+        Since no net's training depends on another's, this is what one command would have recorded,
+        but for the times. Raises `UserError` where anything else differs, where a net is there
+        twice, or where they are not the same seeds, one after the other, under batch, group and
+        layer norm or under a single norm. Returns which run each net came from.
         """
-        runs = {source.info().config.norm: source for source in sources}
-        if set(runs) != set(ALL) or len(sources) != len(ALL):
-            raise UserError("to be put together, runs must be one each of batch, group and layer")
-        infos = {norm: runs[norm].info() for norm in ALL}
-        first = infos["batch"]
-        for info in infos.values():
-            same = dataclasses.replace(info.config, norm="batch") == first.config
+        infos = [source.info() for source in sources]
+        first = infos[0]
+        homes: dict[tuple[Norm, int], RunDirectory] = {}
+        for source, info in zip(sources, infos, strict=True):
+            one = {"norm": first.config.norm, "seed": first.config.seed, "seeds": 1}
+            same = dataclasses.replace(info.config, **one) == dataclasses.replace(
+                first.config, **one
+            )
             same &= (info.dataset, info.device) == (first.dataset, first.device)
-            same &= info.code == first.code
-            if not same:
-                raise UserError("the runs differ in more than the norm: compare their run.json")
+            if not same or info.code != first.code:
+                raise UserError(
+                    f"{sources[0].path} and {source.path} differ in more than the norm and the "
+                    "seed: compare their run.json"
+                )
+            for net in info.config.nets:
+                if net in homes:
+                    raise UserError(f"{net[0]} norm, seed {net[1]}, is in two of the runs")
+                homes[net] = source
+        norms, seeds = {norm for norm, _ in homes}, sorted({seed for _, seed in homes})
+        config = dataclasses.replace(
+            first.config,
+            norm="all" if norms == set(ALL) else first.config.norm,
+            seed=seeds[0],
+            seeds=len(seeds),
+        )
+        if set(config.nets) != homes.keys():
+            raise UserError(
+                "to be put together, runs must be of batch, group and layer norm or of a single "
+                "norm, and of the same seeds, one after the other"
+            )
+        read = {source.path: source.epochs() for source in sources}
         lines = []
-        for norm in ALL:
-            epochs = runs[norm].epochs()
-            lines += [json.dumps(dataclasses.asdict(epoch)) + "\n" for epoch in epochs]
+        for net in config.nets:
+            norm, seed = net
+            epochs = [each for each in read[homes[net].path] if (each.norm, each.seed) == net]
+            lines += [json.dumps(epoch.to_json()) + "\n" for epoch in epochs]
             for file in (self._step_losses, self._predictions):
-                name = file(norm, first.config.seed).relative_to(self.path)
-                self.write_bytes(name, (runs[norm].path / name).read_bytes())
+                name = file(norm, seed).relative_to(self.path)
+                self.write_bytes(name, (homes[net].path / name).read_bytes())
         self.write_bytes("metrics.jsonl", "".join(lines).encode())
         self.write_info(
             dataclasses.replace(
                 first,
-                config=dataclasses.replace(first.config, norm="all"),
-                parameters={norm: infos[norm].parameters[norm] for norm in ALL},
-                started=min(info.started for info in infos.values()),
-                command="; ".join(infos[norm].command for norm in ALL),
+                config=config,
+                parameters={k: v for info in infos for k, v in info.parameters.items()},
+                started=min(info.started for info in infos),
+                command="; ".join(dict.fromkeys(info.command for info in infos)),
             )
         )
+        return homes
 
     def write_info(self, info: RunInfo) -> None:
         """Writes `run.json`."""
@@ -210,7 +263,7 @@ class RunDirectory:
     def append_epoch(self, epoch: Epoch) -> None:
         """Adds a line to `metrics.jsonl` and waits until it is on disk."""
         with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(dataclasses.asdict(epoch)) + "\n")
+            file.write(json.dumps(epoch.to_json()) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -228,6 +281,10 @@ class RunDirectory:
             self._predictions(norm, seed).relative_to(self.path),
             {"logits": logits, "labels": labels},
         )
+
+    def write_effects(self, norm: str, seed: int, arrays: dict[str, np.ndarray]) -> None:
+        """Writes what was measured inside a trained net."""
+        self.write_arrays(self._effects(norm, seed).relative_to(self.path), arrays)
 
     def write_arrays(self, name: Path | str, arrays: dict[str, np.ndarray]) -> None:
         """Writes a compressed .npz."""
@@ -257,6 +314,9 @@ class RunDirectory:
 
     def _predictions(self, norm: str, seed: int) -> Path:
         return self.path / "predictions" / f"{norm}-{seed}.npz"
+
+    def _effects(self, norm: str, seed: int) -> Path:
+        return self.path / "effects" / f"{norm}-{seed}.npz"
 
     @staticmethod
     def _load(path: Path) -> Any:
@@ -316,6 +376,8 @@ def _epoch(line: str, where: str) -> Epoch:
     except (ValueError, TypeError):
         raise UserError(f"{where} is not an epoch's record") from None
     numbers = [value for name, value in values.items() if name not in ("norm", "seed", "epoch")]
+    if (epoch.validation_loss is None) != (epoch.validation_accuracy is None):
+        raise UserError(f"{where} has half of a validation")
     valid = all(isinstance(value, int | float) and math.isfinite(value) for value in numbers)
     valid &= all(
         type(value) is int for value in (epoch.seed, epoch.epoch)

@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ def _train(config: Config, places: Places) -> int:
     dataset = _load(config, places)
     if not places.no_compilation_cache:
         _keep_compiled_code()
-    from jaxnorm import experiment, figures, train
+    from jaxnorm import effects, experiment, figures, train
 
     train.use_all_cores()
     experiment.check(config, dataset)
@@ -104,6 +105,8 @@ def _train(config: Config, places: Places) -> int:
     say(f"{dataset.caption}: {counts}, from {dataset.source}")
     command = shlex.join(["python", "-m", "jaxnorm.run", *sys.argv[1:]])
     experiment.run(config, dataset, directory, command, _observer(config, places.quiet))
+    say("measuring what the norms do inside the trained nets")
+    effects.record(directory, dataset)
     figures.save_examples(directory, dataset)
     drawn, _ = figures.draw(directory)
     print(_final_table(directory))
@@ -156,32 +159,53 @@ def _observer(config: Config, quiet: bool) -> "Observer":
     from jaxnorm.experiment import Observer
 
     class Lines(Observer):
-        """A bar inside the epoch and a line after it."""
+        """A bar inside the epoch and a line after it, with the time that is left."""
 
         def __init__(self) -> None:
-            self.norm, self.steps, self.bar = "", 0, cli.Bar(quiet)
+            self.what, self.steps, self.bar = "", 0, cli.Bar(quiet)
+            self.done, self.clock = 0, time.monotonic()
 
-        def on_norm(self, norm, seed, steps):
+        def on_nets(self, norm, seeds, steps):
             """Remembers what the bar is of."""
-            self.norm, self.steps = norm, steps
+            self.what, self.steps = f"{norm} norm", steps
+            if config.seeds > 1:
+                last = f" to {seeds[-1]}" if len(seeds) > 1 else ""
+                self.what += f", seed {seeds[0]}{last} of {config.seed_numbers[-1]}"
 
         def on_steps(self, epoch, done):
             """Moves the bar."""
-            self.bar.at(f"{self.norm} norm, epoch {epoch} of {config.epochs}", done, self.steps)
+            self.bar.at(f"{self.what}, epoch {epoch} of {config.epochs}", done, self.steps)
 
         def on_epoch(self, epoch):
             """Prints the epoch's line in the bar's place."""
             self.bar.close()
+            self.done += 1
+            left = config.epochs * len(config.nets) - self.done
+            seconds = (time.monotonic() - self.clock) / self.done * left
             if not quiet:
-                print(_epoch_line(epoch, config.epochs), flush=True)
+                print(_epoch_line(epoch, config) + _time_left(seconds), flush=True)
 
     return Lines()
 
 
-def _epoch_line(epoch: "Epoch", epochs: int) -> str:
+def _time_left(seconds: float) -> str:
+    if seconds == 0:
+        return ""
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return ", under a minute left"
+    hours = f"{minutes // 60} h " if minutes >= 60 else ""
+    return f", about {hours}{minutes % 60} min left"
+
+
+def _epoch_line(epoch: "Epoch", config: Config) -> str:
+    seed = f"  seed {epoch.seed}" if config.seeds > 1 else ""
+    held_out = ""
+    if epoch.validation_loss is not None:
+        held_out = f"validation accuracy {epoch.validation_accuracy:6.2%}  "
     return (
-        f"{epoch.norm:>8}  epoch {epoch.epoch:>2}/{epochs}  train loss {epoch.train_loss:.4f}  "
-        f"accuracy {epoch.train_accuracy:6.2%}  "
+        f"{epoch.norm:>8}{seed}  epoch {epoch.epoch:>2}/{config.epochs}  "
+        f"train loss {epoch.train_loss:.4f}  accuracy {epoch.train_accuracy:6.2%}  {held_out}"
         f"test loss {epoch.test_loss:.4f}  accuracy {epoch.test_accuracy:6.2%}  "
         f"{epoch.train_seconds + epoch.test_seconds:.1f} s"
     )
@@ -191,16 +215,20 @@ def _final_table(directory: "RunDirectory") -> str:
     from jaxnorm import stats
 
     info, epochs = directory.info(), directory.epochs()
+    n = f"n = {info.config.seeds}" + (" seeds, mean +- deviation" if info.config.seeds > 1 else "")
     lines = [
-        f"{'norm':>8}  parameters  best test accuracy  last test accuracy  first epoch at "
-        f"{stats.TARGET:.0%}   ({info.dataset['caption']}, n = 1)"
+        f"{'norm':>8}  parameters  {'last test accuracy':>20}  {'best (test set picks)':>21}  "
+        f"first epoch at {stats.TARGET:.0%}   ({info.dataset['caption']}, {n})"
     ]
     for norm in info.config.norms:
-        summary = stats.summarize([epoch for epoch in epochs if epoch.norm == norm])
-        best = f"{summary.best:.2%} (epoch {summary.best_epoch})"
+        nets = [stats.summarize(each) for each in stats.by_seed(epochs, norm).values()]
+        last, best = (
+            stats.accuracy_text(stats.Sample(tuple(getattr(net, name) for net in nets)), "+-")
+            for name in ("last", "best")
+        )
+        first = stats.epochs_to_target(nets)
         lines.append(
-            f"{norm:>8}  {info.parameters[norm]:>10,}  {best:>18}  {summary.last:>18.2%}  "
-            f"{summary.first_at_target or 'never':>18}"
+            f"{norm:>8}  {info.parameters[norm]:>10,}  {last:>20}  {best:>21}  {first:>18}"
         )
     return "\n".join(lines)
 

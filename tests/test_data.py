@@ -172,3 +172,26 @@ def test_without_data_and_a_route_the_user_hears_at_once_of_three_ways_on(scratc
     for way in ("--archive", "--data-dir", "--dataset digits", "127.0.0.1:9"):
         assert way in str(error.value)
     assert not (scratch / "cifar10").exists()
+
+
+def test_each_class_gives_its_share_of_the_held_out_rows():
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [50, 30, 20]))
+    kept, held = data.hold_out(labels, 10, seed=1)
+    np.testing.assert_array_equal(np.sort(np.concatenate([kept, held])), np.arange(100))
+    np.testing.assert_array_equal(np.bincount(labels[held]), [5, 3, 2])
+    # 3.5, 2.1 and 1.4 of 7: the first has the largest remainder
+    _, seven = data.hold_out(labels, 7, seed=1)
+    np.testing.assert_array_equal(np.bincount(labels[seven]), [4, 2, 1])
+    np.testing.assert_array_equal(held, data.hold_out(labels, 10, seed=1)[1])
+    assert set(held) != set(data.hold_out(labels, 10, seed=2)[1])
+    none = data.hold_out(labels, 0, seed=1)
+    np.testing.assert_array_equal(none[0], np.arange(100))
+    assert len(none[1]) == 0
+
+
+def test_every_row_of_a_class_is_as_likely_to_be_held_out():
+    labels = np.repeat([0, 1], [20, 20])
+    counts = np.zeros(40)
+    for seed in range(400):
+        counts[data.hold_out(labels, 10, seed)[1]] += 1
+    assert np.abs(counts - 100).max() < 4.5 * (400 * 0.25 * 0.75) ** 0.5

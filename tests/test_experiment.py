@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxnorm
-from jaxnorm import experiment, stats, train
+from jaxnorm import data, experiment, stats, train
 from jaxnorm.config import Config, UserError
 from jaxnorm.records import RunDirectory
 
@@ -20,8 +20,8 @@ class Diary(experiment.Observer):
     def __init__(self):
         self.heard = []
 
-    def on_norm(self, norm, seed, steps):
-        self.heard.append((norm, seed, steps))
+    def on_nets(self, norm, seeds, steps):
+        self.heard.append((norm, seeds, steps))
 
     def on_steps(self, epoch, done):
         self.heard.append((epoch, done))
@@ -95,7 +95,7 @@ def test_fit_is_the_run_without_the_disk_and_repeats_bit_for_bit(tiny_run, tiny,
     monkeypatch.setattr(RunDirectory, "write_bytes", None)
     config = dataclasses.replace(tiny_run.info().config, norm="group")
     diary = Diary()
-    fitted = jaxnorm.fit(config, tiny, diary)["group"]
+    fitted = jaxnorm.fit(config, tiny, diary)["group", 3]
     recorded = [epoch for epoch in tiny_run.epochs() if epoch.norm == "group"]
     assert list(map(without_times, fitted.epochs)) == list(map(without_times, recorded))
     np.testing.assert_array_equal(fitted.step_losses, tiny_run.step_losses("group", 3))
@@ -103,7 +103,7 @@ def test_fit_is_the_run_without_the_disk_and_repeats_bit_for_bit(tiny_run, tiny,
     probabilities = fitted.predict(tiny.test_images)
     np.testing.assert_allclose(probabilities, stats.probabilities(fitted.logits), atol=1e-6)
     steps = [(epoch, done) for epoch in (1, 2) for done in (1, 2, 3, 4, 5)]
-    heard = [("group", 3, 5), *steps[:5], fitted.epochs[0], *steps[5:], fitted.epochs[1]]
+    heard = [("group", [3], 5), *steps[:5], fitted.epochs[0], *steps[5:], fitted.epochs[1]]
     assert diary.heard == heard
 
 
@@ -120,8 +120,70 @@ def test_a_run_whose_batches_were_shared_by_devices_is_a_run_like_any_other(tiny
 
 def test_another_seed_is_another_run(tiny_run, tiny):
     config = dataclasses.replace(tiny_run.info().config, norm="group", seed=4, epochs=1)
-    losses = jaxnorm.fit(config, tiny)["group"].step_losses
+    losses = jaxnorm.fit(config, tiny)["group", 4].step_losses
     assert (losses != tiny_run.step_losses("group", 3)[:5]).all()
+
+
+def test_a_seed_of_a_sweep_is_that_seed_alone_bit_for_bit(tiny_run, tiny):
+    config = dataclasses.replace(tiny_run.info().config, norm="group", seed=2, seeds=2)
+    fits = jaxnorm.fit(config, tiny)
+    assert list(fits) == [("group", 2), ("group", 3)]
+    np.testing.assert_array_equal(fits["group", 3].step_losses, tiny_run.step_losses("group", 3))
+    np.testing.assert_array_equal(fits["group", 3].logits, tiny_run.predictions("group", 3)[0])
+    assert (fits["group", 2].step_losses != fits["group", 3].step_losses).all()
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_seeds_that_train_in_one_program_are_the_seeds_alone(tiny, scratch, norm, monkeypatch):
+    config = Config(
+        norm, "matched", "tiny", 2, 16, learning_rate=0.001, seed=3, seeds=3, validation=8
+    )
+    alone = jaxnorm.fit(config, tiny)
+    monkeypatch.setattr(train, "seeds_at_once", lambda recipe, batch_size: 2)
+    diary = Diary()
+    directory = RunDirectory.create(scratch / "run")
+    experiment.run(config, tiny, directory, "x", diary)
+    assert [heard for heard in diary.heard if heard in ((norm, [3, 4], 4), (norm, [5], 4))] == [
+        *((norm, [3, 4], 4), (norm, [5], 4))
+    ]
+    epochs = {(epoch.seed, epoch.epoch): epoch for epoch in directory.epochs()}
+    assert len(epochs) == 6
+    for seed in config.seed_numbers:
+        fit = alone[norm, seed]
+        np.testing.assert_allclose(directory.step_losses(norm, seed), fit.step_losses, rtol=2e-4)
+        np.testing.assert_allclose(directory.predictions(norm, seed)[0], fit.logits, atol=2e-3)
+        for epoch in fit.epochs:
+            both = epochs[seed, epoch.epoch], epoch
+            for field in ("train_loss", "test_loss", "validation_loss"):
+                mine, wanted = (getattr(each, field) for each in both)
+                assert mine == pytest.approx(wanted, rel=1e-3)
+        images = tiny.test_images
+        predicted = jaxnorm.load_model(directory.path, norm, seed)(images)
+        np.testing.assert_allclose(predicted, fit.predict(images), atol=2e-3)
+
+
+def test_held_out_images_are_evaluated_and_never_trained_on(tiny, scratch):
+    config = Config("group", "matched", "tiny", 1, 16, validation=12)
+    kept, held = data.hold_out(tiny.train_labels, 12, seed=1)
+    fit = jaxnorm.fit(config, tiny)["group", 1]
+    assert fit.step_losses.shape == (4,)  # of 58 images
+    (epoch,) = fit.epochs
+    probabilities = np.asarray(fit.predict(tiny.train_images[held]))
+    right = probabilities.argmax(1) == tiny.train_labels[held]
+    assert epoch.validation_accuracy == right.mean()
+    losses = -np.log(probabilities[np.arange(12), tiny.train_labels[held]])
+    assert epoch.validation_loss == pytest.approx(losses.mean(), rel=1e-5)
+    spoiled = tiny.train_images.copy()
+    spoiled[held] = 255
+    other = jaxnorm.fit(config, dataclasses.replace(tiny, train_images=spoiled))["group", 1]
+    np.testing.assert_array_equal(other.step_losses, fit.step_losses)
+    assert other.epochs[0].validation_loss != epoch.validation_loss
+    alone = dataclasses.replace(
+        tiny, train_images=tiny.train_images[kept], train_labels=tiny.train_labels[kept]
+    )
+    smaller = jaxnorm.fit(dataclasses.replace(config, validation=0), alone)["group", 1]
+    np.testing.assert_array_equal(smaller.step_losses, fit.step_losses)
+    assert smaller.epochs[0].validation_loss is None
 
 
 def test_a_loss_that_is_not_finite_stops_with_epoch_and_step(tiny, scratch):
@@ -137,6 +199,10 @@ def test_a_loss_that_is_not_finite_stops_with_epoch_and_step(tiny, scratch):
 def test_what_cannot_be_trained_is_refused_before_training(tiny):
     with pytest.raises(UserError, match="--batch-size 71 is larger than the 70"):
         experiment.check(Config(batch_size=71), tiny)
+    with pytest.raises(UserError, match="of which 10 are held out"):
+        experiment.check(Config(batch_size=61, validation=10), tiny)
+    with pytest.raises(UserError, match="--validation 70 leaves none"):
+        experiment.check(Config(batch_size=1, validation=70), tiny)
     with pytest.raises(UserError, match="--groups 3"):
         experiment.check(Config(norm="group", batch_size=7, groups=3), tiny)
     many = dataclasses.replace(tiny, class_names=tuple(map(str, range(200))))

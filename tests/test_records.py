@@ -53,6 +53,9 @@ def test_what_is_written_is_read_back(scratch):
     for number in (1, 2):
         run.append_epoch(epoch(number))
     assert run.epochs() == [epoch(1), epoch(2)]
+    validated = epoch(3, validation_loss=0.5, validation_accuracy=1.0)
+    run.append_epoch(validated)
+    assert run.epochs()[2] == validated
     losses = np.arange(5, dtype=np.float32)
     run.write_step_losses("batch", 1, losses)
     np.testing.assert_array_equal(run.step_losses("batch", 1), losses)
@@ -80,6 +83,7 @@ def test_a_half_line_is_dropped_and_a_damaged_one_is_named(scratch):
         lines[1].replace("0.5", "NaN"),
         lines[1].replace('"epoch": 2', '"epoch": 2.5'),
         lines[1].replace("batch", "weight"),
+        lines[1].replace("}", ', "validation_loss": 1.5}'),
     ]
     for line in wrong:
         path.write_text(lines[0] + line + lines[2])
@@ -144,40 +148,62 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(scratch, monkeypatch):
     assert {each.name: each.read_bytes() for each in run.path.iterdir()} == {"a.txt": b"old"}
 
 
-def single(path, norm, **changes):
+def single(path, norm, seed=1, **changes):
     run = RunDirectory.create(path)
-    info = dataclasses.replace(INFO, config=Config(norm=norm), parameters={norm: 7}, command=norm)
-    run.write_info(dataclasses.replace(info, **changes))
-    run.append_epoch(epoch(1, norm))
-    run.write_step_losses(norm, 1, np.ones(2, np.float32))
-    run.write_predictions(norm, 1, np.ones((2, 3), np.float32), np.zeros(2, np.int32))
+    config = Config(norm=norm, seed=seed)
+    info = dataclasses.replace(INFO, config=config, parameters={norm: 7}, command=f"{norm} {seed}")
+    info = dataclasses.replace(info, **changes)
+    run.write_info(info)
+    for net in info.config.nets:
+        run.append_epoch(epoch(1, net[0], seed=net[1]))
+        run.write_step_losses(*net, np.full(2, net[1], np.float32))
+        run.write_predictions(*net, np.ones((2, 3), np.float32), np.zeros(2, np.int32))
     return run
 
 
 def test_runs_of_three_norms_become_one(scratch):
-    runs = [single(scratch / norm, norm) for norm in ("layer", "batch", "group")]
+    runs = [single(scratch / norm, norm) for norm in ("batch", "layer", "group")]
     target = RunDirectory.create(scratch / "all")
     target.take(runs)
     assert target.info().config == Config(norm="all")
     assert target.info().parameters == {"batch": 7, "group": 7, "layer": 7}
-    assert target.info().command == "batch; group; layer"
+    assert target.info().command == "batch 1; layer 1; group 1"
     assert [each.norm for each in target.epochs()] == ["batch", "group", "layer"]
     for norm in ("batch", "group", "layer"):
         assert target.step_losses(norm, 1).shape == (2,)
         assert target.predictions(norm, 1)[0].shape == (2, 3)
 
 
-def test_runs_that_differ_in_more_than_the_norm_stay_apart(scratch):
+def test_runs_of_several_seeds_become_one(scratch):
+    three = {"batch": 7, "group": 7, "layer": 7}
+    pair = single(scratch / "p", "all", config=Config(seed=6, seeds=2), parameters=three)
+    singles = [single(scratch / norm, norm, 5) for norm in ("group", "batch", "layer")]
+    target = RunDirectory.create(scratch / "all")
+    target.take([pair, *singles])
+    config = target.info().config
+    assert config == Config(seed=5, seeds=3)
+    assert [(each.norm, each.seed) for each in target.epochs()] == config.nets
+    for norm, seed in config.nets:
+        np.testing.assert_array_equal(target.step_losses(norm, seed), [seed, seed])
+    alone = RunDirectory.create(scratch / "batch alone")
+    alone.take([singles[1], single(scratch / "next", "batch", 6)])
+    assert alone.info().config == Config(norm="batch", seed=5, seeds=2)
+
+
+def test_runs_that_differ_in_more_than_norm_and_seed_stay_apart(scratch):
     batch, group = single(scratch / "b", "batch"), single(scratch / "g", "group")
     others = [
-        single(scratch / "s", "layer", config=Config(norm="layer", seed=2)),
         single(scratch / "a", "layer", config=Config(norm="layer", arch="matched")),
+        single(scratch / "h", "layer", config=Config(norm="layer", validation=1)),
         single(scratch / "d", "layer", dataset=DATASET | {"fingerprint": "y"}),
         single(scratch / "v", "layer", versions={"jax": "2"}),
         single(scratch / "r", "layer", git_revision="abc"),
     ]
     for number, other in enumerate(others):
-        with pytest.raises(UserError, match="more than the norm"):
+        with pytest.raises(UserError, match="more than the norm and the seed"):
             RunDirectory.create(scratch / str(number)).take([batch, group, other])
-    with pytest.raises(UserError, match="one each"):
-        RunDirectory.create(scratch / "x").take([batch, group])
+    for number, runs in enumerate(
+        ([batch, group], [batch, single(scratch / "3", "batch", 3)], [batch, batch])
+    ):
+        with pytest.raises(UserError, match=r"the same seeds|in two of the runs"):
+            RunDirectory.create(scratch / f"x{number}").take(runs)
