@@ -11,9 +11,7 @@ A new figure is one more function of `Run` that returns (file name, Figure) pair
 
 import io
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import get_args
 
 import numpy as np
@@ -24,79 +22,14 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from jaxnorm import stats
 from jaxnorm.config import Norm, UserError
 from jaxnorm.data import Dataset
-from jaxnorm.records import Epoch, RunDirectory, RunInfo
+from jaxnorm.records import RunDirectory
+from jaxnorm.results import Run
 
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 COLOURS = dict(zip(get_args(Norm), itertools.cycle(_PALETTE), strict=False))
 MARKERS = dict(zip(get_args(Norm), itertools.cycle("os^Dv*X"), strict=False))
-GRID = 10
-"""Images in a grid of mistakes: 5 columns, 2 rows."""
 SAMPLE = 20
 """Training images shown."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run's records, read once."""
-
-    directory: RunDirectory
-
-    @cached_property
-    def info(self) -> RunInfo:
-        """`run.json`."""
-        return self.directory.info()
-
-    @cached_property
-    def epochs(self) -> dict[str, list[Epoch]]:
-        """The epochs of each norm that has any, in the order of the settings."""
-        epochs = self.directory.epochs()
-        found = {
-            norm: [epoch for epoch in epochs if epoch.norm == norm]
-            for norm in self.info.config.norms
-        }
-        return {norm: each for norm, each in found.items() if each}
-
-    @cached_property
-    def logits(self) -> dict[str, np.ndarray]:
-        """Test logits f32[N, classes] of each norm."""
-        return {
-            norm: self.directory.predictions(norm, self.info.config.seed)[0] for norm in self.epochs
-        }
-
-    @cached_property
-    def labels(self) -> np.ndarray:
-        """Test labels i32[N]."""
-        return self.directory.predictions(next(iter(self.epochs)), self.info.config.seed)[1]
-
-    @cached_property
-    def examples(self) -> dict[str, np.ndarray]:
-        """What `save_examples` kept."""
-        return self.directory.examples()
-
-    @property
-    def class_names(self) -> Sequence[str]:
-        """The classes, by number."""
-        return self.info.dataset["class_names"]
-
-    @property
-    def caption(self) -> str:
-        """What stands under every figure: the data, the nets and the seed."""
-        config = self.info.config
-        return f"{self.info.dataset['caption']}; {config.arch} nets, seed {config.seed}"
-
-    def rows(self) -> dict[str, np.ndarray]:
-        """The test images shown, by figure name: three rules, all over the whole test set."""
-        seed, chosen = self.info.config.seed, {}
-        for norm, logits in self.logits.items():
-            chosen[f"mistakes-confident-{norm}"] = stats.confident_mistakes(
-                logits, self.labels, GRID
-            )
-            chosen[f"mistakes-drawn-{norm}"] = stats.drawn_mistakes(logits, self.labels, GRID, seed)
-        if len(self.logits) > 1:
-            chosen["mistakes-common"] = stats.common_mistakes(
-                list(self.logits.values()), self.labels, GRID
-            )
-        return chosen
 
 
 Named = Iterator[tuple[str, Figure]]
@@ -142,19 +75,32 @@ def draw(directory: RunDirectory) -> tuple[list[str], list[str]]:
     return names, missing
 
 
-def _figure(run: Run, title: str, width: float, height: float) -> Figure:
+def _figure(
+    run: Run, title: str, width: float, height: float, caption: str | None = None
+) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title, fontsize=13)
-    figure.supxlabel(run.caption, fontsize=8, color="#444444")
+    figure.suptitle(_literal(title), fontsize=13)
+    figure.supxlabel(_literal(caption or run.caption), fontsize=8, color="#444444")
     return figure
 
 
+def _literal(text: str) -> str:
+    """Text in which Matplotlib finds no formula."""
+    return text.replace("$", r"\$")
+
+
 def _line(
-    axes: Axes, epochs: Sequence[Epoch], field: str, norm: str, label: str, style: str = "-"
+    axes: Axes, run: Run, field: str, norm: Norm, label: str, style: str = "-", band: bool = True
 ) -> None:
+    """The mean over a norm's seeds by epoch, and a band from the lowest to the highest seed."""
+    values: dict[int, list[float]] = {}
+    for seed in run.seeds(norm):
+        for epoch in run.epochs[norm, seed]:
+            values.setdefault(epoch.epoch, []).append(getattr(epoch, field))
+    numbers = sorted(values)
     axes.plot(
-        [epoch.epoch for epoch in epochs],
-        [getattr(epoch, field) for epoch in epochs],
+        numbers,
+        [np.mean(values[number]) for number in numbers],
         style,
         color=COLOURS[norm],
         marker=MARKERS[norm],
@@ -162,6 +108,9 @@ def _line(
         markerfacecolor=COLOURS[norm] if style == "-" else "white",
         label=label,
     )
+    if band and len(run.seeds(norm)) > 1:
+        low, high = ([f(values[number]) for number in numbers] for f in (min, max))
+        axes.fill_between(numbers, low, high, color=COLOURS[norm], alpha=0.2, linewidth=0)
 
 
 def _by_epoch(axes: Axes, what: str) -> None:
@@ -177,48 +126,114 @@ def curves(run: Run) -> Named:
     """The study's four curves, for each norm: train loss of every batch, train accuracy, test loss,
     test accuracy.
     """
-    for norm, epochs in run.epochs.items():
-        figure = _figure(run, f"{norm} norm: {run.info.parameters[norm]:,} parameters", 9, 6.4)
+    for norm in run.norms:
+        title = f"{norm} norm: {run.info.parameters[norm]:,} parameters"
+        figure = _figure(run, title + _band_note(run, norm), 9, 6.4)
         panels = figure.subplots(2, 2).ravel()
-        losses = run.directory.step_losses(norm, run.info.config.seed)
-        window = max(1, len(losses) // 200)
-        panels[0].plot(
-            np.arange(1, len(losses) + 1),
-            losses,
-            color=COLOURS[norm],
-            alpha=0.3,
-            linewidth=0.5,
-            label="each batch",
-        )
-        means = np.convolve(losses, np.ones(window) / window, "valid")
-        panels[0].plot(
-            np.arange(window, len(losses) + 1),
-            means,
-            color=COLOURS[norm],
-            label=f"mean of {window}",
-        )
-        panels[0].set(xlabel="batch", ylabel="train loss")
-        panels[0].grid(alpha=0.3)
-        panels[0].legend(fontsize=8)
+        _step_losses(panels[0], run, norm)
         for axes, field in zip(
             panels[1:], ("train_accuracy", "test_loss", "test_accuracy"), strict=True
         ):
-            _line(axes, epochs, field, norm, norm)
+            _line(axes, run, field, norm, norm)
             _by_epoch(axes, field.replace("_", " "))
         yield f"curves-{norm}", figure
+
+
+def _band_note(run: Run, norm: Norm) -> str:
+    count = len(run.seeds(norm))
+    return f"; mean and range of {count} seeds" if count > 1 else ""
+
+
+def _step_losses(axes: Axes, run: Run, norm: Norm) -> None:
+    """The loss of every batch of the first seed, and the moving mean of each seed."""
+    for number, seed in enumerate(run.seeds(norm)):
+        losses = run.directory.step_losses(norm, seed)
+        window = max(1, len(losses) // 200)
+        colour = COLOURS[norm]
+        if number == 0:
+            steps = np.arange(1, len(losses) + 1)
+            axes.plot(steps, losses, alpha=0.3, linewidth=0.5, color=colour, label="each batch")
+        means = np.convolve(losses, np.ones(window) / window, "valid")
+        axes.plot(
+            np.arange(window, len(losses) + 1),
+            means,
+            alpha=1 if number == 0 else 0.5,
+            label=None if number else f"mean of {window}",
+            color=colour,
+        )
+    axes.set(xlabel="batch", ylabel="train loss")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
 
 
 def together(run: Run) -> Named:
     """All norms on one loss graph and one accuracy graph."""
     for what in ("loss", "accuracy"):
-        figure = _figure(run, f"{what.capitalize()} of every norm", 8, 5)
+        title = f"{what.capitalize()} of every norm" + _band_note(run, run.norms[0])
+        figure = _figure(run, title, 8, 5)
         axes = figure.subplots()
-        for norm, epochs in run.epochs.items():
-            _line(axes, epochs, f"test_{what}", norm, f"{norm}, test")
-            _line(axes, epochs, f"train_{what}", norm, f"{norm}, train", "--")
+        for norm in run.norms:
+            _line(axes, run, f"test_{what}", norm, f"{norm}, test")
+            _line(axes, run, f"train_{what}", norm, f"{norm}, train", "--", band=False)
         _by_epoch(axes, what)
         axes.legend(fontsize=9, ncols=2)
         yield what, figure
+
+
+def seeds(run: Run) -> Named:
+    """The last test accuracy of every seed under every norm, the seeds joined into pairs; and the
+    paired differences with their intervals. Only where there are several seeds.
+    """
+    norms: list[Norm] = [norm for norm in run.summaries if run.sample(norm).n > 1]
+    if not norms:
+        return
+    figure = _figure(run, "What the seeds say: test accuracy after the last epoch", 9, 4.2)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))
+    for seed in run.info.config.seed_numbers:
+        pairs = [(i, run.summaries[norm].get(seed)) for i, norm in enumerate(norms)]
+        points = [(i, net.last) for i, net in pairs if net]
+        left.plot(*zip(*points, strict=True), color="#999999", linewidth=0.8) if points else None
+    for i, norm in enumerate(norms):
+        sample = run.sample(norm)
+        style = {"color": COLOURS[norm], "marker": MARKERS[norm]}
+        left.plot([i] * sample.n, sample.values, linestyle="", markersize=5, **style)
+        low, high = sample.interval or (sample.mean, sample.mean)
+        left.errorbar(
+            i + 0.18, sample.mean, [[sample.mean - low], [high - sample.mean]], capsize=4, **style
+        )
+    left.set_xticks(range(len(norms)), norms)
+    left.set_xlim(-0.4, len(norms) - 0.4)
+    left.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    left.set_title("each seed; mean and 95 % t interval", fontsize=9)
+    left.grid(alpha=0.3, axis="y")
+    found = [each for each in run.differences if each.sample.n > 1]
+    for i, each in enumerate(found):
+        points = 100 * np.array(each.sample.values)
+        right.plot(points, [i] * len(points), "o", color="#999999", markersize=4)
+        for offset, interval, colour in (
+            (-0.15, each.sample.interval, "#000000"),
+            (0.15, each.sample.bootstrap_interval, "#0072B2"),
+        ):
+            low, high = (100 * edge for edge in interval or (0, 0))
+            middle = 100 * each.sample.mean
+            right.errorbar(
+                middle,
+                i + offset,
+                xerr=[[middle - low], [high - middle]],
+                fmt="D",
+                color=colour,
+                markersize=5,
+                capsize=4,
+                label=("t interval", "bootstrap")[offset > 0] if i == 0 else None,
+            )
+    right.axvline(0, color="#000000", linewidth=0.8)
+    right.set_yticks(range(len(found)), [f"{each.first} - {each.second}" for each in found])
+    right.set_ylim(len(found) - 0.5, -0.5)
+    right.set_xlabel("paired difference, points")
+    right.set_title("each pair; mean and 95 % intervals", fontsize=9)
+    right.grid(alpha=0.3, axis="x")
+    right.legend(fontsize=8)
+    yield "seeds", figure
 
 
 def mistakes(run: Run) -> Named:
@@ -236,7 +251,7 @@ def mistakes(run: Run) -> Named:
         if absent := set(map(int, rows)) - images.keys():
             raise UserError(f"{name}: {len(absent)} of its images are not in examples.npz")
         _, rule, *rest = name.split("-")
-        shown = {norm: run.logits[norm] for norm in (rest or run.logits)}
+        shown = {norm: run.logits[norm] for norm in run.logits if not rest or norm in rest}
         title = titles[rule] if len(rows) else "no mistake to show"
         figure = _figure(
             run, f"{rest[0]} norm: {title}" if rest else title, 9, 4.9 + 0.35 * len(shown)
@@ -248,7 +263,7 @@ def mistakes(run: Run) -> Named:
                 probability = stats.probabilities(logits[row])
                 said = f"{run.class_names[int(probability.argmax())]} {probability.max():.0%}"
                 lines.append(f"{norm}: {said}" if not rest else f"predicted: {said}")
-            axes.set_title("\n".join(lines), fontsize=9)
+            axes.set_title(_literal("\n".join(lines)), fontsize=9)
         yield name, figure
 
 
@@ -260,29 +275,25 @@ def _tiles(figure: Figure, rows: int) -> np.ndarray:
 
 
 def confusion(run: Run) -> Named:
-    """The confusion matrix of each norm, in counts; and the accuracy of each class, all norms
-    together.
+    """The confusion matrix of each norm, in counts (the mean of its seeds); and the accuracy of
+    each class, all norms together, with the range of the seeds.
     """
-    names = run.class_names
+    names = [_literal(name) for name in run.class_names]
     numbered = len(names) <= 20
-    for norm, logits in run.logits.items():
-        matrix = stats.confusion_matrix(logits, run.labels)
-        figure = _figure(
-            run, f"{norm} norm: confusion matrix of {matrix.sum():,} test images", 7.4, 7
-        )
+    for norm in run.norms:
+        matrix = run.confusion(norm)
+        count = len(run.seeds(norm))
+        mean = f", mean of {count} seeds" if count > 1 else ""
+        title = f"{norm} norm: confusion matrix of {len(run.labels):,} test images{mean}"
+        figure = _figure(run, title, 7.4, 7)
         axes = figure.subplots()
         shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         if numbered:
-            for (row, column), count in np.ndenumerate(matrix):
+            for (row, column), each in np.ndenumerate(matrix):
+                colour = "white" if shares[row, column] > 0.5 else "black"
                 axes.text(
-                    column,
-                    row,
-                    str(count),
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="white" if shares[row, column] > 0.5 else "black",
+                    column, row, f"{each:.0f}", ha="center", va="center", fontsize=8, color=colour
                 )
             axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
             axes.set_yticks(range(len(names)), names)
@@ -290,10 +301,13 @@ def confusion(run: Run) -> Named:
         yield f"confusion-{norm}", figure
     figure = _figure(run, "Test accuracy of each class", 8, 1.6 + 0.36 * len(names))
     axes = figure.subplots()
-    for number, (norm, logits) in enumerate(run.logits.items()):
-        heights = np.arange(len(names)) + (number - (len(run.logits) - 1) / 2) * 0.2
-        accuracies = stats.class_accuracy(logits, run.labels)
-        axes.plot(accuracies, heights, MARKERS[norm], color=COLOURS[norm], label=norm, markersize=6)
+    for number, norm in enumerate(run.norms):
+        heights = np.arange(len(names)) + (number - (len(run.norms) - 1) / 2) * 0.2
+        accuracies = run.class_accuracies(norm)
+        middle = accuracies.mean(0)
+        axes.plot(middle, heights, MARKERS[norm], color=COLOURS[norm], label=norm, markersize=6)
+        if len(accuracies) > 1:
+            axes.hlines(heights, accuracies.min(0), accuracies.max(0), color=COLOURS[norm], lw=1)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -308,14 +322,95 @@ def training_images(run: Run) -> Named:
     figure = _figure(run, f"{len(images)} training images", 9, 8)
     for axes, image, label in zip(_tiles(figure, SAMPLE // 5), images, labels, strict=False):
         axes.imshow(image, interpolation="nearest")
-        axes.set_title(run.class_names[label], fontsize=9)
+        axes.set_title(_literal(run.class_names[int(label)]), fontsize=9)
     yield "training-images", figure
 
 
+def inside(run: Run) -> Named:
+    """What the norms do inside the trained nets of the first seed: activations before and after
+    each norm, the gradient of each layer, and batch norm's gap between training and evaluation.
+    """
+    effects = run.effects
+    caption = f"{run.info.dataset['caption']}; seed {run.info.config.seed}, after the last epoch"
+    figure = _figure(run, "Activations before and after each norm", 9, 5.2, caption)
+    panels = figure.subplots(2, 2, sharex=True, sharey="row")
+    for norm, measured in effects.items():
+        for column, when in enumerate(("before", "after")):
+            for row in range(2):
+                layers = list(map(str, measured["layers"]))
+                values = measured[when][:, row]
+                _marked(panels[row, column], layers, values, norm)
+    for column, when in enumerate(("before", "after")):
+        panels[0, column].set_title(f"{when} the norm", fontsize=10)
+        for row in range(2):
+            panels[row, column].grid(alpha=0.3)
+    panels[0, 0].set_ylabel("mean")
+    panels[1, 0].set_ylabel("standard deviation")
+    panels[0, 0].legend(fontsize=8)
+    yield "activations", figure
+    figure = _figure(run, "Size of the loss's gradient at each kernel", 8, 4.2, caption)
+    axes = figure.subplots()
+    for norm, measured in effects.items():
+        _marked(axes, list(map(str, measured["kernels"])), measured["gradients"], norm)
+    axes.set_yscale("log")
+    axes.set(xlabel="layer, input to output", ylabel="Euclidean norm")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    yield "gradients", figure
+    figure = _figure(
+        run, "Evaluated with each batch's own statistics, not running averages", 8, 4.2, caption
+    )
+    axes = figure.subplots()
+    for norm, measured in effects.items():
+        sizes = list(map(str, measured["sizes"]))
+        _marked(axes, sizes, measured["batch_accuracy"], norm)
+        if norm == "batch":
+            label = "batch, running averages"
+            height = float(measured["running_accuracy"])
+            axes.axhline(height, color=COLOURS[norm], linestyle=":", label=label)
+    axes.set(xlabel="images in a batch", ylabel="test accuracy")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    yield "batch-statistics", figure
+
+
+def _marked(axes: Axes, names: Sequence[str], values: np.ndarray, norm: Norm) -> None:
+    axes.plot(names, values, color=COLOURS[norm], marker=MARKERS[norm], markersize=5, label=norm)
+
+
+def batch_sizes(
+    accuracies: Mapping[Norm, Mapping[int, Sequence[float]]], caption: str
+) -> tuple[str, Figure]:
+    """The last test accuracy of each norm by the batch size that it was trained with: {norm: {batch
+    size: a value for each seed}}.
+    """
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    figure.suptitle("Test accuracy by the batch size of training", fontsize=13)
+    figure.supxlabel(_literal(caption), fontsize=8, color="#444444")
+    axes = figure.subplots()
+    sizes = sorted({size for own in accuracies.values() for size in own})
+    for norm, by_size in accuracies.items():
+        own = [(i, by_size[size]) for i, size in enumerate(sizes) if size in by_size]
+        places = [i for i, _ in own]
+        means = [float(np.mean(values)) for _, values in own]
+        axes.plot(places, means, color=COLOURS[norm], marker=MARKERS[norm], label=norm)
+        low, high = ([f(values) for _, values in own] for f in (min, max))
+        axes.fill_between(places, low, high, color=COLOURS[norm], alpha=0.2, linewidth=0)
+    axes.set_xticks(range(len(sizes)), list(map(str, sizes)))
+    axes.set(xlabel="images in a batch", ylabel="test accuracy after the last epoch")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    return "batch-sizes", figure
+
+
 FIGURES: tuple[Callable[[Run], Named], ...] = (
-    curves,
+    seeds,
     together,
+    curves,
     mistakes,
     confusion,
+    inside,
     training_images,
 )

@@ -145,8 +145,8 @@ def differences(values: Mapping[str, Mapping[int, float]]) -> list[Difference]:
             pairs.append((first, second, Sample(tuple(paired))))
     ps = [sign_flip_p(sample.values) for _, _, sample in pairs]
     return [
-        Difference(*pair, p, adjusted)
-        for pair, p, adjusted in zip(pairs, ps, holm(ps), strict=True)
+        Difference(first, second, sample, p, adjusted)
+        for (first, second, sample), p, adjusted in zip(pairs, ps, holm(ps), strict=True)
     ]
 
 
@@ -161,7 +161,7 @@ def sign_flip_p(values: Sequence[float]) -> float:
         (np.asarray(values),),
         np.mean,
         permutation_type="samples",
-        n_resamples=np.inf if len(values) <= 20 else RESAMPLES,
+        n_resamples=2 ** len(values) if len(values) <= 20 else RESAMPLES,
         batch=10_000,
         rng=np.random.default_rng(0),
     )

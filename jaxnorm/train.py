@@ -450,8 +450,8 @@ def evaluate(
 def evaluate_seeds(
     recipe: Recipe, states: TrainState, images: jax.Array, labels: jax.Array
 ) -> Evaluation:
-    """`evaluate` for K seeds in one program, on the same images, or on K sets of them where `images`
-    and `labels` have the leading axis too.
+    """`evaluate` for K seeds in one program, on the same images, or on K sets of them where
+    `images` and `labels` have the leading axis too.
     """
     own = 0 if labels.ndim == 2 else None
     return jax.vmap(partial(evaluate, recipe), (0, own, own))(states, images, labels)
