@@ -339,67 +339,6 @@ def render(comparison: dict) -> str:
     return "\n".join(lines)
 
 
-def table(values: dict[str, Any]) -> str:
-    """A written benchmark as a Markdown table, a row a comparison, and what it was measured on."""
-    comparisons = values["comparisons"]
-    against = any("ratio" in each for each in comparisons)
-    together = any("jaxnorm-vmap" in each["sides"] for each in comparisons)
-    head = ["net", "batch", "seeds", "ours, ms", "share of ceiling"]
-    head += ["seeds in one program, ms"] if together else []
-    head += ["PyTorch's best, ms", "ours is times as fast"] if against else []
-    head += ["first step, cold / warm, s", "peak MB"]
-    rows, rounds, versions = [], [], {}
-    for each in comparisons:
-        sides, ratio = each["sides"], each.get("ratio")
-        ours = sides["jaxnorm"]
-        rounds.append(len(ours["samples_milliseconds"]))
-        for side in sides.values():
-            versions |= {name: side["about"].get(name) for name in ("jax", "torch")} | {
-                name: version for name, version in versions.items() if version
-            }
-        task = "" if each["task"] == "train" else ", evaluation of 10,000"
-        row = [f"{each['arch']} {each['norm']}{task}", str(each["batch_size"]), str(each["seeds"])]
-        row += [f"{ours['milliseconds']:.1f}", f"{ours['share_of_ceiling']:.0%}"]
-        peak = f"{ours['peak_megabytes']:.0f}"
-        if together:
-            row.append(f"{sides['jaxnorm-vmap']['milliseconds']:.1f}")
-        if against and ratio:
-            best = sides[ratio["against"]]
-            low, high = ratio["10th_and_90th_percentile"]
-            row.append(f"{best['milliseconds']:.1f} ({ratio['against']})")
-            row.append(f"{ratio['median']:.2f} ({low:.2f} to {high:.2f})")
-            peak += f" / {best['peak_megabytes']:.0f} PyTorch"
-        start = f"{ours['first_step_seconds']:.1f} / {ours['warm_first_step_seconds']:.1f}"
-        rows.append([*row, start, peak])
-    machine = values["machine"]
-    ceiling = machine["matrix_product_gflop_per_second"]
-    note = (
-        f"Medians over {min(rounds)} to {max(rounds)} rounds in turns"
-        + (", the ratio within each round (10th to 90th percentile)" if against else "")
-        + f"; {machine['processor']}, {machine['cores']} cores, ceiling {ceiling:.0f} GFLOP/s (a "
-        f"2048 x 2048 matrix product); Python {machine['python']}, "
-        + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-        + f"; {machine['when'][:10]}."
-    )
-    return f"{markdown(head, rows)}\n\n{note}\n"
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose first column is text and the others numbers."""
-    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def read(path: Path) -> dict[str, Any]:
-    """What `write` wrote; raises `UserError` for anything else."""
-    try:
-        values = json.loads(path.read_text())
-        table(values)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
-        raise UserError(f"--bench {path} cannot be read as what jaxnorm.bench wrote") from None
-    return values
-
-
 def measure_ceiling() -> float:
     """FLOP/s of a 2048 x 2048 float32 matrix product here: the best of ten, in a fresh process."""
     code = (

@@ -63,6 +63,28 @@ class Observer:
         """A net's epoch is complete: trained, evaluated, and on disk where there is one."""
 
 
+class Observers(Observer):
+    """Tells several observers, in order."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self.observers = observers
+
+    def on_nets(self, norm: Norm, seeds: list[int], steps: int) -> None:
+        """Tells each."""
+        for each in self.observers:
+            each.on_nets(norm, seeds, steps)
+
+    def on_steps(self, epoch: int, done: int) -> None:
+        """Tells each."""
+        for each in self.observers:
+            each.on_steps(epoch, done)
+
+    def on_epoch(self, epoch: Epoch) -> None:
+        """Tells each."""
+        for each in self.observers:
+            each.on_epoch(epoch)
+
+
 class _Trained(NamedTuple):
     record: Epoch
     state: Any  # train.TrainState

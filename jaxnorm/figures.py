@@ -22,7 +22,6 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from jaxnorm import stats
 from jaxnorm.config import Norm, UserError
 from jaxnorm.data import Dataset
-from jaxnorm.records import RunDirectory
 from jaxnorm.results import Run
 
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -35,11 +34,10 @@ SAMPLE = 20
 Named = Iterator[tuple[str, Figure]]
 
 
-def save_examples(directory: RunDirectory, dataset: Dataset) -> None:
+def save_examples(run: Run, dataset: Dataset) -> None:
     """Keeps the images that `draw` shows: test images by their row, and a sample of the training
     images drawn by the seed.
     """
-    run = Run(directory)
     rows = np.unique(np.concatenate([np.zeros(0, np.int64), *run.rows().values()]))
     count = min(SAMPLE, len(dataset.train_labels))
     sample = np.sort(
@@ -54,33 +52,52 @@ def save_examples(directory: RunDirectory, dataset: Dataset) -> None:
         "train_images": dataset.train_images[sample],
         "train_labels": dataset.train_labels[sample],
     }
-    directory.write_arrays("examples.npz", arrays)
+    run.directory.write_arrays("examples.npz", arrays)
 
 
-def draw(directory: RunDirectory) -> tuple[list[str], list[str]]:
+def draw(run: Run) -> tuple[dict[str, str], list[str]]:
     """Draws every figure that the records allow into `figures/`.
 
-    Returns the figures' file names, and a line for each record that was missing or damaged.
+    Returns the figures' titles by file name, and a line for each record that was missing or
+    damaged.
     """
-    run, names, missing = Run(directory), [], []
+    titles, missing = {}, []
+    try:
+        if not run.epochs:
+            return {}, [f"{run.directory.path / 'metrics.jsonl'} holds no epoch"]
+    except UserError as error:
+        return {}, [str(error)]
     for figure_of in FIGURES:
         try:
             for name, figure in figure_of(run):
-                content = io.BytesIO()
-                figure.savefig(content, format="png", dpi=130, metadata={"Software": None})
-                directory.write_bytes(f"figures/{name}.png", content.getvalue())
-                names.append(f"{name}.png")
+                run.directory.write_bytes(f"figures/{name}.png", png(figure))
+                titles[f"{name}.png"] = title_of(figure)
         except UserError as error:
-            missing.append(str(error))
-    return names, missing
+            if str(error) not in missing:
+                missing.append(str(error))
+    return titles, missing
 
 
-def _figure(
-    run: Run, title: str, width: float, height: float, caption: str | None = None
-) -> Figure:
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=130, metadata={"Software": None})
+    return content.getvalue()
+
+
+def title_of(figure: Figure) -> str:
+    """What stands over a figure."""
+    return figure.get_suptitle().replace(r"\$", "$")
+
+
+def _figure(run: Run, title: str, width: float, height: float) -> Figure:
+    return _captioned(run.caption, title, width, height)
+
+
+def _captioned(caption: str, title: str, width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(_literal(title), fontsize=13)
-    figure.supxlabel(_literal(caption or run.caption), fontsize=8, color="#444444")
+    figure.supxlabel(_literal(caption), fontsize=8, color="#444444")
     return figure
 
 
@@ -243,21 +260,16 @@ def mistakes(run: Run) -> Named:
         "drawn": "mistakes drawn by the seed",
         "common": "wrong under every norm, surest first",
     }
-    images = {
-        int(row): image
-        for row, image in zip(run.examples["test_rows"], run.examples["test_images"], strict=True)
-    }
     for name, rows in run.rows().items():
-        if absent := set(map(int, rows)) - images.keys():
-            raise UserError(f"{name}: {len(absent)} of its images are not in examples.npz")
+        images = run.images(rows)
         _, rule, *rest = name.split("-")
         shown = {norm: run.logits[norm] for norm in run.logits if not rest or norm in rest}
         title = titles[rule] if len(rows) else "no mistake to show"
         figure = _figure(
             run, f"{rest[0]} norm: {title}" if rest else title, 9, 4.9 + 0.35 * len(shown)
         )
-        for axes, row in zip(_tiles(figure, 2), rows, strict=False):
-            axes.imshow(images[int(row)], interpolation="nearest")
+        for axes, row, image in zip(_tiles(figure, 2), rows, images, strict=False):
+            axes.imshow(image, interpolation="nearest")
             lines = [f"true: {run.class_names[int(run.labels[row])]}"]
             for norm, logits in shown.items():
                 probability = stats.probabilities(logits[row])
@@ -327,12 +339,17 @@ def training_images(run: Run) -> Named:
 
 
 def inside(run: Run) -> Named:
-    """What the norms do inside the trained nets of the first seed: activations before and after
-    each norm, the gradient of each layer, and batch norm's gap between training and evaluation.
+    """What the norms do inside the trained nets of the first seed."""
+    seed = run.info.config.seed
+    caption = f"{run.info.dataset['caption']}; seed {seed}, after the last epoch"
+    return of_effects(run.effects, caption)
+
+
+def of_effects(effects: Mapping[Norm, Mapping[str, np.ndarray]], caption: str) -> Named:
+    """What `effects.measure` gave of each norm: activations before and after each norm, the
+    gradient of each layer, and batch norm's gap between training and evaluation.
     """
-    effects = run.effects
-    caption = f"{run.info.dataset['caption']}; seed {run.info.config.seed}, after the last epoch"
-    figure = _figure(run, "Activations before and after each norm", 9, 5.2, caption)
+    figure = _captioned(caption, "Activations before and after each norm", 9, 5.2)
     panels = figure.subplots(2, 2, sharex=True, sharey="row")
     for norm, measured in effects.items():
         for column, when in enumerate(("before", "after")):
@@ -348,7 +365,7 @@ def inside(run: Run) -> Named:
     panels[1, 0].set_ylabel("standard deviation")
     panels[0, 0].legend(fontsize=8)
     yield "activations", figure
-    figure = _figure(run, "Size of the loss's gradient at each kernel", 8, 4.2, caption)
+    figure = _captioned(caption, "Size of the loss's gradient at each kernel", 8, 4.2)
     axes = figure.subplots()
     for norm, measured in effects.items():
         _marked(axes, list(map(str, measured["kernels"])), measured["gradients"], norm)
@@ -357,9 +374,8 @@ def inside(run: Run) -> Named:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
     yield "gradients", figure
-    figure = _figure(
-        run, "Evaluated with each batch's own statistics, not running averages", 8, 4.2, caption
-    )
+    title = "Evaluated with each batch's own statistics, not running averages"
+    figure = _captioned(caption, title, 8, 4.2)
     axes = figure.subplots()
     for norm, measured in effects.items():
         sizes = list(map(str, measured["sizes"]))
@@ -385,9 +401,7 @@ def batch_sizes(
     """The last test accuracy of each norm by the batch size that it was trained with: {norm: {batch
     size: a value for each seed}}.
     """
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
-    figure.suptitle("Test accuracy by the batch size of training", fontsize=13)
-    figure.supxlabel(_literal(caption), fontsize=8, color="#444444")
+    figure = _captioned(caption, "Test accuracy by the batch size of training", 8, 4.6)
     axes = figure.subplots()
     sizes = sorted({size for own in accuracies.values() for size in own})
     for norm, by_size in accuracies.items():
@@ -403,6 +417,42 @@ def batch_sizes(
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
     return "batch-sizes", figure
+
+
+def averaged(masks: Mapping[Norm, np.ndarray]) -> tuple[str, Figure]:
+    """What one output of each norm depends on (`effects.averaged_over`): a square for each image
+    (row) and channel (column), dark where the norm averages over pixels of it.
+    """
+    caption = "dark: averaged over with the output marked by a cross"
+    figure = _captioned(caption, "What each norm averages over", 2 * len(masks) + 1, 2.6)
+    panels = figure.subplots(1, len(masks), squeeze=False)[0]
+    for axes, (norm, mask) in zip(panels, masks.items(), strict=True):
+        count, height, width, channels = mask.shape
+        # Images stand above each other, and the pixels of each channel side by side.
+        picture = mask.transpose(0, 1, 3, 2).reshape(count * height, channels * width)
+        axes.imshow(picture, cmap="Blues", vmin=0, vmax=1.3, aspect="auto")
+        for edge in range(1, count):
+            axes.axhline(edge * height - 0.5, color="#666666", linewidth=1)
+        for edge in range(1, channels):
+            axes.axvline(edge * width - 0.5, color="#666666", linewidth=0.5)
+        axes.set_title(f"{norm} norm", fontsize=10)
+        axes.set(xlabel="channels", ylabel="images", xticks=[], yticks=[])
+    return "averaged", figure
+
+
+def example_gradients(matrices: Mapping[Norm, np.ndarray], caption: str) -> tuple[str, Figure]:
+    """How much each image's loss depends on each image's pixels (`effects.example_gradients`), as
+    shares of the largest.
+    """
+    title = "How much an image's loss depends on each image of its batch"
+    figure = _captioned(caption, title, 3.4 * len(matrices) + 1, 4)
+    panels = figure.subplots(1, len(matrices), squeeze=False)[0]
+    for axes, (norm, matrix) in zip(panels, matrices.items(), strict=True):
+        shown = axes.imshow(matrix / matrix.max(), cmap="Blues", vmin=0, vmax=1)
+        axes.set_title(f"{norm} norm", fontsize=10)
+        axes.set(xlabel="pixels of image", ylabel="loss of image")
+    figure.colorbar(shown, ax=list(panels), shrink=0.8, label="share of the largest")
+    return "example-gradients", figure
 
 
 FIGURES: tuple[Callable[[Run], Named], ...] = (

@@ -1,27 +1,36 @@
 """The command that makes what a person reads from run directories: `python -m jaxnorm.report RUN`.
 
-It draws the figures again and writes `report.md` in each run; it never trains. `--readme` writes
-the tables of a README that stand between `<!-- table NAME -->` and `<!-- end -->`, where NAME is a
-run directory's own name, that and "beside others", or the name of a benchmark's file, so that no
-number there is typed by hand.
+It draws the figures again and writes `report.md` and `report.html` in each run, and one page of
+several runs side by side; it never trains. `--readme` writes what stands in a README between
+`<!-- table NAME -->` and `<!-- end -->`, so that no number there is typed by hand. NAME is a run
+directory's own name, that and "finding", "differences", "values" or "beside others", or the name of
+a benchmark's file.
 """
 
 import json
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
-from jaxnorm import bench, cli
+from jaxnorm import cli
 from jaxnorm.config import UserError
+
+if TYPE_CHECKING:
+    from jaxnorm.page import RunPart
+    from jaxnorm.records import RunDirectory
 
 app = App(
     suppress_keyboard_interrupt=False,
     name="python -m jaxnorm.report",
-    help="Draw the figures of run directories and write their reports; nothing is trained.",
+    help=(
+        "Write the reports of run directories, report.md and report.html; nothing is trained. "
+        "Several runs are put side by side in one more page."
+    ),
     version_flags=[],
     help_format="plaintext",
 )
@@ -33,13 +42,16 @@ class Options:
 
     Parameters
     ----------
+    out
+        With several runs: the page of all of them. Default: side-by-side.html in the folder that
+        the first run lies in.
     merge
-        Put runs of batch, group and layer norm that were made apart together in this new directory
+        Put runs that differ in nothing but their norms and seeds together in this new directory
         first, and report on that. The data is read again, for the pictures.
     readme
         Write the tables of this file anew.
     reference
-        JSON of others' results on the same nets, to stand beside ours in the tables.
+        JSON of others' results on the same nets, to stand beside ours in the README's tables.
     bench
         JSON files that jaxnorm.bench wrote, each for the README's table of its name.
     data_dir
@@ -48,6 +60,7 @@ class Options:
         With --merge: the data came from an archive that is not an official one.
     """
 
+    out: Path | None = None
     merge: Path | None = None
     readme: Path | None = None
     reference: Path | None = None
@@ -70,7 +83,7 @@ def main(
     runs
         Run directories.
     """
-    from jaxnorm import figures
+    from jaxnorm import page, tables
     from jaxnorm.records import RunDirectory
 
     if not runs and not options.bench:
@@ -79,29 +92,53 @@ def main(
     if options.merge:
         directories = [_merge(directories, options)]
     reference = read_reference(options.reference)
-    tables = {}
+    benchmarks = {path.stem: tables.read_benchmark(path) for path in options.bench}
+    parts, unread = [], []
     for directory in directories:
-        title = directory.path.absolute().name
-        own = {title: results_table(directory)}
-        if reference and directory.info().config.arch == "original":
-            own[f"{title} beside others"] = comparison_table(directory, reference)
-        tables |= own
-        drawn, missing = figures.draw(directory)
-        report = write_markdown(title, list(own.values()), drawn, missing)
-        directory.write_bytes("report.md", report.encode())
-        print(f"{directory.path / 'report.md'}: {len(drawn)} figures")
-        for line in missing:
+        try:
+            part = page.write(directory)
+        except UserError as error:
+            unread.append(str(error))
+            continue
+        parts.append(part)
+        print(f"{directory.path / 'report.html'}: {len(part.pictures)} figures")
+        for line in part.missing:
             print(f"missing: {line}", file=sys.stderr)
-    for path in options.bench:
-        tables[path.stem] = bench.table(bench.read(path))
+    if unread and not parts:
+        raise UserError(unread[0])
+    for line in unread:
+        print(f"missing: {line}", file=sys.stderr)
+    if len(directories) > 1:
+        together = options.out or directories[0].path.absolute().parent / "side-by-side.html"
+        page.write_together(together, parts, unread)
+        print(f"{together}: {len(parts)} runs side by side")
     if options.readme:
-        fill_readme(options.readme, tables)
+        texts = {name: tables.speed(values).markdown() for name, values in benchmarks.items()}
+        for part in parts:
+            texts |= readme_texts(part, reference)
+        fill_readme(options.readme, texts)
     return 0
 
 
-def _merge(sources: list[Any], options: Options) -> Any:
-    from jaxnorm import data, figures
+def readme_texts(part: "RunPart", reference: Mapping[str, Any]) -> dict[str, str]:
+    """What a README can hold of a run, by the name between its marks."""
+    from jaxnorm import tables
+
+    texts = {part.title: part.tables["results"].markdown()}
+    texts[f"{part.title} finding"] = tables.escaped(part.finding) + "\n"
+    for name in ("differences", "values"):
+        if name in part.tables:
+            texts[f"{part.title} {name}"] = part.tables[name].markdown()
+    if reference and part.run.info.config.arch == "original":
+        beside = tables.comparison(part.run, reference)
+        texts[f"{part.title} beside others"] = beside.markdown()
+    return texts
+
+
+def _merge(sources: "list[RunDirectory]", options: Options) -> "RunDirectory":
+    from jaxnorm import data, effects, figures
     from jaxnorm.records import RunDirectory
+    from jaxnorm.results import Run
 
     assert options.merge is not None
     info = sources[0].info()
@@ -112,8 +149,9 @@ def _merge(sources: list[Any], options: Options) -> Any:
     if dataset.fingerprint != info.dataset["fingerprint"]:
         raise UserError(f"the data found is not what {sources[0].path} was trained on")
     directory = RunDirectory.create(options.merge)
-    directory.take(sources)
-    figures.save_examples(directory, dataset)
+    homes = directory.take(sources)
+    effects.record(directory, dataset, homes)
+    figures.save_examples(Run(directory), dataset)
     return directory
 
 
@@ -131,81 +169,27 @@ def read_reference(path: Path | None) -> dict[str, Any]:
     return values
 
 
-def results_table(directory: Any) -> str:
-    """A run's results in Markdown, a row a norm, and under it what they were measured with."""
-    from jaxnorm import stats
+def fill_readme(path: Path, texts: Mapping[str, str]) -> None:
+    """Puts each text between its marks.
 
-    info, epochs = directory.info(), directory.epochs()
-    config = info.config
-    head = ["norm", "parameters", "best test (epoch)", "last test", "last train", "first at 70 %"]
-    rows = []
-    for norm in config.norms:
-        if own := [epoch for epoch in epochs if epoch.norm == norm]:
-            summary = stats.summarize(own)
-            best = f"{summary.best:.2%} ({summary.best_epoch})"
-            last = [f"{summary.last:.2%}", f"{own[-1].train_accuracy:.2%}"]
-            first = f"epoch {summary.first_at_target}" if summary.first_at_target else "never"
-            rows.append([norm, f"{info.parameters[norm]:,}", best, *last, first])
-        else:
-            rows.append([norm, *["not trained yet"] * (len(head) - 1)])
-    finished = min(sum(epoch.norm == norm for epoch in epochs) for norm in config.norms)
-    note = (
-        f"{info.dataset['caption']}; {config.arch} nets, {finished} of {config.epochs} epochs, "
-        f"batch {config.batch}, seed {config.seed}, n = 1; {info.device}; "
-        + ", ".join(f"{name} {info.versions[name]}" for name in ("jax", "flax", "optax"))
-        + "."
-    )
-    return f"{bench.markdown(head, rows)}\n\n{note}\n"
-
-
-def comparison_table(directory: Any, reference: dict[str, Any]) -> str:
-    """A run of the study's own nets beside others' runs of them: best / last test accuracy."""
-    from jaxnorm import stats
-
-    epochs = directory.epochs()
-    head = ["norm", "ours"]
-    for source in reference:
-        head += [source, "ours minus it, points"]
-    rows = []
-    for norm in directory.info().config.norms:
-        own = [epoch for epoch in epochs if epoch.norm == norm]
-        if not own:
-            continue
-        summary = stats.summarize(own)
-        ours = (summary.best, summary.last)
-        row = [norm, f"{ours[0]:.2%} / {ours[1]:.2%}"]
-        for norms in reference.values():
-            accuracies = norms[norm]["test_accuracy"]
-            theirs = (max(accuracies), accuracies[-1])
-            differences = (100 * (a - b) for a, b in zip(ours, theirs, strict=True))
-            row.append(f"{theirs[0]:.2%} / {theirs[1]:.2%}")
-            row.append(" / ".join(f"{difference:+.2f}" for difference in differences))
-        rows.append(row)
-    caption = directory.info().dataset["caption"]
-    note = f"Test accuracy, best / last epoch, n = 1 each; ours: {caption}."
-    return f"{bench.markdown(head, rows)}\n\n{note}\n"
-
-
-def write_markdown(title: str, tables: list[str], figures: list[str], missing: list[str]) -> str:
-    """The report: the tables, what is missing, and every figure."""
-    parts = [f"# {title}", *(table.rstrip() for table in tables)]
-    parts += [f"Missing: {line}" for line in missing]
-    parts += [f"![{Path(name).stem.replace('-', ' ')}](figures/{name})" for name in figures]
-    return "\n\n".join(parts) + "\n"
-
-
-def fill_readme(path: Path, tables: dict[str, str]) -> None:
-    """Puts each table between its marks; raises `UserError` where a mark is missing."""
+    Raises `UserError` where there are no marks, or marks of what was not given.
+    """
     try:
-        text = path.read_text()
+        old = path.read_text()
     except OSError as error:
         raise UserError(f"--readme {path} cannot be read: {error.strerror}") from None
-    for name, table in tables.items():
-        marked = re.compile(f"(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not marked.search(text):
-            raise UserError(f"--readme {path} has no <!-- table {name} --> ... <!-- end -->")
-        text = marked.sub(lambda found, table=table: f"{found[1]}\n{table}\n{found[2]}", text)
-    path.write_text(text)
+    marked = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+    names = [found[2] for found in marked.finditer(old)]
+    if not names:
+        raise UserError(
+            f"--readme {path} has no <!-- table {next(iter(texts))} --> ... <!-- end -->"
+        )
+    if unknown := [name for name in names if name not in texts]:
+        raise UserError(
+            f"--readme {path} has a table {unknown[0]!r}, which none of the given runs and "
+            f"benchmarks makes: they make {', '.join(texts)}"
+        )
+    path.write_text(marked.sub(lambda found: f"{found[1]}\n{texts[found[2]]}\n{found[3]}", old))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 
 from jaxnorm import stats
-from jaxnorm.config import Norm
+from jaxnorm.config import Norm, UserError
 from jaxnorm.records import Epoch, RunDirectory, RunInfo
 
 GRID = 10
@@ -142,3 +142,15 @@ class Run:
         """The accuracy of each class under each seed of a norm."""
         nets = [self.predictions[norm, seed] for seed in self.seeds(norm)]
         return np.array([stats.class_accuracy(logits, self.labels) for logits in nets])
+
+    def images(self, rows: np.ndarray) -> list[np.ndarray]:  # of u8[32, 32, 3]
+        """Test images by their row; raises `UserError` where one was not kept."""
+        kept = dict(
+            zip(map(int, self.examples["test_rows"]), self.examples["test_images"], strict=True)
+        )
+        if absent := {*map(int, rows)} - kept.keys():
+            raise UserError(
+                f"{self.directory.path / 'examples.npz'} lacks {len(absent)} of the test images "
+                "to show"
+            )
+        return [kept[int(row)] for row in rows]

@@ -1,5 +1,6 @@
 """The command: `python -m jaxnorm.run --norm layer`. Flags in, exit code out."""
 
+import contextlib
 import datetime
 import hashlib
 import os
@@ -52,6 +53,9 @@ class Places:
         Run directory, new or empty. Default: runs/<time>-<arch>-<norm>-<dataset>.
     no_compilation_cache
         Compile anew; otherwise compiled code is kept in the user's cache for the next start.
+    tensorboard
+        Write each epoch's losses and accuracies for TensorBoard, too, in the run directory's
+        tensorboard/.
     quiet
         Print nothing but the table at the end, and errors.
     summary
@@ -63,6 +67,7 @@ class Places:
     allow_unverified: bool = False
     out: Path | None = None
     no_compilation_cache: bool = False
+    tensorboard: bool = False
     quiet: bool = False
     summary: bool = False
 
@@ -93,10 +98,15 @@ def _train(config: Config, places: Places) -> int:
     from jaxnorm.records import RunDirectory
 
     RunDirectory.check_unused(out)  # before the data, so that a mistake is heard of at once
+    if places.tensorboard:
+        from jaxnorm.scalars import Scalars
+
+        Scalars.check()
     dataset = _load(config, places)
     if not places.no_compilation_cache:
         _keep_compiled_code()
-    from jaxnorm import effects, experiment, figures, train
+    from jaxnorm import effects, experiment, figures, page, train
+    from jaxnorm.results import Run
 
     train.use_all_cores()
     experiment.check(config, dataset)
@@ -104,13 +114,21 @@ def _train(config: Config, places: Places) -> int:
     counts = f"{len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images"
     say(f"{dataset.caption}: {counts}, from {dataset.source}")
     command = shlex.join(["python", "-m", "jaxnorm.run", *sys.argv[1:]])
-    experiment.run(config, dataset, directory, command, _observer(config, places.quiet))
+    observer = _observer(config, places.quiet)
+    with contextlib.ExitStack() as stack:
+        if places.tensorboard:
+            from jaxnorm.scalars import Scalars
+
+            scalars = Scalars(out / "tensorboard")
+            stack.callback(scalars.close)
+            observer = experiment.Observers(observer, scalars)
+        experiment.run(config, dataset, directory, command, observer)
     say("measuring what the norms do inside the trained nets")
     effects.record(directory, dataset)
-    figures.save_examples(directory, dataset)
-    drawn, _ = figures.draw(directory)
+    figures.save_examples(Run(directory), dataset)
+    part = page.write(directory)
     print(_final_table(directory))
-    say(f"{len(drawn)} figures in {out / 'figures'}; everything else in {out}")
+    say(f"the report is {out / 'report.html'}; {len(part.pictures)} figures and the rest in {out}")
     return 0
 
 

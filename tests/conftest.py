@@ -55,13 +55,75 @@ def tiny() -> Dataset:
 @pytest.fixture(scope="session")
 def tiny_run(tiny, tmp_path_factory):
     """A finished run of all three norms of the study on `tiny`: two epochs, with figures."""
-    from jaxnorm import experiment, figures
+    from jaxnorm import effects, experiment
     from jaxnorm.config import Config
     from jaxnorm.records import RunDirectory
 
     directory = RunDirectory.create(tmp_path_factory.mktemp("runs") / "tiny run")
     config = Config(dataset="tiny", epochs=2, batch_size=16, seed=3)
     experiment.run(config, tiny, directory, "python -m jaxnorm.run --dataset tiny")
-    figures.save_examples(directory, tiny)
-    figures.draw(directory)
+    effects.record(directory, tiny)
     return directory
+
+
+ACCURACIES = {
+    "batch": ((11, 16), (13, 18), (10, 14)),
+    "group": ((9, 15), (12, 16), (11, 15)),
+    "layer": ((5, 12), (6, 11), (8, 13)),
+}
+"""Of the made-up sweep: how many of `tiny`'s 22 test images are right after each epoch, by norm and
+seed.
+"""
+
+
+@pytest.fixture
+def sweep(tiny, scratch):
+    """Writes the records of a sweep that nobody trained: `sweep()` or `sweep(changed settings)`.
+
+    Three norms, seeds 1 to 3, two epochs, with the accuracies above; the rest follows from them.
+    """
+    from jaxnorm import experiment, figures
+    from jaxnorm.config import Config
+    from jaxnorm.records import Epoch, RunDirectory
+    from jaxnorm.results import Run
+
+    def write(name="sweep", accuracies=ACCURACIES, dataset=tiny, **settings):
+        values = {"arch": "matched", "dataset": "tiny", "epochs": 2, "batch_size": 16, "seeds": 3}
+        config = Config(**{**values, **settings})
+        directory = RunDirectory.create(scratch / name)
+        counts = dict.fromkeys(config.norms, 45_584)
+        directory.write_info(experiment.describe(config, dataset, counts, "python -m x"))
+        for norm, seed in config.nets:
+            rng = np.random.default_rng([seed, len(norm), ord(norm[0])])
+            rights = accuracies[norm][seed - config.seed]
+            for epoch, right in enumerate(rights, 1):
+                train = (1.5 / epoch, (right - 1) / 22)
+                directory.append_epoch(
+                    Epoch(norm, seed, epoch, *train, 1 / epoch, right / 22, 2, 1)
+                )
+            losses = rng.uniform(0.1, 2, 5 * len(rights)).astype(np.float32)
+            directory.write_step_losses(norm, seed, losses)
+            logits = rng.normal(size=(22, 4)).astype(np.float32)
+            wrong = rng.permutation(22) >= rights[-1]
+            logits[np.arange(22), (dataset.test_labels + wrong) % 4] = 5
+            directory.write_predictions(norm, seed, logits, dataset.test_labels)
+            if seed == config.seed:
+                directory.write_effects(norm, seed, made_up_effects(rng))
+        figures.save_examples(Run(directory), dataset)
+        return directory
+
+    return write
+
+
+def made_up_effects(rng):
+    """What `effects.measure` would have written, of two layers and three kernels."""
+    return {
+        "layers": np.array(["C1", "C2"]),
+        "before": rng.uniform(size=(2, 2)).astype(np.float32),
+        "after": rng.uniform(size=(2, 2)).astype(np.float32),
+        "kernels": np.array(["C1", "C2", "c3"]),
+        "gradients": rng.uniform(0.1, 1, 3).astype(np.float32),
+        "sizes": np.array([4, 16], np.int32),
+        "batch_accuracy": rng.uniform(size=2).astype(np.float32),
+        "running_accuracy": np.float32(0.5),
+    }

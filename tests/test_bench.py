@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxnorm import bench, cli, profiling
+from jaxnorm import bench, cli, profiling, tables
 from jaxnorm.config import UserError
 from jaxnorm.peers import IMAGES, Job, batches_of, draw_data
 
@@ -65,14 +65,14 @@ def test_a_written_benchmark_reads_back_as_a_table(tmp_path):
     bench.write(
         tmp_path / "x.json", {"machine": bench.describe_machine(2e11), "comparisons": [comparison]}
     )
-    table = bench.table(bench.read(tmp_path / "x.json"))
+    table = tables.speed(tables.read_benchmark(tmp_path / "x.json")).markdown()
     assert "| original batch | 128 | 1 | 150.0 |" in table
     assert "300.0 (torch contiguous)" in table
     assert "2 to 2 rounds" in table
     assert "jax 1.2, torch 3.4" in table
     (tmp_path / "x.json").write_text('{"comparisons": []}')
     with pytest.raises(UserError, match="cannot be read"):
-        bench.read(tmp_path / "x.json")
+        tables.read_benchmark(tmp_path / "x.json")
 
 
 def test_the_profile_names_layer_direction_and_operator():

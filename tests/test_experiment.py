@@ -34,12 +34,13 @@ def without_times(epoch):
     return dataclasses.replace(epoch, train_seconds=0.0, test_seconds=0.0)
 
 
+@pytest.mark.xdist_group("trained")
 def test_a_run_directory_holds_what_the_design_says(tiny_run, tiny):
     names = {path.relative_to(tiny_run.path).as_posix() for path in tiny_run.path.rglob("*")}
     for norm in ("batch", "group", "layer"):
         assert {f"step_losses/{norm}-3.npy", f"predictions/{norm}-3.npz"} <= names
         assert [p.name for p in tiny_run.checkpoints(norm, 3).iterdir()] == ["2"]
-    assert {"run.json", "metrics.jsonl", "examples.npz", "figures/loss.png"} <= names
+    assert {"run.json", "metrics.jsonl", "effects/batch-3.npz"} <= names
     info = tiny_run.info()
     assert info.parameters == {"batch": 45_584, "group": 45_584, "layer": 46_220}
     assert info.dataset["fingerprint"] == tiny.fingerprint
@@ -51,6 +52,7 @@ def test_a_run_directory_holds_what_the_design_says(tiny_run, tiny):
     ]
 
 
+@pytest.mark.xdist_group("trained")
 @pytest.mark.parametrize("norm", ["batch", "group", "layer"])
 def test_the_records_agree_with_each_other(tiny_run, norm):
     epochs = [epoch for epoch in tiny_run.epochs() if epoch.norm == norm]
@@ -68,6 +70,7 @@ def test_the_records_agree_with_each_other(tiny_run, norm):
     assert epochs[-1].test_accuracy == (logits.argmax(1) == labels).mean()
 
 
+@pytest.mark.xdist_group("trained")
 def test_a_loaded_model_predicts_what_the_run_did(tiny_run, tiny):
     for norm in ("batch", "layer"):
         predict = jaxnorm.load_model(tiny_run.path, norm, 3)
@@ -83,6 +86,7 @@ def test_a_loaded_model_predicts_what_the_run_did(tiny_run, tiny):
         np.testing.assert_allclose(one[0], probabilities[5], atol=1e-6)
 
 
+@pytest.mark.xdist_group("trained")
 def test_a_model_that_is_not_there_is_refused(tiny_run, scratch):
     for norm, seed in (("batch", 4), ("rms", 3), ("../x", 3)):
         with pytest.raises(UserError, match="has no checkpoint"):
@@ -91,6 +95,7 @@ def test_a_model_that_is_not_there_is_refused(tiny_run, scratch):
         jaxnorm.load_model(scratch, "batch", 3)
 
 
+@pytest.mark.xdist_group("trained")
 def test_fit_is_the_run_without_the_disk_and_repeats_bit_for_bit(tiny_run, tiny, monkeypatch):
     monkeypatch.setattr(RunDirectory, "write_bytes", None)
     config = dataclasses.replace(tiny_run.info().config, norm="group")
@@ -118,12 +123,14 @@ def test_a_run_whose_batches_were_shared_by_devices_is_a_run_like_any_other(tiny
     np.testing.assert_allclose(probabilities, stats.probabilities(logits), atol=1e-6)
 
 
+@pytest.mark.xdist_group("trained")
 def test_another_seed_is_another_run(tiny_run, tiny):
     config = dataclasses.replace(tiny_run.info().config, norm="group", seed=4, epochs=1)
     losses = jaxnorm.fit(config, tiny)["group", 4].step_losses
     assert (losses != tiny_run.step_losses("group", 3)[:5]).all()
 
 
+@pytest.mark.xdist_group("trained")
 def test_a_seed_of_a_sweep_is_that_seed_alone_bit_for_bit(tiny_run, tiny):
     config = dataclasses.replace(tiny_run.info().config, norm="group", seed=2, seeds=2)
     fits = jaxnorm.fit(config, tiny)

@@ -1,33 +1,50 @@
 """The README: its tables are what its command makes of the records, its pictures exist."""
 
+import io
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 
-from jaxnorm import bench, report
+from jaxnorm import figures, page, report, tables
 from jaxnorm.records import RunDirectory
+from jaxnorm.results import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "notebooks" / "results"
 
 
-@pytest.mark.parametrize("name", ["original", "matched"])
-def test_tables_equal_what_the_records_say(name):
+def texts_of(name):
+    """What the command in the README writes there of a committed run."""
+    run = Run(RunDirectory(RESULTS / name))
+    part = page.RunPart(name, run, finding=tables.finding(run))
+    for make in (tables.results, tables.differences, tables.values):
+        part.tables[make.__name__] = make(run)
+    return report.readme_texts(part, report.read_reference(RESULTS / "reference.json"))
+
+
+def test_tables_equal_what_the_records_say():
     readme = (ROOT / "README.md").read_text()
-    directory = RunDirectory(RESULTS / name)
-    tables = [report.results_table(directory)]
-    if name == "original":
-        reference = report.read_reference(RESULTS / "reference.json")
-        tables.append(report.comparison_table(directory, reference))
-    for table in tables:
-        assert f"-->\n\n{table}\n<!-- end -->" in readme
+    texts = texts_of("original") | texts_of("matched")
+    for name in ("speed", "scaling", "seeds"):
+        texts[name] = tables.speed(tables.read_benchmark(RESULTS / f"{name}.json")).markdown()
+    marked = re.findall(r"<!-- table (.+?) -->\n(.*?)<!-- end -->", readme, re.DOTALL)
+    assert len(marked) >= 8
+    for name, written in marked:
+        assert written == f"\n{texts[name]}\n", name
 
 
-@pytest.mark.parametrize("name", ["speed", "scaling", "seeds"])
-def test_speed_tables_equal_the_committed_benchmarks(name):
-    values = bench.read(RESULTS / f"{name}.json")
-    assert f"-->\n\n{bench.table(values)}\n<!-- end -->" in (ROOT / "README.md").read_text()
+def test_figures_equal_what_the_records_draw():
+    """Pixel by pixel, but for a hundredth of them that another Matplotlib draws otherwise."""
+    for name in ("original", "matched"):
+        run = Run(RunDirectory(RESULTS / name))
+        for stem, figure in figures.together(run):
+            drawn = imread(io.BytesIO(figures.png(figure)))
+            committed = imread(RESULTS / name / "figures" / f"{stem}.png")
+            assert drawn.shape == committed.shape
+            assert (np.abs(drawn - committed).max(-1) > 0.1).mean() < 0.01
 
 
 @pytest.mark.parametrize("name", ["original", "matched"])
@@ -35,11 +52,12 @@ def test_committed_runs_are_complete_and_say_what_data_they_saw(name):
     directory = RunDirectory(RESULTS / name)
     info = directory.info()
     assert "JPEG mirror, unverified data" in info.dataset["caption"]
-    for norm in ("batch", "group", "layer"):
-        epochs = [epoch for epoch in directory.epochs() if epoch.norm == norm]
+    run = Run(directory)
+    assert list(run.finished) == info.config.nets
+    for net, epochs in run.finished.items():
         assert [epoch.epoch for epoch in epochs] == list(range(1, 21))
-        assert directory.step_losses(norm, info.config.seed).shape == (20 * 391,)
-        logits, labels = directory.predictions(norm, info.config.seed)
+        assert directory.step_losses(*net).shape == (20 * 391,)
+        logits, labels = directory.predictions(*net)
         assert epochs[-1].test_accuracy == (logits.argmax(1) == labels).mean()
 
 

@@ -1,12 +1,10 @@
-"""The report command: tables from records, others' results beside them, and the README's tables."""
+"""The report command: reports, several runs side by side, merging, and the README's tables."""
 
 import json
-import re
-import shutil
 
 import pytest
 
-from jaxnorm import cli, figures, report
+from jaxnorm import cli, data, figures, report
 from jaxnorm.records import RunDirectory
 
 
@@ -15,64 +13,88 @@ def call(*arguments) -> int:
 
 
 @pytest.fixture
-def copy(tiny_run, scratch):
-    target = scratch / "tiny"
-    shutil.copytree(tiny_run.path, target)
-    return target
+def undrawn(monkeypatch):
+    """No figures, which take the time."""
+    monkeypatch.setattr(figures, "draw", lambda run: ({}, []))
 
 
-def test_a_report_has_the_table_and_every_figure(copy, capsys):
-    assert call(copy) == 0
-    text = (copy / "report.md").read_text()
-    assert text.startswith("# tiny\n\n| norm | parameters |")
-    assert "| layer | 46,220 |" in text
-    for name in re.findall(r"\(figures/(.+?)\)", text):
-        assert (copy / "figures" / name).exists()
-    assert text.count("](figures/") == 17
-    assert "report.md: 17 figures" in capsys.readouterr().out
+def test_one_run_is_reported_in_its_own_directory(sweep, capsys):
+    path = sweep().path
+    assert call(path) == 0
+    assert (path / "report.html").exists()
+    assert (path / "report.md").exists()
+    assert "report.html: 21 figures" in capsys.readouterr().out
+    assert not (path.parent / "side-by-side.html").exists()
 
 
-def test_others_results_stand_beside_ours_in_points(copy, scratch, monkeypatch):
-    monkeypatch.setattr(figures, "draw", lambda directory: ([], []))
-    theirs = {"study": {n: {"test_accuracy": [0.5, 0.2]} for n in ("batch", "group", "layer")}}
-    (scratch / "r.json").write_text(json.dumps(theirs))
-    assert call(copy, "--reference", scratch / "r.json") == 0
-    lines = (copy / "report.md").read_text().splitlines()
-    last = [each for each in RunDirectory(copy).epochs() if each.norm == "batch"][-1]
-    row = [line for line in lines if line.startswith("| batch")][1]
-    assert "| 50.00% / 20.00% |" in row
-    assert row.endswith(f" / {100 * (last.test_accuracy - 0.2):+.2f} |")
-
-
-def test_an_unfinished_run_is_reported_as_far_as_it_goes(copy, capsys):
-    metrics = copy / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True)
-    metrics.write_text("".join(lines[:3]) + lines[3][:20])
-    (copy / "examples.npz").unlink()
-    assert call(copy) == 0
-    text = (copy / "report.md").read_text()
-    assert "| layer | not trained yet |" in text
-    assert "0 of 2 epochs" in text
-    assert "examples.npz is missing" in text
-    assert "missing: " in capsys.readouterr().err
+def test_several_runs_stand_side_by_side_and_a_damaged_one_is_named(
+    sweep, scratch, capsys, undrawn
+):
+    paths = [sweep(name, seeds=1).path for name in ("a", "b")]
+    bad = sweep("bad", seeds=1).path
+    (bad / "run.json").write_text("{")
+    assert call(*paths, bad, "--out", scratch / "all.html") == 0
+    text = (scratch / "all.html").read_text()
+    assert text.count('<section id="run') >= 2
+    assert "run.json cannot be read" in text
+    assert "run.json cannot be read" in capsys.readouterr().err
+    assert call(*paths) == 0
+    assert (scratch / "side-by-side.html").exists()
+    assert call(bad) == 2
 
 
 def test_readme_tables_are_written_between_their_marks_and_nowhere_else(
-    copy, scratch, capsys, monkeypatch
+    sweep, scratch, capsys, undrawn
 ):
-    monkeypatch.setattr(figures, "draw", lambda directory: ([], []))
+    path = sweep("tiny", arch="original").path
+    theirs = {"study": {n: {"test_accuracy": [0.5, 0.2]} for n in ("batch", "group", "layer")}}
+    (scratch / "r.json").write_text(json.dumps(theirs))
     readme = scratch / "README.md"
-    readme.write_text("before\n<!-- table tiny -->\nold\n<!-- end -->\nafter\n")
-    assert call(copy, "--readme", readme) == 0
+    names = ("tiny", "tiny finding", "tiny differences", "tiny values", "tiny beside others")
+    readme.write_text(
+        "before\n"
+        + "".join(f"<!-- table {each} -->\nold\n<!-- end -->\n" for each in names)
+        + "z\n"
+    )
+    arguments = (path, "--readme", readme, "--reference", scratch / "r.json")
+    assert call(*arguments) == 0
     text = readme.read_text()
     assert text.startswith("before\n<!-- table tiny -->\n\n| norm |")
-    assert text.endswith("<!-- end -->\nafter\n")
-    assert "old" not in text
-    assert call(copy, "--readme", readme) == 0
+    assert text.endswith("<!-- end -->\nz\n")
+    assert "old\n" not in text
+    for part in ("With the study", "| group \N{MINUS SIGN} layer |", "| seed |", "| study |"):
+        assert part in text
+    assert call(*arguments) == 0
     assert readme.read_text() == text
     readme.write_text("no marks")
-    assert call(copy, "--readme", readme) == 2
+    assert call(*arguments) == 2
     assert "<!-- table tiny -->" in capsys.readouterr().err
+    readme.write_text("<!-- table other -->\n<!-- end -->\n")
+    assert call(*arguments) == 2
+    assert "'other'" in capsys.readouterr().err
+
+
+@pytest.mark.xdist_group("trained")
+def test_runs_made_apart_are_put_together_measured_and_reported(
+    tiny, scratch, monkeypatch, undrawn
+):
+    from jaxnorm import experiment
+    from jaxnorm.config import Config
+
+    monkeypatch.setattr(data, "load", lambda *_, **__: tiny)
+    paths = []
+    for seed in (3, 2):
+        config = Config("layer", "matched", "tiny", 1, 16, seed=seed)
+        directory = RunDirectory.create(scratch / str(seed))
+        experiment.run(config, tiny, directory, f"seed {seed}")
+        paths.append(directory.path)
+    assert call(*paths, "--merge", scratch / "both") == 0
+    both = RunDirectory(scratch / "both")
+    assert both.info().config.nets == [("layer", 2), ("layer", 3)]
+    assert both.effects("layer", 2)["layers"].size == 8
+    assert "n = 2" in (both.path / "report.md").read_text()
+    assert call(*paths, "--merge", scratch / "both") == 2
+    assert call(paths[0], paths[0], "--merge", scratch / "other") == 2
 
 
 @pytest.mark.parametrize("arguments", [(), ("nowhere",), ("--bogus",), ("x", "--reference", "y")])

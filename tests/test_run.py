@@ -29,7 +29,18 @@ def test_help_names_every_setting_and_loads_no_jax():
     )
     assert done.returncode == 0
     flags = "norm arch dataset data-dir archive epochs batch-size learning-rate momentum dropout"
-    for flag in (*flags.split(), "groups", "seed", "out", "quiet", "summary", "allow-unverified"):
+    for flag in (
+        *flags.split(),
+        "groups",
+        "seed",
+        "seeds",
+        "validation",
+        "out",
+        "tensorboard",
+        "quiet",
+        "summary",
+        "allow-unverified",
+    ):
         assert f"--{flag}" in done.stdout, flag
 
 
@@ -55,6 +66,9 @@ def test_summary_prints_the_layer_tables_and_trains_nothing(inside, capsys):
         ("--batch-size", "1438"),
         ("--norm", "group", "--groups", "3"),
         ("--learning-rate", "nan"),
+        ("--seeds", "0"),
+        ("--validation", "1437"),
+        ("--validation", "1420"),
         ("--archive", "no.tar.gz", "--dataset", "cifar10"),
         ("--archive", "no.tar.gz"),
         ("--dataset", "cifar11"),
@@ -104,10 +118,41 @@ def test_a_run_prints_a_line_an_epoch_and_the_table(inside, tiny_by_name, capsys
     assert lines[1].startswith("   layer  epoch  1/1  train loss ")
     for part in ("train loss", "test loss", "accuracy", "%", " s"):
         assert part in lines[1]
-    assert "46,220" in lines[3]
+    assert lines[2].startswith("measuring")
+    assert "46,220" in lines[4]
+    assert lines[5].startswith("the report is a run/report.html; 14 figures")
     assert captured.err == ""
     (epoch,) = RunDirectory("a run").epochs()
-    assert f"{epoch.test_accuracy:.2%}" in lines[3]
+    assert f"{epoch.test_accuracy:.2%}" in lines[4]
+    assert epoch.validation_loss is None
+
+
+def test_several_seeds_say_which_and_how_long_it_takes(inside, tiny_by_name, capsys):
+    assert call(*SMALL, "--seeds", "2", "--validation", "8", "--tensorboard", "--out", "x") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("   layer  seed 1  epoch  1/1  train loss ")
+    assert "validation accuracy" in lines[1]
+    assert lines[1].endswith(" min left") or lines[1].endswith("under a minute left")
+    assert lines[2].startswith("   layer  seed 2  epoch  1/1")
+    assert lines[2].endswith(" s")
+    assert "n = 2 seeds, mean +- deviation" in lines[4]
+    names = {path.name for path in (inside / "x" / "tensorboard").iterdir()}
+    assert names == {"layer-1", "layer-2"}
+    assert (inside / "x" / "report.html").exists()
+
+
+def test_the_time_left_in_words():
+    assert run._time_left(0) == ""
+    assert run._time_left(20) == ", under a minute left"
+    assert run._time_left(150) == ", about 2 min left"
+    assert run._time_left(3660) == ", about 1 h 1 min left"
+
+
+def test_without_the_tensorboard_extra_nothing_is_begun(inside, tiny_by_name, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    assert call(*SMALL, "--tensorboard") == 2
+    assert "pip install" in capsys.readouterr().err
+    assert list(inside.iterdir()) == []
     assert call(*SMALL, "--out", "a run") == 2
 
 
