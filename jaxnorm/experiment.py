@@ -338,7 +338,7 @@ def load_state(path: Path | str, norm: Norm, seed: int) -> tuple[train.Recipe, t
     recipe = make_recipe(
         info.config, data["mean"], data["deviation"], len(data["class_names"]), norm
     )
-    shapes = jax.eval_shape(lambda: train.init_state(recipe, seed))
+    shapes = train.init_state.eval_shape(recipe, seed)
     with _checkpointer(directory, norm, seed) as checkpoints:
         newest = checkpoints.latest_step()
         if newest is None:

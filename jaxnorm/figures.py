@@ -78,10 +78,10 @@ def draw(run: Run) -> tuple[dict[str, str], list[str]]:
     return titles, missing
 
 
-def png(figure: Figure) -> bytes:
+def png(figure: Figure, dots_per_inch: int = 130) -> bytes:
     """A figure as a PNG file."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=130, metadata={"Software": None})
+    figure.savefig(content, format="png", dpi=dots_per_inch, metadata={"Software": None})
     return content.getvalue()
 
 
@@ -384,7 +384,8 @@ def of_effects(effects: Mapping[Norm, Mapping[str, np.ndarray]], caption: str) -
             label = "batch, running averages"
             height = float(measured["running_accuracy"])
             axes.axhline(height, color=COLOURS[norm], linestyle=":", label=label)
-    axes.set(xlabel="images in a batch", ylabel="test accuracy")
+    tested = max(int(measured["tested"]) for measured in effects.values())
+    axes.set(xlabel="images in a batch", ylabel=f"accuracy on {tested:,} test images")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)

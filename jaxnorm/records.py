@@ -179,6 +179,7 @@ class RunDirectory:
             "sizes": (sizes,),
             "batch_accuracy": (sizes,),
             "running_accuracy": (),
+            "tested": (),
         }
         if {name: each.shape for name, each in stored.items()} != shapes:
             raise UserError(f"{path} is damaged: it does not hold what is measured inside a net")

@@ -159,7 +159,8 @@ def standardize(
     return (images.astype(jnp.float32) / 255 - mean) / deviation
 
 
-@partial(jax.jit, static_argnums=0)
+# Runs once, and XLA's optimizer takes four seconds over the random bits, for the same values.
+@partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 def init_state(recipe: Recipe, seed: int | jax.Array) -> TrainState:
     """The state before the first step.
 

@@ -7,6 +7,9 @@ from pathlib import Path
 _SCRATCH = Path(tempfile.mkdtemp(prefix="jaxnorm-tests-"))
 os.environ["XDG_CACHE_HOME"] = str(_SCRATCH / "cache")
 os.environ["TFDS_DATA_DIR"] = str(_SCRATCH / "tfds")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the processes of one session compile for each other
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_SCRATCH / "compiled")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
 
@@ -125,5 +128,6 @@ def made_up_effects(rng):
         "gradients": rng.uniform(0.1, 1, 3).astype(np.float32),
         "sizes": np.array([4, 16], np.int32),
         "batch_accuracy": rng.uniform(size=2).astype(np.float32),
-        "running_accuracy": np.float32(0.5),
+        "running_accuracy": np.array(0.5, np.float32),
+        "tested": np.array(22, np.int32),
     }

@@ -118,6 +118,7 @@ def test_a_run_records_what_its_nets_do(tiny_run, tiny):
     np.testing.assert_allclose(found["after"][2], [after.mean(), after.std()], atol=1e-5)
     last = [epoch for epoch in tiny_run.epochs() if epoch.norm == "batch"][-1]
     assert found["running_accuracy"] == pytest.approx(last.test_accuracy)
+    assert found["tested"] == 22
     group = tiny_run.effects("group", 3)
     assert (group["batch_accuracy"] == group["running_accuracy"]).all()
 
