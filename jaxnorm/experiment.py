@@ -4,7 +4,6 @@ Knows nothing of flags and pictures. What happens is told to an `Observer`.
 """
 
 import contextlib
-import dataclasses
 import datetime
 import importlib.metadata
 import platform
@@ -13,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +86,7 @@ class Observers(Observer):
 
 class _Trained(NamedTuple):
     record: Epoch
-    state: Any  # train.TrainState
+    state: train.TrainState
     losses: np.ndarray  # f32[steps], of this epoch
     logits: np.ndarray  # f32[M, classes], of the test set after it
 
@@ -228,32 +227,44 @@ def _train(
         validations = train.unstack_seeds(jax.device_get(validation), len(seeds))
         tested = time.perf_counter()
         states = train.unstack_seeds(state, len(seeds))
-        sizes = np.full(losses.shape[1], config.batch)
-        sizes[-1] = count - config.batch * (losses.shape[1] - 1)
-        done = []
-        for i, seed in enumerate(seeds):
-            record = Epoch(
-                norm,
-                seed,
-                epoch,
-                train_loss=float(np.average(losses[i].astype(np.float64), weights=sizes)),
-                train_accuracy=int(correct[i]) / count,
-                test_loss=float(tests[i].loss),
-                test_accuracy=_fraction(tests[i].accuracy, len(test_labels)),
-                train_seconds=round((trained - clock) / len(seeds), 3),
-                test_seconds=round((tested - trained) / len(seeds), 3),
+        seconds = (trained - clock) / len(seeds), (tested - trained) / len(seeds)
+        yield [
+            _Trained(
+                Epoch(
+                    norm,
+                    seed,
+                    epoch,
+                    _mean_loss(losses[i], count, config.batch),
+                    int(correct[i]) / count,
+                    float(tests[i].loss),
+                    _fraction(tests[i].accuracy, len(test_labels)),
+                    *(round(each, 3) for each in seconds),
+                    **_validated(validations[i], config.validation),
+                ),
+                states[i],
+                losses[i],
+                tests[i].logits,
             )
-            if config.validation:
-                record = dataclasses.replace(
-                    record,
-                    validation_loss=float(validations[i].loss),
-                    validation_accuracy=_fraction(validations[i].accuracy, config.validation),
-                )
-            done.append(_Trained(record, states[i], losses[i], tests[i].logits))
-        yield done
+            for i, seed in enumerate(seeds)
+        ]
 
 
-def _fraction(accuracy: np.ndarray, count: int) -> float:
+def _mean_loss(losses: np.ndarray, count: int, batch_size: int) -> float:
+    """The mean over an epoch's images of the mean losses of its batches, the last one ragged."""
+    sizes = np.full(len(losses), batch_size)
+    sizes[-1] = count - batch_size * (len(losses) - 1)
+    return float(np.average(losses.astype(np.float64), weights=sizes))
+
+
+def _validated(validation: train.Evaluation | None, count: int) -> dict[str, float]:
+    """What an epoch's record says of the validation, if there is one."""
+    if validation is None:
+        return {}
+    accuracy = _fraction(validation.accuracy, count)
+    return {"validation_loss": float(validation.loss), "validation_accuracy": accuracy}
+
+
+def _fraction(accuracy: jax.Array, count: int) -> float:
     """An accuracy in float32 as the double nearest to the fraction that it is."""
     return round(float(accuracy) * count) / count
 
@@ -268,24 +279,24 @@ def fit(
     observer = observer or Observer()
     counts, results = check(config, dataset), {}
     for norm, seeds in groups(config, dataset):
-        histories: dict[int, list[_Trained]] = {seed: [] for seed in seeds}
+        epochs: dict[int, list[Epoch]] = {seed: [] for seed in seeds}
+        losses: dict[int, list[np.ndarray]] = {seed: [] for seed in seeds}
+        nets: list[_Trained] = []
         for nets in _train(config, dataset, norm, seeds, observer):
             for net in nets:
-                seed = net.record.seed
-                # The state of the epoch before is used up by training.
-                histories[seed] = [*(each._replace(state=None) for each in histories[seed]), net]
+                epochs[net.record.seed].append(net.record)
+                losses[net.record.seed].append(net.losses)
                 observer.on_epoch(net.record)
         recipe = _recipe(config, dataset, norm)
-        for seed, history in histories.items():
-            last = history[-1]
+        for seed, net in zip(seeds, nets, strict=True):
             results[norm, seed] = Fit(
                 norm,
                 seed,
                 counts[norm],
-                [net.record for net in history],
-                np.concatenate([net.losses for net in history]),
-                last.logits,
-                last.state,
+                epochs[seed],
+                np.concatenate(losses[seed]),
+                net.logits,
+                net.state,
                 recipe,
             )
     return {net: results[net] for net in config.nets}

@@ -234,8 +234,9 @@ def _final_table(directory: "RunDirectory") -> str:
 
     info, epochs = directory.info(), directory.epochs()
     n = f"n = {info.config.seeds}" + (" seeds, mean +- deviation" if info.config.seeds > 1 else "")
+    best_head = f"best of {info.config.epochs} (study's)"
     lines = [
-        f"{'norm':>8}  parameters  {'last test accuracy':>20}  {'best (test set picks)':>21}  "
+        f"{'norm':>8}  parameters  {'last test accuracy':>20}  {best_head:>21}  "
         f"first epoch at {stats.TARGET:.0%}   ({info.dataset['caption']}, {n})"
     ]
     for norm in info.config.norms:

@@ -48,7 +48,8 @@ def results(run: Run) -> Table:
     head = ["norm", "parameters", *(["n"] if several else []), "last test"]
     head += ["95% t interval", "95% bootstrap"] if several else []
     head += ["test at the best validation"] if validated else []
-    head += ["last train", "best test (test set picks)", f"first epoch at {stats.TARGET:.0%}"]
+    best_of = f"best of {run.info.config.epochs} on test (the study's rule)"
+    head += ["last train", best_of, f"first epoch at {stats.TARGET:.0%}"]
     rows = []
     for norm in run.info.config.norms:
         if norm not in run.summaries:

@@ -28,10 +28,10 @@ def test_results_give_n_mean_deviation_and_intervals(sweep):
 def test_one_seed_has_no_interval_and_names_the_best_epoch(sweep):
     table = tables.results(Run(sweep(seeds=1)))
     assert table.head == [
-        *("norm", "parameters", "last test", "last train", "best test (test set picks)"),
-        "first epoch at 70%",
+        *("norm", "parameters", "last test", "last train"),
+        *("best of 2 on test (the study's rule)", "first epoch at 70%"),
     ]
-    assert cells(table, "batch")["best test (test set picks)"] == "72.73% (epoch 2)"
+    assert cells(table, "batch")["best of 2 on test (the study's rule)"] == "72.73% (epoch 2)"
     assert "seed 1, n = 1" in table.note
 
 

@@ -1,0 +1,42 @@
+"""The notebooks: each runs from a clean kernel, and what is committed is a run of its text."""
+
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+from nbconvert.preprocessors import ExecutePreprocessor
+
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+def test_both_are_there():
+    assert NAMES == ["compare_norms", "explore_norms"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs_from_a_clean_kernel(name, tmp_path):
+    notebook = jupytext.read(FOLDER / f"{name}.py")
+    options = {"timeout": 600, "kernel_name": "python3"}
+    ExecutePreprocessor(**options).preprocess(notebook, {"metadata": {"path": str(tmp_path)}})
+    pictures = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(pictures) >= 6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_committed_is_a_whole_run_of_the_text(name):
+    text = jupytext.read(FOLDER / f"{name}.py")
+    committed = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    nbformat.validate(committed)
+    assert [cell.source for cell in committed.cells] == [cell.source for cell in text.cells]
+    code = [cell for cell in committed.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [each for each in outputs if each.output_type == "error"]
+    assert not [each for each in outputs if each.get("name") == "stderr"]
