@@ -160,7 +160,12 @@ def finding(run: Run) -> str:
             )
         if parts:
             tail = f" Paired by seed, {listed(parts)}."
-        if unclear:
+        if not clear:
+            tail = (
+                " No difference between norms is shown: paired by seed, the 95% interval of every "
+                "difference holds zero."
+            )
+        elif unclear:
             names = listed([f"{each.first}/{each.second}" for each in unclear])
             tail += f" The 95% interval of the difference holds zero for {names}."
     return f"{head}{tail} {stats.what_n_can_show(_pairs(run), len(run.differences))}"
