@@ -282,6 +282,7 @@ def mistakes(run: Run) -> Named:
 def _tiles(figure: Figure, rows: int) -> np.ndarray:
     tiles = figure.subplots(rows, 5).ravel()
     for axes in tiles:
+        axes.set(xticks=[], yticks=[])  # laying out ticks that nobody sees takes half of the time
         axes.set_axis_off()
     return tiles
 
