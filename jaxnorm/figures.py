@@ -204,8 +204,10 @@ def seeds(run: Run) -> Named:
     norms: list[Norm] = [norm for norm in run.summaries if run.sample(norm).n > 1]
     if not norms:
         return
+    found = [each for each in run.differences if each.sample.n > 1]
     figure = _figure(run, "What the seeds say: test accuracy after the last epoch", 9, 4.2)
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.2))
+    panels = figure.subplots(1, 1 + bool(found), squeeze=False)[0]
+    left = panels[0]
     for seed in run.info.config.seed_numbers:
         pairs = [(i, run.summaries[norm].get(seed)) for i, norm in enumerate(norms)]
         points = [(i, net.last) for i, net in pairs if net]
@@ -223,33 +225,8 @@ def seeds(run: Run) -> Named:
     left.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     left.set_title("each seed; mean and 95 % t interval", fontsize=9)
     left.grid(alpha=0.3, axis="y")
-    found = [each for each in run.differences if each.sample.n > 1]
-    for i, each in enumerate(found):
-        points = 100 * np.array(each.sample.values)
-        right.plot(points, [i] * len(points), "o", color="#999999", markersize=4)
-        for offset, interval, colour in (
-            (-0.15, each.sample.interval, "#000000"),
-            (0.15, each.sample.bootstrap_interval, "#0072B2"),
-        ):
-            low, high = (100 * edge for edge in interval or (0, 0))
-            middle = 100 * each.sample.mean
-            right.errorbar(
-                middle,
-                i + offset,
-                xerr=[[middle - low], [high - middle]],
-                fmt="D",
-                color=colour,
-                markersize=5,
-                capsize=4,
-                label=("t interval", "bootstrap")[offset > 0] if i == 0 else None,
-            )
-    right.axvline(0, color="#000000", linewidth=0.8)
-    right.set_yticks(range(len(found)), [f"{each.first} - {each.second}" for each in found])
-    right.set_ylim(len(found) - 0.5, -0.5)
-    right.set_xlabel("paired difference, points")
-    right.set_title("each pair; mean and 95 % intervals", fontsize=9)
-    right.grid(alpha=0.3, axis="x")
-    right.legend(fontsize=8)
+    if found:
+        _paired(panels[1], found)
     yield "seeds", figure
 
 
@@ -285,6 +262,36 @@ def _tiles(figure: Figure, rows: int) -> np.ndarray:
         axes.set(xticks=[], yticks=[])  # laying out ticks that nobody sees takes half of the time
         axes.set_axis_off()
     return tiles
+
+
+def _paired(axes: Axes, found: Sequence[stats.Difference]) -> None:
+    """Paired differences in points: each pair, the mean, and both intervals."""
+    for i, each in enumerate(found):
+        points = 100 * np.array(each.sample.values)
+        axes.plot(points, [i] * len(points), "o", color="#999999", markersize=4)
+        for offset, interval, colour in (
+            (-0.15, each.sample.interval, "#000000"),
+            (0.15, each.sample.bootstrap_interval, "#0072B2"),
+        ):
+            low, high = (100 * edge for edge in interval or (0, 0))
+            middle = 100 * each.sample.mean
+            axes.errorbar(
+                middle,
+                i + offset,
+                xerr=[[middle - low], [high - middle]],
+                fmt="D",
+                color=colour,
+                markersize=5,
+                capsize=4,
+                label=("t interval", "bootstrap")[offset > 0] if i == 0 else None,
+            )
+    axes.axvline(0, color="#000000", linewidth=0.8)
+    axes.set_yticks(range(len(found)), [f"{each.first} - {each.second}" for each in found])
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_xlabel("paired difference, points")
+    axes.set_title("each pair; mean and 95 % intervals", fontsize=9)
+    axes.grid(alpha=0.3, axis="x")
+    axes.legend(fontsize=8)
 
 
 def confusion(run: Run) -> Named:

@@ -7,7 +7,7 @@ import shutil
 import html5lib
 import pytest
 
-from jaxnorm import page
+from jaxnorm import figures, page
 from jaxnorm.results import Run
 
 
@@ -45,7 +45,13 @@ def test_the_page_is_one_valid_file_with_every_part(sweep):
     assert sum(each.startswith("true: ") for each in said) == wrong
 
 
-def test_the_markdown_names_every_figure(sweep):
+@pytest.fixture
+def unpainted(monkeypatch):
+    """Figures without pixels, which take the time."""
+    monkeypatch.setattr(figures, "png", lambda figure: b"")
+
+
+def test_the_markdown_names_every_figure(sweep, unpainted):
     directory = sweep()
     part = page.write(directory)
     text = (directory.path / "report.md").read_text()
@@ -58,7 +64,7 @@ def test_the_markdown_names_every_figure(sweep):
 HOSTILE = ('<script>alert("x")</script>', "a\" onerror='b", "{{ 7 * 7 }} &amp;", "\u202e\u00fc|`")
 
 
-def test_names_are_text_and_never_mark_up(sweep, tiny):
+def test_names_are_text_and_never_mark_up(sweep, tiny, unpainted):
     hostile = dataclasses.replace(tiny, class_names=HOSTILE, source=HOSTILE[0], name=HOSTILE[1])
     directory = sweep("<img src=x>", dataset=hostile)
     page.write(directory)
@@ -72,7 +78,7 @@ def test_names_are_text_and_never_mark_up(sweep, tiny):
     assert "<script" not in (directory.path / "report.md").read_text().replace("\\<", "")
 
 
-def test_an_unfinished_run_is_reported_as_far_as_it_goes(sweep):
+def test_an_unfinished_run_is_reported_as_far_as_it_goes(sweep, unpainted):
     directory = sweep()
     metrics = directory.path / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
@@ -93,7 +99,7 @@ def test_an_unfinished_run_is_reported_as_far_as_it_goes(sweep):
 @pytest.mark.parametrize(
     "gone", ["metrics.jsonl", "predictions", "step_losses", "effects", "examples.npz"]
 )
-def test_whatever_is_missing_or_damaged_there_is_a_page(sweep, gone):
+def test_whatever_is_missing_or_damaged_there_is_a_page(sweep, gone, unpainted):
     directory = sweep()
     path = directory.path / gone
     if path.is_dir():
@@ -108,7 +114,7 @@ def test_whatever_is_missing_or_damaged_there_is_a_page(sweep, gone):
     parse((directory.path / "report.html").read_text())
 
 
-def test_runs_of_several_batch_sizes_show_its_effect(sweep, scratch):
+def test_runs_of_several_batch_sizes_show_its_effect(sweep, scratch, unpainted):
     runs = [Run(sweep(f"b{size}", batch_size=size, seeds=2)) for size in (4, 16)]
     effect = page.batch_size_effect(runs)
     assert effect["batch"] == {4: [16 / 22, 18 / 22], 16: [16 / 22, 18 / 22]}

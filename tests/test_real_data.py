@@ -51,6 +51,6 @@ def test_it_learns_from_real_pictures(mirror):
         test_images=dataset.test_images[:1000],
         test_labels=dataset.test_labels[:1000],
     )
-    fitted = experiment.fit(Config(norm="batch", epochs=2, batch_size=32), few)["batch"]
+    fitted = experiment.fit(Config(norm="batch", epochs=2, batch_size=32), few)["batch", 1]
     assert fitted.epochs[1].train_loss < fitted.epochs[0].train_loss
     assert fitted.epochs[1].test_accuracy > 0.25

@@ -120,11 +120,12 @@ def test_a_run_prints_a_line_an_epoch_and_the_table(inside, tiny_by_name, capsys
         assert part in lines[1]
     assert lines[2].startswith("measuring")
     assert "46,220" in lines[4]
-    assert lines[5].startswith("the report is a run/report.html; 14 figures")
+    assert lines[5].startswith("the report is a run/report.html; 11 figures")
     assert captured.err == ""
     (epoch,) = RunDirectory("a run").epochs()
     assert f"{epoch.test_accuracy:.2%}" in lines[4]
     assert epoch.validation_loss is None
+    assert call(*SMALL, "--out", "a run") == 2
 
 
 def test_several_seeds_say_which_and_how_long_it_takes(inside, tiny_by_name, capsys):
@@ -153,7 +154,6 @@ def test_without_the_tensorboard_extra_nothing_is_begun(inside, tiny_by_name, ca
     assert call(*SMALL, "--tensorboard") == 2
     assert "pip install" in capsys.readouterr().err
     assert list(inside.iterdir()) == []
-    assert call(*SMALL, "--out", "a run") == 2
 
 
 def test_quiet_prints_the_table_alone(inside, tiny_by_name, capsys):
