@@ -136,13 +136,13 @@ def averaged_over(
     """
     module = normalization(norm, arch, groups, True, None, plain=True)
     inputs = jax.random.normal(jax.random.key(0), shape)
-    variables = module.init(jax.random.key(1), inputs)
+    variables = jax.jit(module.init, **_ONCE)(jax.random.key(1), inputs)
 
     def output(x: jax.Array) -> jax.Array:
         """The one output."""
         return module.apply(variables, x, mutable=["batch_stats"])[0][at]
 
-    return np.asarray(jax.grad(output)(inputs) != 0)
+    return np.asarray(jax.jit(jax.grad(output), **_ONCE)(inputs) != 0)
 
 
 def batch_size_effect(

@@ -206,7 +206,8 @@ def seeds(run: Run) -> Named:
         return
     found = [each for each in run.differences if each.sample.n > 1]
     figure = _figure(run, "What the seeds say: test accuracy after the last epoch", 9, 4.2)
-    panels = figure.subplots(1, 1 + bool(found), squeeze=False)[0]
+    widths = (1, 1.2) if found else (1,)
+    panels = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     left = panels[0]
     for seed in run.info.config.seed_numbers:
         pairs = [(i, run.summaries[norm].get(seed)) for i, norm in enumerate(norms)]

@@ -1,5 +1,6 @@
 """Strict JAX: rank promotion raises. Nothing that a test caches reaches the user's own files."""
 
+import fcntl
 import os
 import tempfile
 from pathlib import Path
@@ -9,6 +10,7 @@ os.environ["XDG_CACHE_HOME"] = str(_SCRATCH / "cache")
 os.environ["TFDS_DATA_DIR"] = str(_SCRATCH / "tfds")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the processes of one session compile for each other
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_SCRATCH / "compiled")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
@@ -57,12 +59,24 @@ def tiny() -> Dataset:
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny, tmp_path_factory):
-    """A finished run of all three norms of the study on `tiny`: two epochs, with figures."""
+    """A finished run of all three norms of the study on `tiny`, two epochs; the processes of one
+    session share it, and the first that needs it makes it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (shared / "tiny.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _tiny_run(tiny, shared / "tiny run")
+
+
+def _tiny_run(tiny, path):
     from jaxnorm import effects, experiment
     from jaxnorm.config import Config
     from jaxnorm.records import RunDirectory
 
-    directory = RunDirectory.create(tmp_path_factory.mktemp("runs") / "tiny run")
+    if path.exists():
+        return RunDirectory(path)
+    directory = RunDirectory.create(path)
     config = Config(dataset="tiny", epochs=2, batch_size=16, seed=3)
     experiment.run(config, tiny, directory, "python -m jaxnorm.run --dataset tiny")
     effects.record(directory, tiny)

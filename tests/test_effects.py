@@ -106,7 +106,6 @@ def test_the_batch_size_effect_trains_each_net_at_each_size(tiny):
         assert fit.step_losses.shape == (70 // size,)
 
 
-@pytest.mark.xdist_group("trained")
 def test_a_run_records_what_its_nets_do(tiny_run, tiny):
     found = tiny_run.effects("batch", 3)
     recipe, state = experiment.load_state(tiny_run.path, "batch", 3)

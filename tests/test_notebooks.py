@@ -22,7 +22,6 @@ SHORTER = {
 """The line that says how long each trains, and another for the test; all else runs as it is."""
 
 
-@pytest.mark.xdist_group("notebooks")  # the second loads what the first compiled
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_from_a_clean_kernel(name, tmp_path):
     text = (FOLDER / f"{name}.py").read_text()

@@ -75,7 +75,6 @@ def test_readme_tables_are_written_between_their_marks_and_nowhere_else(
     assert "'other'" in capsys.readouterr().err
 
 
-@pytest.mark.xdist_group("trained")
 def test_runs_made_apart_are_put_together_measured_and_reported(
     tiny, scratch, monkeypatch, undrawn
 ):
