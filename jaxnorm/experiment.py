@@ -4,10 +4,6 @@ Knows nothing of flags and pictures. What happens is told to an `Observer`.
 """
 
 import contextlib
-import datetime
-import importlib.metadata
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,11 +16,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxnorm import model as models
-from jaxnorm import train
+from jaxnorm import provenance, train
 from jaxnorm.config import Config, Norm, UserError
 from jaxnorm.data import Dataset, hold_out
 from jaxnorm.model import CNN
-from jaxnorm.records import Epoch, RunDirectory, RunInfo
+from jaxnorm.records import Epoch, RunDirectory
 
 PIECES = 20
 """Pieces in which an epoch is run, so that progress shows and a loss that is not finite is found
@@ -315,7 +311,7 @@ def run(
     epoch's line. Raises `UserError`, `NonFiniteLoss` and OSError.
     """
     observer = observer or Observer()
-    directory.write_info(describe(config, dataset, check(config, dataset), command))
+    directory.write_info(provenance.describe(config, dataset, check(config, dataset), command))
     for norm, seeds in groups(config, dataset):
         losses = {seed: np.zeros(0, np.float32) for seed in seeds}
         with contextlib.ExitStack() as stack:
@@ -383,64 +379,3 @@ def _predict(recipe: train.Recipe, state: train.TrainState) -> Predict:
 def _checkpointer(directory: RunDirectory, norm: str, seed: int) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     return ocp.CheckpointManager(directory.checkpoints(norm, seed).absolute(), options=options)
-
-
-def describe(config: Config, dataset: Dataset, parameters: dict[str, int], command: str) -> RunInfo:
-    """All that `run.json` says of a run that starts now."""
-    packages = (
-        "jaxnorm",
-        "jax",
-        "jaxlib",
-        "flax",
-        "optax",
-        "orbax-checkpoint",
-        "numpy",
-        "tensorflow-datasets",
-    )
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    device = jax.devices()[0]
-    facts = {
-        "name": dataset.name,
-        "caption": dataset.caption,
-        "fingerprint": dataset.fingerprint,
-        "source": dataset.source,
-        "verified": dataset.verified,
-        "class_names": list(dataset.class_names),
-        "mean": list(dataset.mean),
-        "deviation": list(dataset.deviation),
-        "train_count": len(dataset.train_labels),
-        "test_count": len(dataset.test_labels),
-    }
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    hardware = f"{device.device_kind} x{jax.device_count()}" + (
-        f" ({_processor()})" if device.platform == "cpu" else ""
-    )
-    return RunInfo(config, parameters, facts, versions, hardware, _git_revision(), started, command)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        return f"{names[0]}, {len(names)} cores"
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
-
-
-def _git_revision() -> str | None:
-    """The revision of the checkout that this package lies in, or None where it is installed."""
-    here = Path(__file__).resolve().parent
-    if not (here.parent / "pyproject.toml").exists():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -99,7 +99,7 @@ def sweep(tiny, scratch):
 
     Three norms, seeds 1 to 3, two epochs, with the accuracies above; the rest follows from them.
     """
-    from jaxnorm import experiment, figures
+    from jaxnorm import figures, provenance
     from jaxnorm.config import Config
     from jaxnorm.records import Epoch, RunDirectory
     from jaxnorm.results import Run
@@ -109,7 +109,7 @@ def sweep(tiny, scratch):
         config = Config(**{**values, **settings})
         directory = RunDirectory.create(scratch / name)
         counts = dict.fromkeys(config.norms, 45_584)
-        directory.write_info(experiment.describe(config, dataset, counts, "python -m x"))
+        directory.write_info(provenance.describe(config, dataset, counts, "python -m x"))
         for norm, seed in config.nets:
             rng = np.random.default_rng([seed, len(norm), ord(norm[0])])
             rights = accuracies[norm][seed - config.seed]
