@@ -124,7 +124,9 @@ def readme_texts(part: "RunPart", reference: Mapping[str, Any]) -> dict[str, str
     """What a README can hold of a run, by the name between its marks."""
     from jaxnorm import tables
 
-    texts = {part.title: part.tables["results"].markdown()}
+    texts = {}
+    if "results" in part.tables:  # not where the metrics are damaged
+        texts[part.title] = part.tables["results"].markdown()
     texts[f"{part.title} finding"] = tables.escaped(part.finding) + "\n"
     for name in ("differences", "values"):
         if name in part.tables:

@@ -73,6 +73,11 @@ def test_readme_tables_are_written_between_their_marks_and_nowhere_else(
     readme.write_text("<!-- table other -->\n<!-- end -->\n")
     assert call(*arguments) == 2
     assert "'other'" in capsys.readouterr().err
+    readme.write_text(text)
+    (path / "metrics.jsonl").write_text("rubbish\n")
+    assert call(path, "--readme", readme) == 2
+    assert "has a table 'tiny'" in capsys.readouterr().err
+    assert readme.read_text() == text
 
 
 def test_runs_made_apart_are_put_together_measured_and_reported(
