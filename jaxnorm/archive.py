@@ -1,25 +1,29 @@
 """An archive file of CIFAR-10, checked and imported into the standard TFDS directory.
 
 TFDS itself cannot prepare CIFAR-10 without TensorFlow, so a small `GeneratorBasedBuilder` of the
-same name, version and features does; any TFDS user can read what it writes. Nothing of the archive
-is ever written under a name that the archive chose, and nothing is unpickled but the types that the
-official files hold.
+same name, version and features does; any TFDS user can read what it writes.
+
+An archive may be hostile. Nothing of it is ever written under a name that it chose; it is read to
+`_LARGEST` decompressed bytes and no further; and what a pickle in it asks for is not called, but
+stood in for by `_Array` and `_Type`, which only remember.
 """
 
+import bz2
 import contextlib
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import pickle
 import shutil
 import tarfile
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
@@ -42,6 +46,8 @@ _PER_FILE = 10_000
 _PIXELS = 32 * 32 * 3
 _PARTS = {**{f"data_batch_{i}": "train" for i in range(1, 6)}, "test_batch": "test"}
 _LARGEST_MEMBER = 64 * 2**20
+_LARGEST = 512 * 2**20
+"""Bytes of a decompressed archive; the official ones have 184 million."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ def _read_splits(
     """
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     try:
-        with tarfile.open(path, "r|*") as archive:
+        with _decompressed(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
             for member in archive:
                 name = member.name.removeprefix("./")
                 folder, _, file = name.partition("/")
@@ -164,7 +170,9 @@ def _read_splits(
                 progress("reading the archive", len(found), len(_PARTS))
                 if only_first:
                     return {}
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged or hostile archive can fail in any way
         raise UserError(
             f"--archive {path} is damaged, truncated or no tar archive: {error}"
         ) from None
@@ -181,6 +189,40 @@ def _read_splits(
     return {split: (joined(split, 0), joined(split, 1)) for split in ("train", "test")}
 
 
+class _Limited(io.RawIOBase):
+    """A decompressed stream that ends in an error at `_LARGEST` bytes: a bomb is not read out."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._left = stream, _LARGEST
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Reads as much as the stream gives at once, if that is still allowed."""
+        content = self._stream.read(len(buffer))
+        self._left -= len(content)
+        if self._left < 0:
+            raise ValueError(f"it holds more than {_LARGEST // 2**20} MiB when decompressed")
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        """Closes the file too."""
+        self._stream.close()
+        super().close()
+
+
+def _decompressed(path: Path) -> io.BufferedReader:
+    """The content of a file, by its first bytes gzip, bzip2 or xz, or as it is."""
+    with path.open("rb") as file:
+        start = file.read(6)
+    kinds: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+    opened = next((kind for magic, kind in kinds.items() if start.startswith(magic)), open)
+    return io.BufferedReader(_Limited(opened(path, "rb")))
+
+
 def _parse_binary(data: bytes, name: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Records of a label byte and three 32x32 planes."""
     if len(data) != _PER_FILE * (1 + _PIXELS):
@@ -195,14 +237,11 @@ def _parse_python(data: bytes, name: str, path: Path) -> tuple[np.ndarray, np.nd
     """A pickled dictionary of a u8[10000, 3072] array and a list of labels."""
     try:
         values = _Unpickler(io.BytesIO(data), encoding="bytes").load()
-        pixels, labels = values[b"data"], values[b"labels"]
+        stored, labels = values[b"data"], values[b"labels"]
+        valid = isinstance(stored, _Array) and stored.fits
         valid = (
-            isinstance(pixels, np.ndarray)
-            and pixels.dtype == np.uint8
-            and pixels.shape == (_PER_FILE, _PIXELS)
-        )
-        valid &= (
-            isinstance(labels, list)
+            valid
+            and isinstance(labels, list)
             and len(labels) == _PER_FILE
             and all(type(label) is int and 0 <= label < 256 for label in labels)
         )
@@ -215,6 +254,7 @@ def _parse_python(data: bytes, name: str, path: Path) -> tuple[np.ndarray, np.nd
         raise UserError(
             f"--archive {path}: {name} in it is not a CIFAR-10 batch (other fields or shapes)"
         )
+    pixels = np.frombuffer(stored.content, np.uint8).reshape(_PER_FILE, _PIXELS)
     return _checked(pixels, np.array(labels, np.uint8), name, path)
 
 
@@ -226,18 +266,55 @@ def _checked(
     return np.ascontiguousarray(planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), labels.copy()
 
 
-class _Unpickler(pickle.Unpickler):
+class _Array:
+    """Stands for the one array of an official Python file, and calls nothing."""
+
+    fits, content = False, b""
+
+    def __init__(self, *arguments: Any) -> None:
+        """Takes what an empty array is made with."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Takes the content, where it is that of a u8[10000, 3072] array in C order."""
+        _, shape, kind, fortran, content = state
+        self.fits = (
+            shape == (_PER_FILE, _PIXELS)
+            and isinstance(kind, _Type)
+            and kind.name in ("u1", b"u1")
+            and not fortran
+            and isinstance(content, bytes)
+            and len(content) == _PER_FILE * _PIXELS
+        )
+        if self.fits:
+            self.content = content
+
+
+class _Type:
+    """Stands for an array's type, by its name."""
+
+    def __init__(self, name: Any = "", *arguments: Any) -> None:
+        self.name = name
+
+    def __setstate__(self, state: Any) -> None:
+        """Ignores the byte order and what else there is to a type."""
+
+
+class _Unpickler(pickle._Unpickler):  # the one written in Python: C's can be made to take gigabytes
     """Admits what the official Python files hold, a NumPy array among plain values, and nothing
     else.
     """
 
-    _admitted = ("_reconstruct", "ndarray", "dtype")
+    _stand_ins: ClassVar[dict[str, type]] = {
+        "_reconstruct": _Array,
+        "ndarray": _Array,
+        "dtype": _Type,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
-        """Finds one of the three names that an array is pickled by; raises for any other."""
+        """Finds a stand-in for the three names that an array is pickled by; raises for others."""
         homes = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
-        if module in homes and name in self._admitted:
-            return super().find_class(module.replace(".core.", "._core."), name)
+        if module in homes and name in self._stand_ins:
+            return self._stand_ins[name]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 

@@ -9,6 +9,7 @@ A new dataset that TFDS has prepared needs no code. Another source is one more b
 """
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -297,6 +298,7 @@ def _decode(
     import tensorflow_datasets as tfds
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # it advises OpenCV
+    _refuse_foreign_features(prepared)
     try:
         builder: Any = tfds.builder_from_directory(str(prepared))
         features: Any = builder.info.features
@@ -335,7 +337,34 @@ def _decode(
         raise UserError(
             f"{prepared} cannot be read (it must be prepared as array_record): {_line(error)}"
         ) from None
-    return arrays, tuple(features[label].names), content_fingerprint(arrays)
+    names = tuple(features[label].names)
+    for numbers in arrays[1::2]:
+        if not len(numbers) or numbers.min() < 0 or numbers.max() >= len(names):
+            raise UserError(
+                f"{prepared} has an empty split, or a label that is none of its {len(names)} "
+                "classes"
+            )
+    return arrays, names, content_fingerprint(arrays)
+
+
+def _refuse_foreign_features(prepared: Path) -> None:
+    """Raises `UserError` where a dataset's features are not all TFDS's own: TFDS would import
+    whatever module the file names.
+    """
+    try:
+        text = (prepared / "features.json").read_text()
+        json.loads(text, object_pairs_hook=_check_feature)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{prepared} is not a dataset that TFDS can read: {_line(error)}") from None
+
+
+def _check_feature(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of features.json; raises ValueError where it names a class of another package."""
+    for key, value in pairs:
+        named = key in ("pythonClassName", "python_class_name", "type") and isinstance(value, str)
+        if named and not value.startswith("tensorflow_datasets."):
+            raise ValueError(f"its features ask for {value}")
+    return dict(pairs)
 
 
 def _line(error: Exception) -> str:

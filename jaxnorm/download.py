@@ -10,6 +10,7 @@ from urllib.parse import urlparse
 
 from jaxnorm.archive import Progress
 from jaxnorm.config import UserError
+from jaxnorm.places import private_directory
 
 ROUTE_SECONDS = 8.0
 """How long a host may take to answer before the user hears that it does not."""
@@ -25,7 +26,8 @@ def fetch(url: str, directory: Path, progress: Progress) -> Path:
     name = Path(urlparse(url).path).name
     if not name:
         raise UserError(f"--archive {url}: the address names no file")
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if private_directory(directory) is None:
+        raise UserError(f"{directory} cannot be made, or is not a directory of your own")
     target, partial = directory / name, directory / (name + ".part")
     if target.exists():
         return target

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,11 +58,28 @@ def python_pickle(part: str) -> bytes:
     return pickle.dumps(values, protocol=4)
 
 
-def make(path: Path, kind: str = "bin", **changes) -> Path:
+def python2_pickle(part: str) -> bytes:
+    """As Python 2 wrote the official files, opcode by opcode: its strings are bytes."""
+    images, labels = drawn(part)
+    planes = images.transpose(0, 3, 1, 2).tobytes()
+
+    def string(text: bytes) -> bytes:
+        return b"U" + bytes([len(text)]) + text
+
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85" + string(b"b")
+    kind = b"cnumpy\ndtype\n(" + string(b"u1") + b"K\x00K\x01tR(K\x03" + string(b"|")
+    kind += b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    content = b"T" + len(planes).to_bytes(4, "little") + planes
+    array += b"tR(K\x01K\x14M\x00\x0c\x86" + kind + b"\x89" + content + b"tb"
+    numbers = b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
+    return b"\x80\x02}(" + string(b"data") + array + string(b"labels") + numbers + b"u."
+
+
+def make(path: Path, kind: str = "bin", mode: Any = "w:gz", **changes) -> Path:
     """Writes an archive; `changes` replaces a part's content, or leaves it out where it is None."""
     folder = {"bin": "cifar-10-batches-bin", "py": "cifar-10-batches-py"}[kind]
     content = {part: (binary if kind == "bin" else python_pickle)(part) for part in PARTS} | changes
-    with tarfile.open(path, "w:gz") as tar:
+    with tarfile.open(path, mode) as tar:
         for part, values in content.items():
             if values is not None:
                 info = tarfile.TarInfo(f"{folder}/{part}{'.bin' if kind == 'bin' else ''}")
@@ -105,6 +123,15 @@ def test_both_kinds_are_imported_where_any_tfds_user_finds_them(scratch, kind, c
     assert theirs[0]["image"].tobytes() == dataset.test_images[0].tobytes()
     assert theirs[0]["label"] == dataset.test_labels[0]
     assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize("mode", ["w", "w:bz2", "w:xz"])
+def test_other_compressions_and_python_2s_pickles_are_read(scratch, mode, counts):
+    changes = {part: python2_pickle(part) for part in PARTS}
+    dataset = load(scratch, make(scratch / "a", "py", mode, **changes), allow_unverified=True)
+    images, labels = drawn("test_batch")
+    np.testing.assert_array_equal(dataset.test_labels.sum(), labels.sum())
+    np.testing.assert_array_equal(dataset.test_images.sum(0), images.sum(0))
 
 
 def test_an_official_checksum_is_verified_and_another_is_refused(scratch, monkeypatch, counts):
@@ -158,6 +185,15 @@ class Evil:
         return os.mkdir, (str(self.path),)
 
 
+def bomb(path: Path, kind: str) -> None:
+    """Writes an archive of 600 MiB of zeros, in a file or in the header of one."""
+    info = tarfile.TarInfo("cifar-10-batches-bin/readme.html")
+    info.size = 600 * 2**20
+    info.type = tarfile.XHDTYPE if kind == "header bomb" else tarfile.REGTYPE
+    zeros = gzip.compress(bytes(2**20), 9)
+    path.write_bytes(gzip.compress(info.tobuf()) + zeros * 600)
+
+
 def wrong_archive(kind: str, path: Path) -> None:
     """Writes an archive that is wrong in the way of `kind`."""
     zeros = np.zeros((20, 3072), np.uint8)
@@ -177,7 +213,17 @@ def wrong_archive(kind: str, path: Path) -> None:
         "label ten": {"data_batch_2": b"\x0a" + binary("data_batch_2")[1:]},
         "part missing": {"data_batch_4": None},
     }
-    if kind in pickled:
+    raw = {
+        "python memo": b"\x80\x02}r\xff\xff\xff\x7f.",  # C's unpickler would take 32 GiB for it
+        "python nested": b"\x80\x02" + b"]" * 90_000 + b"a" * 89_999 + b".",
+        "python state": b"\x80\x02(cnumpy\nndarray\no(cnumpy\ndtype\noK\x01\x86b.",
+        "python object array": python2_pickle("data_batch_1").replace(b"U\x02u1", b"U\x02O8"),
+    }
+    if kind in raw:
+        make(path, "py", data_batch_1=raw[kind])
+    elif kind in ("bomb", "header bomb"):
+        bomb(path, kind)
+    elif kind in pickled:
         make(path, "py", data_batch_1=pickle.dumps(pickled[kind], protocol=4))
     elif kind in changed:
         make(path, **changed[kind])
@@ -204,7 +250,8 @@ def wrong_archive(kind: str, path: Path) -> None:
 WRONG = ["text", "empty", "gzip", "truncated", "one byte short", "one byte long", "label ten"]
 WRONG += ["part missing", "link", "outside", "twice", "python cut", "python shapes"]
 WRONG += ["python objects", "python labels", "python negative", "python fields", "python list"]
-WRONG += ["python call", "python call inside"]
+WRONG += ["python call", "python call inside", "python nested", "python memo", "python state"]
+WRONG += ["python object array", "bomb", "header bomb"]
 
 
 @pytest.mark.parametrize("kind", WRONG)

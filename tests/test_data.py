@@ -1,5 +1,7 @@
 """Datasets by name: digits, prepared TFDS directories, the cache, and what the user hears."""
 
+import re
+import sys
 import time
 
 import chex
@@ -128,7 +130,9 @@ def test_a_dataset_of_other_shape_is_refused(scratch, wrong):
         data.load("tiny_set", scratch, cache_dir=scratch / "cache")
 
 
-@pytest.mark.parametrize("damage", ["schema", "records", "no schema"])
+@pytest.mark.parametrize(
+    "damage", ["schema", "records", "no schema", "label above its classes", "foreign feature"]
+)
 def test_a_damaged_directory_is_refused_in_one_line(scratch, damage):
     prepare(scratch)
     prepared = scratch / "tiny_set" / "1.2.0"
@@ -137,11 +141,22 @@ def test_a_damaged_directory_is_refused_in_one_line(scratch, damage):
             (prepared / "features.json").write_text('{"pythonClassName": "os.system"}')
         case "no schema":
             (prepared / "dataset_info.json").write_text("not JSON")
+        case "label above its classes":
+            names = prepared / "label.labels.txt"
+            names.write_text(names.read_text().split()[0] + "\n")
+            features = prepared / "features.json"
+            one = re.sub(r'"numClasses": "\d+"', '"numClasses": "1"', features.read_text())
+            features.write_text(one)
+        case "foreign feature":
+            features = prepared / "features.json"
+            own = "tensorflow_datasets.core.features.class_label_feature.ClassLabel"
+            features.write_text(features.read_text().replace(own, "antigravity.Class"))
         case "records":
             next(prepared.glob("*train*")).write_bytes(b"rubbish" * 10_000)
     with pytest.raises(UserError) as error:
         data.load("tiny_set", scratch, cache_dir=scratch / "cache")
     assert "\n" not in str(error.value)
+    assert "antigravity" not in sys.modules
 
 
 @pytest.mark.parametrize("name", ["cifar11", "../x", "/etc", "a b", "tiny_set:9.9.9", "*"])
