@@ -1,24 +1,42 @@
 """What the commands share: the progress bar, and errors as one line and an exit code."""
 
-import signal
+import contextlib
 import sys
-from types import FrameType
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from typing import Any
 
 from cyclopts import App, CycloptsError
 
+from jaxnorm import interrupts
 from jaxnorm.config import UserError
 
 MISTAKE, FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
 """Exit codes: the user's mistake, a run that failed, Ctrl-C, SIGTERM."""
+_arguments: list[str] = []
+
+
+def arguments() -> list[str]:
+    """What the command was called with."""
+    return list(_arguments)
+
+
+@contextlib.contextmanager
+def advising(hint: str) -> Iterator[None]:
+    """Where the work inside is stopped, or the disk fails it, the error says this too."""
+    try:
+        yield
+    except (KeyboardInterrupt, interrupts.Terminated, OSError) as error:
+        error.add_note(hint)
+        raise
 
 
 def run(app: App, arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code; what goes wrong is one line on standard error."""
-    signal.signal(signal.SIGTERM, _terminated)
+    _arguments[:] = sys.argv[1:] if arguments is None else arguments
+    options = {"exit_on_error": False, "print_error": False, "result_action": "return_value"}
     try:
-        options = {"exit_on_error": False, "print_error": False, "result_action": "return_value"}
-        return app(arguments, **options) or 0
+        with interrupts.heard():
+            return app(_arguments, **options) or 0
     except UserError as error:
         return _fail(error, MISTAKE)
     except CycloptsError as error:
@@ -26,18 +44,18 @@ def run(app: App, arguments: list[str] | None = None) -> int:
     except ArithmeticError as error:
         return _fail(error, FAILED)
     except OSError as error:
-        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", FAILED)
-    except KeyboardInterrupt:
-        return _fail("interrupted; the epochs that were complete are on disk", INTERRUPTED)
+        what = f"{error.filename or 'a file'}: {error.strerror or error}"
+        return _fail(what, FAILED, error)
+    except KeyboardInterrupt as error:
+        return _fail("interrupted", INTERRUPTED, error)
+    except interrupts.Terminated as error:
+        return _fail("terminated", TERMINATED, error)
 
 
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    _fail("terminated; the epochs that were complete are on disk", TERMINATED)
-    sys.exit(TERMINATED)
-
-
-def _fail(error: object, code: int) -> int:
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+def _fail(what: object, code: int, error: BaseException | None = None) -> int:
+    text = "; ".join([str(what), *getattr(error, "__notes__", ())])
+    with contextlib.suppress(OSError):  # a terminal that is gone, or a log on the full disk
+        print("error: " + " ".join(text.split()), file=sys.stderr)
     return code
 
 
