@@ -11,6 +11,8 @@ Norm = Literal["batch", "group", "layer", "instance", "rms", "none"]
 Arch = Literal["original", "matched"]
 ALL: tuple[Norm, ...] = ("batch", "group", "layer")
 """The study's three norms, in its order: what `--norm all` trains."""
+LARGEST, MOST_SEEDS = 1_000_000, 10_000
+"""The most epochs and seeds of a run: a slip of the keyboard is not planned for years."""
 ADDED = {"seeds": 1, "validation": 0}
 """Settings younger than the first run directories, and what those were trained with."""
 
@@ -81,14 +83,15 @@ class Config:
             object.__setattr__(self, "batch_size", 32 if self.dataset == "digits" else 128)
         for field in dataclasses.fields(self):
             self._check_type(field.name, get_type_hints(type(self))[field.name])
-        self._require(self.epochs >= 1, "epochs", "1 or more")
+        self._require(1 <= self.epochs <= LARGEST, "epochs", f"1 to {LARGEST:,}")
         self._require(self.batch >= 1, "batch_size", "1 or more")
         self._require(0 < self.learning_rate < math.inf, "learning_rate", "above 0 and finite")
         self._require(0 <= self.momentum < 1, "momentum", "at least 0 and below 1")
         self._require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1")
         self._require(self.groups >= 1, "groups", "1 or more")
         self._require(0 <= self.seed < 2**32, "seed", "at least 0 and below 2**32")
-        self._require(1 <= self.seeds <= 2**32 - self.seed, "seeds", "1 or more, all below 2**32")
+        seeds = min(MOST_SEEDS, 2**32 - self.seed)
+        self._require(1 <= self.seeds <= seeds, "seeds", f"1 to {seeds:,}")
         self._require(self.validation >= 0, "validation", "0 or more")
         self._require(self.dataset.strip() == self.dataset != "", "dataset", "a dataset's name")
         if self.arch == "original" and self.norm not in (*ALL, "all"):
@@ -144,9 +147,9 @@ class Config:
         if choices := [choice for choice in get_args(kind) if isinstance(choice, str)]:
             self._require(value in choices, name, "one of " + ", ".join(choices))
         elif kind is float:
-            self._require(
-                isinstance(value, int | float) and not isinstance(value, bool), name, "a number"
-            )
+            self._require(type(value) in (int, float), name, "a number")
+            self._require(abs(value) < 1e300, name, "a finite number")
+            object.__setattr__(self, name, float(value))
         elif kind in (int, int | None):
             self._require(
                 isinstance(value, int) and not isinstance(value, bool), name, "a whole number"

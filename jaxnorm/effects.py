@@ -224,11 +224,14 @@ def record(
     """Measures the nets of a run's first seed into its directory, from their checkpoints, which
     `sources` may say lie in other runs.
 
-    Raises `UserError` where one has none.
+    Raises `UserError` where one has none, unless the runs that it was put together from had and
+    were measured then.
     """
     config = directory.info().config
     for norm in config.norms:
         home = (sources or {}).get((norm, config.seed), directory)
+        if home is directory and directory.was_merged(norm, config.seed):
+            continue
         recipe, state = experiment.load_state(home.path, norm, config.seed)
         logits, _ = directory.predictions(norm, config.seed)
         directory.write_effects(norm, config.seed, measure(recipe, state, dataset, logits))

@@ -1,26 +1,28 @@
-"""Trains the norms of a configuration: in memory (`fit`), or into a run directory (`run`).
+"""Trains the norms of a configuration: in memory (`fit`), or into a run directory (`run`), and goes
+on with a run that was cut off (`resume`).
 
 Knows nothing of flags and pictures. What happens is told to an `Observer`.
 """
 
 import contextlib
+import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
+from jaxnorm import checkpoints, interrupts, progress, provenance, selfcheck, train
 from jaxnorm import model as models
-from jaxnorm import provenance, train
 from jaxnorm.config import Config, Norm, UserError
 from jaxnorm.data import Dataset, hold_out
 from jaxnorm.model import CNN
-from jaxnorm.records import Epoch, RunDirectory
+from jaxnorm.progress import NOTHING, Begun
+from jaxnorm.records import RESUMED_FIELDS, Epoch, Net, RunDirectory
 
 PIECES = 20
 """Pieces in which an epoch is run, so that progress shows and a loss that is not finite is found
@@ -32,13 +34,16 @@ Predict = Callable[[jax.Array | np.ndarray], jax.Array]
 class NonFiniteLoss(ArithmeticError):
     """The loss turned NaN or infinite.
 
-    Names the norm, the seed, the epoch (from 1) and the step in it (from 1).
+    Names the norm, the seed, the epoch (from 1) and the step in it (from 1); the step is None where
+    it is the loss of the evaluation after the epoch.
     """
 
-    def __init__(self, norm: str, seed: int, epoch: int, step: int, loss: float) -> None:
+    def __init__(self, norm: str, seed: int, epoch: int, step: int | None, loss: float) -> None:
+        which, where = ("evaluation", "") if step is None else ("training", f", step {step}")
         super().__init__(
-            f"the training loss of {norm} norm, seed {seed}, is {loss} at epoch {epoch}, step "
-            f"{step}: try a smaller --learning-rate"
+            f"the {which} loss of {norm} norm, seed {seed}, is {loss} at epoch {epoch}{where}: try "
+            "a smaller --learning-rate; the epochs before it, and the last good checkpoint, are "
+            "kept"
         )
         self.norm, self.seed, self.epoch, self.step = norm, seed, epoch, step
 
@@ -56,6 +61,12 @@ class Observer:
 
     def on_epoch(self, epoch: Epoch) -> None:
         """A net's epoch is complete: trained, evaluated, and on disk where there is one."""
+
+    def on_begun(self, complete: int) -> None:
+        """A run is gone on with, of which so many epochs of all nets are complete."""
+
+    def on_warning(self, text: str) -> None:
+        """Something was found damaged, and is made again."""
 
 
 class Observers(Observer):
@@ -78,6 +89,16 @@ class Observers(Observer):
         """Tells each."""
         for each in self.observers:
             each.on_epoch(epoch)
+
+    def on_begun(self, complete: int) -> None:
+        """Tells each."""
+        for each in self.observers:
+            each.on_begun(complete)
+
+    def on_warning(self, text: str) -> None:
+        """Tells each."""
+        for each in self.observers:
+            each.on_warning(text)
 
 
 class _Trained(NamedTuple):
@@ -169,14 +190,67 @@ def groups(config: Config, dataset: Dataset) -> Iterator[tuple[Norm, list[int]]]
             yield norm, part.tolist()
 
 
+def self_check(config: Config, dataset: Dataset) -> None:
+    """Checks, before anything is trained, that this installation computes the nets of `config`
+    rightly (see `selfcheck`), by the programs that will train them.
+
+    Raises `selfcheck.WrongNumbers`.
+    """
+    selfcheck.check_compiler()
+    checked = set()
+    for norm, seeds in groups(config, dataset):
+        if norm not in checked:
+            checked.add(norm)
+            _check_step(config, dataset, norm, seeds)
+
+
+def _check_step(config: Config, dataset: Dataset, norm: Norm, seeds: list[int]) -> None:
+    recipe = _recipe(config, dataset, norm)
+    train_steps = train.train_seeds if len(seeds) > 1 else train.train_steps
+    images, labels = train.replicate(recipe, (dataset.train_images, dataset.train_labels))
+    rows, _ = hold_out(dataset.train_labels, config.validation, seeds[0])
+    first = train.epoch_pieces(seeds[0], 1, jnp.asarray(rows), config.batch)[0]
+    keys = [train.derive_key(seed, "dropout", 1) for seed in seeds]
+    initial = train.init_state(recipe, seeds[0])
+    stack = train.stack_seeds
+
+    def step(i: int) -> selfcheck.Step:
+        """One step of the training program, in which every seed trains as the first does."""
+        state = stack([train.replicate(recipe, jax.tree.map(jnp.copy, initial)) for _ in seeds])
+        batches = stack([first.batches] * len(seeds))
+        state, steps = train_steps(
+            recipe, state, images, labels, batches, stack([keys[0]] * len(seeds)), 0, i, i + 1
+        )
+        state = train.unstack_seeds(state, len(seeds))[0]
+        return selfcheck.Step(np.reshape(steps.losses, (len(seeds), -1))[0, i], state)
+
+    selfcheck.check_step(
+        recipe,
+        jax.device_get(initial),
+        dataset.train_images,
+        dataset.train_labels,
+        np.asarray(first.batches),
+        keys[0],
+        step,
+    )
+
+
 def _recipe(config: Config, dataset: Dataset, norm: Norm) -> train.Recipe:
     return make_recipe(config, dataset.mean, dataset.deviation, len(dataset.class_names), norm)
 
 
 def _train(
-    config: Config, dataset: Dataset, norm: Norm, seeds: list[int], observer: Observer
+    config: Config,
+    dataset: Dataset,
+    norm: Norm,
+    seeds: list[int],
+    observer: Observer,
+    states: Sequence[train.TrainState] | None = None,
+    complete: int = 0,
 ) -> Iterator[list[_Trained]]:
-    """Trains one net for each seed, epoch by epoch; several seeds in one program."""
+    """Trains one net for each seed, epoch by epoch; several seeds in one program. With `states`,
+    from these, after so many complete epochs.
+    """
     recipe = _recipe(config, dataset, norm)
     images, labels, test_images, test_labels = train.replicate(
         recipe,
@@ -189,9 +263,10 @@ def _train(
     evaluate = train.evaluate_seeds if several else train.evaluate
     stack = train.stack_seeds
     held = stack([train.replicate(recipe, rows) for _, rows in splits])
-    state = stack([train.replicate(recipe, train.init_state(recipe, seed)) for seed in seeds])
+    states = states or [train.init_state(recipe, seed) for seed in seeds]
+    state = stack([train.replicate(recipe, each) for each in states])
     observer.on_nets(norm, seeds, -(-count // config.batch))
-    for epoch in range(1, config.epochs + 1):
+    for epoch in range(complete + 1, config.epochs + 1):
         clock = time.perf_counter()
         losses = np.zeros((len(seeds), 0), np.float32)
         correct = np.zeros(len(seeds), int)
@@ -213,6 +288,7 @@ def _train(
                 which, step = np.argwhere(~np.isfinite(losses))[0]
                 loss = float(losses[which, step])
                 raise NonFiniteLoss(norm, seeds[which], epoch, int(step) + 1, loss)
+            interrupts.check()
             observer.on_steps(epoch, losses.shape[1])
         trained = time.perf_counter()
         test = evaluate(recipe, state, test_images, test_labels)
@@ -222,6 +298,10 @@ def _train(
         tests = train.unstack_seeds(jax.device_get(test), len(seeds))
         validations = train.unstack_seeds(jax.device_get(validation), len(seeds))
         tested = time.perf_counter()
+        for seed, evaluations in zip(seeds, zip(tests, validations, strict=True), strict=True):
+            for each in evaluations:
+                if each is not None and not np.isfinite(each.logits).all():
+                    raise NonFiniteLoss(norm, seed, epoch, None, float(each.loss))
         states = train.unstack_seeds(state, len(seeds))
         seconds = (trained - clock) / len(seeds), (tested - trained) / len(seeds)
         yield [
@@ -304,28 +384,107 @@ def run(
     directory: RunDirectory,
     command: str,
     observer: Observer | None = None,
+    **about: Any,
 ) -> None:
     """Trains every net of `config` on `dataset` into a run directory.
 
     After each epoch the checkpoint, the losses and the predictions are written, and then the
-    epoch's line. Raises `UserError`, `NonFiniteLoss` and OSError.
+    epoch's line, which makes it complete. `about` is what else `run.json` says (`self_check`,
+    `deterministic`). Raises `UserError`, `NonFiniteLoss` and OSError.
+    """
+    counts = check(config, dataset)
+    with directory.locked():
+        RunDirectory.check_unused(directory.path)
+        directory.write_info(provenance.describe(config, dataset, counts, command, **about))
+        _train_into(directory, config, dataset, observer or Observer(), {})
+
+
+def resume(
+    dataset: Dataset,
+    directory: RunDirectory,
+    command: str,
+    observer: Observer | None = None,
+    self_check: str = "not made",
+) -> None:
+    """Goes on with a run from the newest complete epoch of each net, to its end.
+
+    A damaged checkpoint is told to the observer, and the one before it used. On a CPU what comes
+    out equals an unbroken run bit for bit, but for the times. Raises `UserError` where the
+    directory is no run, another process writes to it, or the data is not what it was trained on.
     """
     observer = observer or Observer()
-    directory.write_info(provenance.describe(config, dataset, check(config, dataset), command))
+    with directory.locked():
+        info = directory.info()
+        if dataset.fingerprint != info.dataset["fingerprint"]:
+            raise UserError(
+                f"the data found is not what {directory.path} was trained on: give its --data-dir"
+            )
+        counts = check(info.config, dataset)
+        directory.sweep()
+        begun = progress.rewind(
+            directory,
+            {norm: _recipe(info.config, dataset, norm) for norm in info.config.norms},
+            list(groups(info.config, dataset)),
+            len(dataset.train_labels),
+            observer.on_warning,
+        )
+        complete = sum(each.epochs for each in begun.values())
+        observer.on_begun(complete)
+        if complete == info.config.epochs * len(info.config.nets):
+            return
+        now = provenance.describe(info.config, dataset, counts, command, self_check)
+        again = {name: getattr(now, name) for name in RESUMED_FIELDS}
+        if now.code != info.code or now.device != info.device:
+            observer.on_warning(
+                "the run was begun by other code or on another device (compare its run.json): it "
+                "goes on, but not bit for bit as it would have there"
+            )
+        directory.write_info(dataclasses.replace(info, resumed=[*info.resumed, again]))
+        _train_into(directory, info.config, dataset, observer, begun)
+
+
+def _train_into(
+    directory: RunDirectory,
+    config: Config,
+    dataset: Dataset,
+    observer: Observer,
+    begun: dict[Net, Begun],
+) -> None:
+    """Trains what is not trained yet, and writes it down."""
     for norm, seeds in groups(config, dataset):
-        losses = {seed: np.zeros(0, np.float32) for seed in seeds}
-        with contextlib.ExitStack() as stack:
-            checkpoints = {
-                seed: stack.enter_context(_checkpointer(directory, norm, seed)) for seed in seeds
-            }
-            for nets in _train(config, dataset, norm, seeds, observer):
+        # Seeds that train in one program and were cut off between their lines are an epoch apart.
+        far = {seed: begun.get((norm, seed), NOTHING).epochs for seed in seeds}
+        for complete in sorted({*far.values()} - {config.epochs}):
+            own = [seed for seed in seeds if far[seed] == complete]
+            _train_group(directory, config, dataset, norm, own, complete, observer, begun)
+    progress.put_in_order(directory, list(groups(config, dataset)))
+
+
+def _train_group(
+    directory: RunDirectory,
+    config: Config,
+    dataset: Dataset,
+    norm: Norm,
+    seeds: list[int],
+    complete: int,
+    observer: Observer,
+    begun: dict[Net, Begun],
+) -> None:
+    """Trains the nets of some seeds, of which so many epochs are complete, to the end."""
+    befores = [begun.get((norm, seed), NOTHING) for seed in seeds]
+    losses = {seed: before.losses for seed, before in zip(seeds, befores, strict=True)}
+    states = [before.state for before in befores if before.state is not None]
+    with contextlib.ExitStack() as stack:
+        stored = {
+            seed: stack.enter_context(checkpoints.writer(directory.checkpoints(norm, seed)))
+            for seed in seeds
+        }
+        for nets in _train(config, dataset, norm, seeds, observer, states, complete):
+            with interrupts.uninterrupted():
                 for net in nets:
                     seed = net.record.seed
                     losses[seed] = np.concatenate([losses[seed], net.losses])
-                    checkpoints[seed].save(
-                        net.record.epoch,
-                        args=ocp.args.StandardSave(jax.device_get(net.state)._asdict()),
-                    )  # pyright: ignore[reportCallIssue]
+                    stored[seed].save(net.record.epoch, net.state._asdict())
                     directory.write_step_losses(norm, seed, losses[seed])
                     directory.write_predictions(norm, seed, net.logits, dataset.test_labels)
                     directory.append_epoch(net.record)
@@ -333,9 +492,9 @@ def run(
 
 
 def load_state(path: Path | str, norm: Norm, seed: int) -> tuple[train.Recipe, train.TrainState]:
-    """The recipe and the newest checkpoint of a net of a run.
+    """The recipe and the newest complete epoch's checkpoint of a net of a run.
 
-    Raises `UserError` where the run has no checkpoint of that norm and seed.
+    Raises `UserError` where the run has no checkpoint of that norm and seed, or a damaged one.
     """
     directory = RunDirectory(path)
     info = directory.info()
@@ -345,13 +504,16 @@ def load_state(path: Path | str, norm: Norm, seed: int) -> tuple[train.Recipe, t
     recipe = make_recipe(
         info.config, data["mean"], data["deviation"], len(data["class_names"]), norm
     )
-    shapes = train.init_state.eval_shape(recipe, seed)
-    with _checkpointer(directory, norm, seed) as checkpoints:
-        newest = checkpoints.latest_step()
-        if newest is None:
-            raise UserError(f"{path} has no complete epoch of {norm} norm, seed {seed}")
-        stored = checkpoints.restore(newest, args=ocp.args.StandardRestore(shapes._asdict()))  # pyright: ignore[reportCallIssue]
-    return recipe, train.TrainState(**train.replicate(recipe, stored))
+    shapes = train.init_state.eval_shape(recipe, seed)._asdict()
+    complete = sum((each.norm, each.seed) == (norm, seed) for each in directory.epochs())
+    stored = directory.checkpoints(norm, seed)
+    if complete not in checkpoints.epochs(stored):
+        raise UserError(f"{path} has no complete epoch of {norm} norm, seed {seed}")
+    try:
+        state = checkpoints.restore(stored, complete, shapes)
+    except checkpoints.Damaged as error:
+        raise UserError(f"{error}: python -m jaxnorm.run --resume {path} mends it") from None
+    return recipe, train.TrainState(**train.replicate(recipe, state))
 
 
 def load_model(path: Path | str, norm: Norm, seed: int) -> Predict:
@@ -374,8 +536,3 @@ def _predict(recipe: train.Recipe, state: train.TrainState) -> Predict:
         return jax.nn.softmax(logits)
 
     return predict
-
-
-def _checkpointer(directory: RunDirectory, norm: str, seed: int) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(directory.checkpoints(norm, seed).absolute(), options=options)

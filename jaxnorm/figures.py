@@ -11,6 +11,7 @@ A new figure is one more function of `Run` that returns (file name, Figure) pair
 
 import io
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import get_args
 
@@ -81,7 +82,11 @@ def draw(run: Run) -> tuple[dict[str, str], list[str]]:
 def png(figure: Figure, dots_per_inch: int = 130) -> bytes:
     """A figure as a PNG file."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=dots_per_inch, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Glyph", UserWarning
+        )  # drawn as a box: names may hold any
+        figure.savefig(content, format="png", dpi=dots_per_inch, metadata={"Software": None})
     return content.getvalue()
 
 

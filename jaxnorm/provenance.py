@@ -13,7 +13,14 @@ from jaxnorm.data import Dataset
 from jaxnorm.records import RunInfo
 
 
-def describe(config: Config, dataset: Dataset, parameters: dict[str, int], command: str) -> RunInfo:
+def describe(
+    config: Config,
+    dataset: Dataset,
+    parameters: dict[str, int],
+    command: str,
+    self_check: str = "not made",
+    deterministic: bool = False,
+) -> RunInfo:
     """All that `run.json` says of a run that starts now."""
     packages = (
         "jaxnorm",
@@ -48,7 +55,32 @@ def describe(config: Config, dataset: Dataset, parameters: dict[str, int], comma
     hardware = f"{device.device_kind} x{jax.device_count()}" + (
         f" ({_processor()})" if device.platform == "cpu" else ""
     )
-    return RunInfo(config, parameters, facts, versions, hardware, _git_revision(), started, command)
+    return RunInfo(
+        config,
+        parameters,
+        facts,
+        versions,
+        hardware,
+        _git_revision(),
+        started,
+        command,
+        self_check,
+        repeatable(device.platform, deterministic),
+        deterministic,
+    )
+
+
+def repeatable(platform: str, deterministic: bool) -> str:
+    """What of a run the same command gives again, and what is not promised."""
+    if platform == "cpu":
+        return "bit for bit but for the times, on as many cores of this kind with these versions"
+    if deterministic:
+        return (
+            "on this kind of device with these versions, as far as XLA's deterministic operations "
+            "reach; not promised: the same bits on another device, or where compiled code was "
+            "tuned anew"
+        )
+    return "within rounding; not promised: the same bits (--deterministic asks for them)"
 
 
 def _processor() -> str:

@@ -5,20 +5,25 @@ line an epoch, and a half line at its end (a killed process) is dropped, never g
 here trains or draws.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import filelock
 import numpy as np
 
 from jaxnorm.config import ALL, Config, Norm, UserError
+
+Net = tuple[Norm, int]
+"""A net of a run: its norm and seed."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,11 @@ class Epoch:
     def to_json(self) -> dict[str, Any]:
         """As JSON values; the two of the validation are left out where nothing was held out."""
         return {name: each for name, each in dataclasses.asdict(self).items() if each is not None}
+
+
+def agree(logits: np.ndarray, labels: np.ndarray, epoch: Epoch) -> bool:
+    """Whether test logits f32[N, classes] have the test accuracy that an epoch's record says."""
+    return bool((logits.argmax(1) == labels).mean() == epoch.test_accuracy)
 
 
 DATASET_FIELDS = (
@@ -76,6 +86,14 @@ class RunInfo:
     git_revision: str | None
     started: str
     command: str
+    self_check: str = "not made: the run is older than the check"
+    """Whether the arithmetic was checked before training (see `selfcheck`)."""
+    repeatable: str = "not known"
+    """What of it the same command gives again."""
+    deterministic: bool = False
+    """Whether the accelerator was asked for operations that repeat."""
+    resumed: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """For each time that the run was gone on with, what `RESUMED_FIELDS` names, of that time."""
 
     @property
     def code(self) -> dict[str, str]:
@@ -84,17 +102,41 @@ class RunInfo:
         return {**self.versions, **own}
 
 
+RESUMED_FIELDS = ("started", "command", "device", "versions", "git_revision", "self_check")
+_TEXTS = ("device", "started", "command", "self_check", "repeatable")
+_COUNTS = ("train_count", "test_count")
+_LARGEST = 1e300
+_LATER = ("self_check", "repeatable", "deterministic", "resumed")
+"""Fields of `RunInfo` that runs may be older than."""
+_LOCK, _TEMPORARY = ".lock", ".writing-"
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Has an OSError of the block name this file: a failed write names none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+
+
+def _content(path: Path) -> list[Path]:
+    """What a directory holds, but for what a process that was killed before it wrote leaves."""
+    return [each for each in path.iterdir() if not each.name.startswith((_LOCK, _TEMPORARY))]
+
+
 class RunDirectory:
     """Reads and writes the files of one run."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self._lock = filelock.FileLock(self.path / _LOCK, timeout=0)
 
     @staticmethod
     def check_unused(path: Path) -> None:
         """Raises `UserError` where `create` is known to fail, and makes nothing."""
         try:
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if path.exists() and (not path.is_dir() or _content(path)):
                 raise UserError(f"--out {path} is already used: choose another directory")
             nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
         except OSError as error:
@@ -108,9 +150,29 @@ class RunDirectory:
         cls.check_unused(path)
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            path.chmod(0o700)
         except OSError as error:
             raise UserError(f"--out {path} cannot be written to: {error.strerror}") from None
         return cls(path)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from writing here; one that has ended, however, holds no lock. Who
+        has it may take it again.
+
+        Raises `UserError` where another process holds it, and OSError where there can be none.
+        """
+        try:
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise UserError(
+                f"{self.path} is being written to by another process: wait until it ends, or stop "
+                "it"
+            ) from None
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     # what is in it
 
@@ -118,8 +180,9 @@ class RunDirectory:
         """Reads `run.json`; raises `UserError` where it, or a field of it, is missing or wrong."""
         path = self.path / "run.json"
         values = _read_json(path)
-        names = {field.name for field in dataclasses.fields(RunInfo)}
-        if not isinstance(values, dict) or values.keys() != names:
+        fields = dataclasses.fields(RunInfo)
+        names = [field.name for field in fields]
+        if not isinstance(values, dict) or not values.keys() <= {*names} <= {*values, *_LATER}:
             raise UserError(f"{path}: its fields are not {', '.join(sorted(names))}")
         try:
             info = RunInfo(**{**values, "config": Config.from_json(values["config"])})
@@ -145,7 +208,11 @@ class RunDirectory:
 
     def step_losses(self, norm: str, seed: int) -> np.ndarray:
         """The training loss of every batch so far: f32[epochs * steps]."""
-        return self._load(self._step_losses(norm, seed))
+        path = self._step_losses(norm, seed)
+        losses = self._load(path)
+        if not (isinstance(losses, np.ndarray) and losses.ndim == 1 and _numbers(losses, "f")):
+            raise UserError(f"{path} is damaged: it does not hold a loss for each batch")
+        return losses
 
     def predictions(self, norm: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Logits f32[N, classes] of the test images after the newest epoch, and their labels
@@ -156,6 +223,8 @@ class RunDirectory:
         try:
             logits, labels = stored["logits"], stored["labels"]
             right = logits.ndim == 2 and labels.shape == logits.shape[:1]
+            right &= _numbers(logits, "f") and _numbers(labels, "iu") and labels.size > 0
+            right = right and bool(((labels >= 0) & (labels < logits.shape[1])).all())
         except (KeyError, IndexError):
             raise UserError(f"{path} is damaged: it does not hold logits and labels") from None
         if not right:
@@ -166,6 +235,7 @@ class RunDirectory:
         """What was measured inside a trained net, by name (see `effects.measure`)."""
         path = self._effects(norm, seed)
         stored = self._load(path)
+        stored = stored if isinstance(stored, dict) else {}
         layers, kernels, sizes = (
             np.size(stored[name]) if name in stored else -1
             for name in ("layers", "kernels", "sizes")
@@ -181,13 +251,30 @@ class RunDirectory:
             "running_accuracy": (),
             "tested": (),
         }
-        if {name: each.shape for name, each in stored.items()} != shapes:
+        kinds = {"layers": "U", "kernels": "U", "sizes": "iu", "tested": "iu"}
+        right = {name: each.shape for name, each in stored.items()} == shapes
+        right &= all(_numbers(each, kinds.get(name, "f")) for name, each in stored.items())
+        if not right:
             raise UserError(f"{path} is damaged: it does not hold what is measured inside a net")
         return stored
 
     def examples(self) -> dict[str, np.ndarray]:
         """The pictures kept for figures: arrays by name (see `figures.save_examples`)."""
-        return self._load(self.path / "examples.npz")
+        path = self.path / "examples.npz"
+        stored = self._load(path)
+        stored = stored if isinstance(stored, dict) else {}
+        right = stored.keys() == {f"test_{a}" for a in ("rows", "images")} | {
+            f"train_{a}" for a in ("rows", "images", "labels")
+        }
+        for name, each in stored.items():
+            shape = (32, 32, 3) if name.endswith("images") else ()
+            kind = "u" if name.endswith("images") else "iu"
+            right = right and each.shape[1:] == shape and each.ndim and _numbers(each, kind)
+            right = right and len(each) == len(stored[f"{name.partition('_')[0]}_rows"])
+            right = right and (kind != "u" or each.dtype == np.uint8)
+        if not right:
+            raise UserError(f"{path} is damaged: it does not hold the pictures for the figures")
+        return stored
 
     def checkpoints(self, norm: str, seed: int) -> Path:
         """The Orbax directory of a norm and seed."""
@@ -195,7 +282,7 @@ class RunDirectory:
 
     # writing
 
-    def take(self, sources: Sequence["RunDirectory"]) -> dict[tuple[Norm, int], "RunDirectory"]:
+    def take(self, sources: Sequence["RunDirectory"]) -> dict[Net, "RunDirectory"]:
         """Puts runs that differ in nothing but their norms and seeds together, as one run.
 
         Since no net's training depends on another's, this is what one command would have recorded,
@@ -205,7 +292,7 @@ class RunDirectory:
         """
         infos = [source.info() for source in sources]
         first = infos[0]
-        homes: dict[tuple[Norm, int], RunDirectory] = {}
+        homes: dict[Net, RunDirectory] = {}
         for source, info in zip(sources, infos, strict=True):
             one = {"norm": first.config.norm, "seed": first.config.seed, "seeds": 1}
             same = dataclasses.replace(info.config, **one) == dataclasses.replace(
@@ -263,10 +350,32 @@ class RunDirectory:
 
     def append_epoch(self, epoch: Epoch) -> None:
         """Adds a line to `metrics.jsonl` and waits until it is on disk."""
-        with (self.path / "metrics.jsonl").open("a") as file:
+        path = self.path / "metrics.jsonl"
+        with _naming(path), path.open("a") as file:
             file.write(json.dumps(epoch.to_json()) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def was_merged(self, norm: str, seed: int) -> bool:
+        """Whether a net was measured and has no checkpoint, as after `take`."""
+        return self._effects(norm, seed).exists() and not self.checkpoints(norm, seed).is_dir()
+
+    def rewind(self, epochs: Sequence[Epoch], step_losses: Mapping[Net, np.ndarray]) -> None:
+        """Makes these all the lines of `metrics.jsonl` and, of these nets, all the step losses."""
+        lines = "".join(json.dumps(epoch.to_json()) + "\n" for epoch in epochs).encode()
+        path = self.path / "metrics.jsonl"
+        if lines != (path.read_bytes() if path.exists() else b""):
+            self.write_bytes(path.name, lines)
+        for (norm, seed), losses in step_losses.items():
+            buffer, path = io.BytesIO(), self._step_losses(norm, seed)
+            np.save(buffer, losses)
+            if path.exists() and path.read_bytes() != buffer.getvalue():
+                self.write_step_losses(norm, seed, losses)
+
+    def sweep(self) -> None:
+        """Removes what a killed process left half written. To be called under the lock."""
+        for path in self.path.rglob(f"{_TEMPORARY}*"):
+            path.unlink(missing_ok=True)
 
     def write_step_losses(self, norm: str, seed: int, losses: np.ndarray) -> None:
         """Writes the losses of every batch so far."""
@@ -297,18 +406,18 @@ class RunDirectory:
     def write_bytes(self, name: Path | str, content: bytes) -> None:
         """Writes a file of the run under a temporary name and renames it."""
         target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".writing-")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with _naming(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=_TEMPORARY)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, target)
+            except BaseException:
+                Path(temporary).unlink(missing_ok=True)
+                raise
 
     def _step_losses(self, norm: str, seed: int) -> Path:
         return self.path / "step_losses" / f"{norm}-{seed}.npy"
@@ -349,15 +458,23 @@ def _checks(info: RunInfo) -> dict[str, bool]:
     return {
         "parameters": maps(info.parameters, int) and {*info.config.norms} <= {*info.parameters},
         "versions": maps(info.versions, str),
+        "deterministic": type(info.deterministic) is bool,
+        "resumed": isinstance(info.resumed, list)
+        and all(
+            isinstance(each, dict) and each.keys() == set(RESUMED_FIELDS) for each in info.resumed
+        ),
         "git_revision": info.git_revision is None or isinstance(info.git_revision, str),
-        **{name: isinstance(getattr(info, name), str) for name in ("device", "started", "command")},
+        **{name: isinstance(getattr(info, name), str) for name in _TEXTS},
         "dataset": data.keys() == set(DATASET_FIELDS)
         and all(isinstance(data[n], str) for n in ("name", "caption", "fingerprint", "source"))
-        and data["verified"] in (True, False, None)
+        and (data["verified"] is None or type(data["verified"]) is bool)
         and lists(data["class_names"], str)
+        and len(data["class_names"]) > 0
         and lists(data["mean"], float, 3)
         and lists(data["deviation"], float, 3)
-        and all(type(data[name]) is int for name in ("train_count", "test_count")),
+        and all(math.isfinite(each) for each in data["mean"])
+        and all(0 < each < math.inf for each in data["deviation"])
+        and all(type(data[name]) is int and data[name] > 0 for name in _COUNTS),
     }
 
 
@@ -366,23 +483,31 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {path.parent} is not a run directory") from None
+    except RecursionError:
+        raise UserError(f"{path} cannot be read: it is nested too deeply") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def _numbers(array: Any, kind: str) -> bool:
+    """Whether an array is of a kind that NumPy names by a letter, and finite if it is of floats."""
+    right = isinstance(array, np.ndarray) and array.dtype.kind in kind
+    return right and (array.dtype.kind != "f" or bool(np.isfinite(array).all()))
 
 
 def _epoch(line: str, where: str) -> Epoch:
     try:
         values = json.loads(line)
         epoch = Epoch(**values)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise UserError(f"{where} is not an epoch's record") from None
     numbers = [value for name, value in values.items() if name not in ("norm", "seed", "epoch")]
     if (epoch.validation_loss is None) != (epoch.validation_accuracy is None):
         raise UserError(f"{where} has half of a validation")
-    valid = all(isinstance(value, int | float) and math.isfinite(value) for value in numbers)
-    valid &= all(
-        type(value) is int for value in (epoch.seed, epoch.epoch)
-    ) and epoch.norm in get_args(Norm)
+    valid = all(type(each) in (int, float) and 0 <= each < _LARGEST for each in numbers)
+    valid = valid and all(0 <= values[name] <= 1 for name in values if name.endswith("_accuracy"))
+    valid = valid and all(type(each) is int for each in (epoch.seed, epoch.epoch))
+    valid = valid and epoch.epoch >= 1 and epoch.norm in get_args(Norm)
     if not valid:
         raise UserError(f"{where} has a field of the wrong kind")
     return epoch

@@ -165,8 +165,14 @@ def read_reference(path: Path | None) -> dict[str, Any]:
         values = json.loads(path.read_text())
         for norms in values.values():
             for norm in norms.values():
-                assert all(0 <= each <= 1 for each in norm["test_accuracy"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError):
+                accuracies = norm["test_accuracy"]
+                assert isinstance(accuracies, list)
+                assert accuracies
+                assert all(0 <= each <= 1 for each in accuracies)
+    except (
+        *(OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError),
+        RecursionError,
+    ):
         raise UserError(f"--reference {path} cannot be read as others' results") from None
     return values
 

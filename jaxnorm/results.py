@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxnorm import stats
 from jaxnorm.config import Norm, UserError
-from jaxnorm.records import Epoch, RunDirectory, RunInfo
+from jaxnorm.records import Epoch, RunDirectory, RunInfo, agree
 
 GRID = 10
 """Images in a grid of mistakes: 5 columns, 2 rows."""
@@ -32,6 +32,13 @@ class Run:
         for epoch in self.directory.epochs():
             if (epoch.norm, epoch.seed) in found:
                 found[epoch.norm, epoch.seed].append(epoch)
+        for (norm, seed), own in found.items():
+            numbers = [epoch.epoch for epoch in own]
+            if numbers != list(range(1, len(own) + 1)) or len(own) > self.info.config.epochs:
+                raise UserError(
+                    f"{self.directory.path / 'metrics.jsonl'}: the epochs of {norm} norm, seed "
+                    f"{seed}, are not 1, 2, 3 and so on to {self.info.config.epochs} at most"
+                )
         return {net: each for net, each in found.items() if each}
 
     @cached_property
@@ -75,8 +82,21 @@ class Run:
 
     @cached_property
     def predictions(self) -> dict[tuple[Norm, int], np.ndarray]:
-        """Test logits f32[N, classes] of each net."""
-        return {net: self.directory.predictions(*net)[0] for net in self.epochs}
+        """Test logits f32[N, classes] of each net.
+
+        Raises `UserError` where they are not those that the newest epoch's line tells of.
+        """
+        found = {}
+        for net, epochs in self.epochs.items():
+            logits, labels = self.directory.predictions(*net)
+            wanted = (self.info.dataset["test_count"], len(self.class_names))
+            if logits.shape != wanted or not agree(logits, labels, epochs[-1]):
+                raise UserError(
+                    f"{self.directory.path}: the predictions of {net[0]} norm, seed {net[1]}, are "
+                    f"not those of its epoch {epochs[-1].epoch}"
+                )
+            found[net] = logits
+        return found
 
     @cached_property
     def logits(self) -> dict[Norm, np.ndarray]:

@@ -1,6 +1,7 @@
 """The command: `python -m jaxnorm.run --norm layer`. Flags in, exit code out."""
 
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import os
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Group, Parameter
 
 from jaxnorm import cli
-from jaxnorm.config import Config
+from jaxnorm.config import Config, UserError
 
 if TYPE_CHECKING:
     from jaxnorm.data import Dataset
@@ -51,6 +52,14 @@ class Places:
         "unverified data".
     out
         Run directory, new or empty. Default: runs/<time>-<arch>-<norm>-<dataset>.
+    resume
+        Go on with this run from the newest complete epoch of every norm and seed, with its own
+        settings; a flag that says otherwise is refused.
+    deterministic
+        On an accelerator, ask XLA for operations that give the same bits again, where it has them;
+        slower. On a CPU they do anyway.
+    skip_self_check
+        Train without checking first that this installation computes rightly; the run says so.
     no_compilation_cache
         Compile anew; otherwise compiled code is kept in the user's cache for the next start.
     tensorboard
@@ -66,6 +75,9 @@ class Places:
     archive: str | None = None
     allow_unverified: bool = False
     out: Path | None = None
+    resume: Path | None = None
+    deterministic: bool = False
+    skip_self_check: bool = False
     no_compilation_cache: bool = False
     tensorboard: bool = False
     quiet: bool = False
@@ -92,12 +104,21 @@ def main(
 
 def _train(config: Config, places: Places) -> int:
     say: Callable[[str], None] = (lambda text: None) if places.quiet else print
-    started = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = f"{started}-{config.arch}-{config.norm}-{Path(config.dataset).name}"
-    out = places.out or Path("runs") / name
     from jaxnorm.records import RunDirectory
 
-    RunDirectory.check_unused(out)  # before the data, so that a mistake is heard of at once
+    deterministic, out = places.deterministic, places.resume
+    if out is not None:
+        info = RunDirectory(out).info()
+        _refuse_conflicts(config, info.config, places)
+        config, deterministic = info.config, info.deterministic
+        places = dataclasses.replace(
+            places, allow_unverified=places.allow_unverified or info.dataset["verified"] is False
+        )
+    else:
+        started = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        name = f"{started}-{config.arch}-{config.norm}-{Path(config.dataset).name}"
+        out = places.out or Path("runs") / name
+        RunDirectory.check_unused(out)  # before the data, so that a mistake is heard of at once
     if places.tensorboard:
         from jaxnorm.scalars import Scalars
 
@@ -105,31 +126,81 @@ def _train(config: Config, places: Places) -> int:
     dataset = _load(config, places)
     if not places.no_compilation_cache:
         _keep_compiled_code()
+    if deterministic:
+        _ask_for_deterministic_operations()
     from jaxnorm import effects, experiment, figures, page, train
     from jaxnorm.results import Run
 
     train.use_all_cores()
     experiment.check(config, dataset)
-    directory = RunDirectory.create(out)
+    directory = RunDirectory(out) if places.resume else RunDirectory.create(out)
     counts = f"{len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images"
     say(f"{dataset.caption}: {counts}, from {dataset.source}")
-    command = shlex.join(["python", "-m", "jaxnorm.run", *sys.argv[1:]])
+    checked = "skipped (--skip-self-check)"
+    if not places.skip_self_check:
+        try:
+            experiment.self_check(config, dataset)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                out.rmdir()  # where it is new, and so empty
+            raise
+        checked = "passed"
+    command = shlex.join(["python", "-m", "jaxnorm.run", *cli.arguments()])
     observer = _observer(config, places.quiet)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(cli.advising(_how_to_go_on(out, places)))
+        stack.enter_context(directory.locked())
         if places.tensorboard:
             from jaxnorm.scalars import Scalars
 
             scalars = Scalars(out / "tensorboard")
             stack.callback(scalars.close)
             observer = experiment.Observers(observer, scalars)
-        experiment.run(config, dataset, directory, command, observer)
-    say("measuring what the norms do inside the trained nets")
-    effects.record(directory, dataset)
-    figures.save_examples(Run(directory), dataset)
-    part = page.write(directory)
+        if places.resume:
+            experiment.resume(dataset, directory, command, observer, checked)
+        else:
+            about = {"self_check": checked, "deterministic": deterministic}
+            experiment.run(config, dataset, directory, command, observer, **about)
+        say("measuring what the norms do inside the trained nets")
+        effects.record(directory, dataset)
+        figures.save_examples(Run(directory), dataset)
+        part = page.write(directory)
     print(_final_table(directory))
     say(f"the report is {out / 'report.html'}; {len(part.pictures)} figures and the rest in {out}")
     return 0
+
+
+def _refuse_conflicts(given: Config, own: Config, places: Places) -> None:
+    """Raises `UserError` where a flag on the command line says otherwise than the run to resume."""
+    flags = {
+        token.partition("=")[0].removeprefix("--").replace("-", "_")
+        for token in cli.arguments()
+        if token.startswith("--")
+    }
+    for field in dataclasses.fields(Config):
+        values = getattr(given, field.name), getattr(own, field.name)
+        if field.name in flags and values[0] != values[1]:
+            raise UserError(
+                f"--{field.name.replace('_', '-')} {values[0]} conflicts with the run to resume, "
+                f"which has {values[1]}: leave it out, or start a new run"
+            )
+    if places.out is not None:
+        raise UserError("--out conflicts with --resume, which goes on in the run's own directory")
+    if places.deterministic:
+        raise UserError("--deterministic conflicts with --resume, which does as the run did")
+
+
+def _how_to_go_on(out: Path, places: Places) -> str:
+    command = ["python", "-m", "jaxnorm.run", "--resume", str(out)]
+    if places.data_dir:
+        command += ["--data-dir", str(places.data_dir)]
+    return f"what is complete is kept; go on with: {shlex.join(command)}"
+
+
+def _ask_for_deterministic_operations() -> None:
+    """Has XLA use no GPU operation whose result depends on the order in which threads come."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
 
 
 def _keep_compiled_code() -> None:
@@ -181,7 +252,7 @@ def _observer(config: Config, quiet: bool) -> "Observer":
 
         def __init__(self) -> None:
             self.what, self.steps, self.bar = "", 0, cli.Bar(quiet)
-            self.done, self.clock = 0, time.monotonic()
+            self.before, self.done, self.clock = 0, 0, time.monotonic()
 
         def on_nets(self, norm, seeds, steps):
             """Remembers what the bar is of."""
@@ -194,11 +265,21 @@ def _observer(config: Config, quiet: bool) -> "Observer":
             """Moves the bar."""
             self.bar.at(f"{self.what}, epoch {epoch} of {config.epochs}", done, self.steps)
 
+        def on_begun(self, complete):
+            """Says from where a run is gone on with."""
+            self.before = complete
+            if not quiet:
+                print(f"going on after {complete} of {config.epochs * len(config.nets)} epochs")
+
+        def on_warning(self, text):
+            """Prints it on standard error."""
+            print(f"warning: {text}", file=sys.stderr)
+
         def on_epoch(self, epoch):
             """Prints the epoch's line in the bar's place."""
             self.bar.close()
             self.done += 1
-            left = config.epochs * len(config.nets) - self.done
+            left = config.epochs * len(config.nets) - self.before - self.done
             seconds = (time.monotonic() - self.clock) / self.done * left
             if not quiet:
                 print(_epoch_line(epoch, config) + _time_left(seconds), flush=True)

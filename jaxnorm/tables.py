@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxnorm import stats
 from jaxnorm.config import Norm, UserError
+from jaxnorm.records import RunInfo
 from jaxnorm.results import Run
 
 MINUS = "\N{MINUS SIGN}"
@@ -241,7 +242,10 @@ def facts(run: Run) -> Table:
         ["data verified", verified[data["verified"]]],
         ["data SHA-256", data["fingerprint"]],
         ["device", info.device],
+        ["self-check", info.self_check],
+        ["repeatable", info.repeatable],
         ["started", info.started],
+        ["resumed", "; ".join(_again(info, each) for each in info.resumed) or "never"],
         ["git revision", info.git_revision or "not from a checkout"],
         ["versions", ", ".join(f"{name} {version}" for name, version in info.versions.items())],
     ]  # fmt: skip
@@ -250,6 +254,17 @@ def facts(run: Run) -> Table:
     )
     rows.append(["time", f"{seconds / 60:.1f} minutes of training and evaluation"])
     return Table("How it was made", ["what", "value"], rows)
+
+
+def _again(info: RunInfo, resumed: Mapping[str, Any]) -> str:
+    """When a run was gone on with, and what was not as at its beginning."""
+    other = [
+        name.replace("_", " ")
+        for name in ("device", "versions", "git_revision")
+        if resumed[name] != getattr(info, name)
+    ]
+    checked = f"self-check {resumed['self_check']}"
+    return f"{resumed['started']}, {f'other {listed(other)}, ' if other else ''}{checked}"
 
 
 def comparison(run: Run, reference: Mapping[str, Any]) -> Table:
@@ -262,6 +277,9 @@ def comparison(run: Run, reference: Mapping[str, Any]) -> Table:
         ours = (run.sample(norm, "best").mean, run.sample(norm).mean)
         row = [norm, f"{ours[0]:.2%} / {ours[1]:.2%}"]
         for norms in reference.values():
+            if norm not in norms:
+                row += ["none", ""]
+                continue
             accuracies = norms[norm]["test_accuracy"]
             theirs = (max(accuracies), accuracies[-1])
             apart = (points(a - b) for a, b in zip(ours, theirs, strict=True))

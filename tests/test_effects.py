@@ -125,5 +125,8 @@ def test_a_run_records_what_its_nets_do(tiny_run, tiny):
 def test_a_run_without_checkpoints_is_refused(sweep, tiny):
     from jaxnorm.config import UserError
 
+    directory = RunDirectory(sweep().path)
+    effects.record(directory, tiny)  # measured before they were put together
+    (directory.path / "effects" / "group-1.npz").unlink()
     with pytest.raises(UserError, match="no checkpoint"):
-        effects.record(RunDirectory(sweep().path), tiny)
+        effects.record(directory, tiny)

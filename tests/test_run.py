@@ -1,12 +1,14 @@
 """The command, as a user calls it: output, exit codes, and nothing left behind by a mistake."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jaxnorm import cli, data, experiment, run
+from jaxnorm import cli, data, experiment, ops, provenance, run
 from jaxnorm.records import RunDirectory
 
 
@@ -37,6 +39,9 @@ def test_help_names_every_setting_and_loads_no_jax():
         "validation",
         "out",
         "tensorboard",
+        "resume",
+        "deterministic",
+        "skip-self-check",
         "quiet",
         "summary",
         "allow-unverified",
@@ -184,12 +189,82 @@ def test_a_loss_that_turns_nan_is_exit_code_1(inside, tiny_by_name, capsys):
 def test_what_happens_to_a_run_has_its_exit_code(
     inside, tiny_by_name, monkeypatch, capsys, error, code, text
 ):
-    def stop(*_):
+    def stop(*_, **__):
         raise error
 
     monkeypatch.setattr(experiment, "run", stop)
     assert call(*SMALL, "--out", "x") == code
-    assert text in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert text in printed
+    assert "go on with: python -m jaxnorm.run --resume x" in printed
+    assert printed.count("\n") == 1
+
+
+def test_a_wrong_operator_stops_it_unless_the_check_is_skipped(
+    inside, tiny_by_name, monkeypatch, capsys
+):
+    """One gradient with the wrong sign; the run that is trained all the same says so."""
+    right = ops._kernel_gradient
+    monkeypatch.setattr(ops, "_kernel_gradient", lambda *arguments: -right(*arguments))
+    wrong = (*SMALL, "--learning-rate", "0.013", "--out", "x")
+    assert call(*wrong) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: one training step of layer norm")
+    assert printed.count("\n") == 1
+    assert not (inside / "x").exists()
+    assert call(*wrong, "--skip-self-check", "--quiet") == 0
+    assert RunDirectory("x").info().self_check == "skipped (--skip-self-check)"
+    assert "skipped" in (inside / "x" / "report.md").read_text()
+
+
+def test_resume_takes_the_runs_settings_and_refuses_others(inside, tiny_by_name, capsys):
+    assert call(*SMALL, "--skip-self-check", "--out", "a run", "--data-dir", "d") == 0
+    (inside / "a run" / "metrics.jsonl").write_text("")
+    capsys.readouterr()
+    for flags, said in (
+        (("--epochs", "20"), "--epochs 20 conflicts with the run to resume, which has 1"),
+        (("--norm=batch",), "--norm batch conflicts"),
+        (("--out", "b"), "--out conflicts"),
+        (("--deterministic",), "--deterministic conflicts"),
+    ):
+        assert call("--resume", "a run", *flags) == 2
+        assert said in capsys.readouterr().err
+    assert call("--resume", "none") == 2
+    assert "none/run.json is missing" in capsys.readouterr().err
+    assert call("--resume", "a run", "--epochs", "1", "--skip-self-check") == 0
+    captured = capsys.readouterr()
+    assert "going on after 0 of 1 epochs" in captured.out
+    assert len(RunDirectory("a run").epochs()) == 1
+    assert call("--resume", "a run", "--quiet", "--skip-self-check") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_resume_warns_of_what_is_damaged(inside, tiny_by_name, capsys):
+    assert call(*SMALL, "--skip-self-check", "--out", "x") == 0
+    (inside / "x" / "step_losses" / "layer-1.npy").write_bytes(b"rubbish")
+    capsys.readouterr()
+    assert call("--resume", "x", "--skip-self-check", "--quiet") == 0
+    assert capsys.readouterr().err.startswith("warning: layer norm, seed 1: what is on disk")
+
+
+def test_how_to_go_on_names_where_the_data_is():
+    places = run.Places(data_dir=Path("my data"))
+    hint = run._how_to_go_on(Path("a run"), places)
+    assert hint.endswith("python -m jaxnorm.run --resume 'a run' --data-dir 'my data'")
+
+
+def test_deterministic_asks_xla_and_the_run_says_what_is_promised(
+    inside, tiny_by_name, monkeypatch
+):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    assert call(*SMALL, "--deterministic", "--skip-self-check", "--quiet", "--out", "x") == 0
+    flags = "--xla_force_host_platform_device_count=2 --xla_gpu_deterministic_ops=true"
+    assert os.environ["XLA_FLAGS"] == flags
+    info = RunDirectory("x").info()
+    assert info.deterministic
+    assert info.repeatable.startswith("bit for bit")
+    assert "not promised" in provenance.repeatable("gpu", True)
+    assert "--deterministic" in provenance.repeatable("gpu", False)
 
 
 def test_the_bar_shows_what_is_done_on_a_terminal_alone(capsys, monkeypatch):
