@@ -1,0 +1,381 @@
+"""What a hand, a disk or an enemy may give: never a traceback, a hang, or a file somewhere else.
+
+The default run draws a few examples; `pytest tests/test_hostile.py --hypothesis-profile hostile`
+draws 250 of each of the eight, two thousand in all.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import pickle
+import shutil
+import tarfile
+
+import html5lib
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_archive import PARTS
+from test_data import prepare
+
+from jaxnorm import archive, bench, cli, data, experiment, figures, report, run, tables
+from jaxnorm.config import UserError
+from jaxnorm.records import RunDirectory
+from jaxnorm.results import Run
+
+few = settings(
+    max_examples=max(8, settings().max_examples if settings().max_examples != 100 else 0),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(-3, 40)
+    | st.floats()
+    | st.text(max_size=12)
+    | st.sampled_from(["batch", "layer", "all", "digits", "matched", "1", "0.5", "nan", "1e999"])
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.text(max_size=8) | st.sampled_from(["norm", "epoch"]), inner, max_size=4
+        )
+    ),
+    max_leaves=8,
+)
+
+
+def outcome(capsys, app, arguments) -> int:
+    """Calls a command; whatever it says is no traceback, and an error is one line."""
+    code = cli.run(app, list(arguments))
+    captured = capsys.readouterr()
+    assert code in (0, 1, 2), code
+    assert "Traceback" not in captured.err
+    if code:
+        assert captured.err.startswith(("error: ", "missing: ", "warning: "))
+        assert captured.err.splitlines()[-1].startswith("error: ")
+        assert captured.err.count("error: ") >= 1
+    return code
+
+
+@pytest.fixture
+def alone(tmp_path, monkeypatch):
+    """An empty working directory beside an empty one, in which nothing may appear."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    yield tmp_path / "here"
+    made = {each.name for each in tmp_path.iterdir()} - {"a dir's näme"}  # the records' own
+    assert made == {"elsewhere", "here"}
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+FLAGS = [
+    "norm",
+    "arch",
+    "dataset",
+    "epochs",
+    "batch-size",
+    "learning-rate",
+    "momentum",
+    "dropout",
+    "groups",
+    "seed",
+    "seeds",
+    "validation",
+    "allow-large",
+    "data-dir",
+    "archive",
+    "allow-unverified",
+    "out",
+    "resume",
+    "deterministic",
+    "quiet",
+    "summary",
+    "skip-self-check",
+    "no-compilation-cache",
+    "bogus",
+    "merge",
+    "readme",
+    "reference",
+    "bench",
+]
+PLAIN = [
+    "batch",
+    "layer",
+    "rms",
+    "all",
+    "original",
+    "matched",
+    "digits",
+    "tiny",
+    "cifar10",
+    "1",
+    "0",
+    "-1",
+    "3",
+    "1e-3",
+    "nan",
+    "inf",
+    ".",
+    "..",
+    "a/b",
+    "run",
+    "99999999999999999999",
+]
+STRANGE = ["", " ", "'", '"', "<b>", "ä\u202e", "x" * 300, "no\nline", "a\0b"]
+WORDS = st.sampled_from(PLAIN + STRANGE) | st.text(max_size=10)
+TOKENS = st.lists(
+    st.sampled_from(FLAGS).map("--{}".format)
+    | st.tuples(st.sampled_from(FLAGS), WORDS).map(lambda each: f"--{each[0]}={each[1]}")
+    | WORDS,
+    max_size=8,
+)
+
+
+@few
+@given(tokens=TOKENS)
+def test_any_flags(tokens, alone, tiny, monkeypatch, capsys):
+    """Of every command. Where they are right nothing is trained: that is not what is tested."""
+
+    def trained(*_, **__):
+        raise ArithmeticError("it would train")
+
+    monkeypatch.setattr(data, "load", lambda *_, **__: tiny)
+    monkeypatch.setattr(experiment, "self_check", trained)
+    monkeypatch.setattr(experiment, "run", trained)
+    monkeypatch.setattr(bench, "main", trained)
+    outcome(capsys, run.app, [token for token in tokens if token != "--help"])
+    outcome(capsys, report.app, [token for token in tokens if token != "--help"])
+    assert list(alone.iterdir()) == []
+
+
+def edited(draw, content: bytes) -> bytes:
+    """Content with a piece of it changed, taken out, put in, or doubled."""
+    start = draw(st.integers(0, len(content)))
+    stop = min(len(content), start + draw(st.sampled_from([0, 1, 2, 30, 10**9])))
+    new = draw(
+        st.binary(max_size=20)
+        | st.sampled_from([b"", b"\n", b"{}", b"null", b"NaN", b"1e999", b"-1", b'"<script>"'])
+        | st.just(content[start:stop] * 2)
+    )
+    return content[:start] + new + content[stop:]
+
+
+@st.composite
+def edits(draw):
+    """What to do to which file, as a function of a list of paths."""
+    index = draw(st.integers(0, 10**6))
+    how = draw(st.sampled_from(["edit", "edit", "edit", "remove", "directory", "swap"]))
+    chosen = draw(st.randoms(use_true_random=False))
+    other = draw(st.integers(0, 10**6))
+
+    def apply(files):
+        file = files[index % len(files)]
+        match how:
+            case "edit":
+                content = file.read_bytes()
+                start = chosen.randrange(len(content) + 1)
+                stop = min(len(content), start + chosen.choice([0, 1, 2, 30, 10**9]))
+                new = chosen.choice(
+                    [b"", b"\n", b"{}", b"null", b"NaN", b"-1", b'"<script>"', chosen.randbytes(9)]
+                )
+                file.write_bytes(content[:start] + new + content[stop:])
+            case "remove":
+                file.unlink()
+            case "directory":
+                file.unlink()
+                file.mkdir()
+            case "swap":
+                shutil.copy(files[other % len(files)], file.with_name("swapped"))
+                file.with_name("swapped").replace(file)
+
+    return apply
+
+
+def plain_files(directory):
+    return sorted(each for each in directory.rglob("*") if each.is_file() and each.name != ".lock")
+
+
+def names(directory):
+    return sorted(each.relative_to(directory).as_posix() for each in directory.rglob("*"))
+
+
+@pytest.fixture(autouse=True)
+def fewer_figures(monkeypatch):
+    """The default run draws those that show a run's own words and every kind of record."""
+    if few.max_examples < 100:
+        drawn = (figures.confusion, figures.training_images, figures.inside)
+        monkeypatch.setattr(figures, "FIGURES", drawn)
+    small = functools.partial(figures.png, dots_per_inch=20)
+    monkeypatch.setattr(figures, "png", small)
+
+
+@few
+@given(change=edits())
+def test_any_damage_to_a_run_that_is_reported(change, alone, sweep, capsys):
+    shutil.rmtree(alone / "run", ignore_errors=True)
+    if not (alone / "kept").exists():
+        shutil.copytree(sweep("made").path, alone / "kept")
+    shutil.copytree(alone / "kept", alone / "run")
+    change(plain_files(alone / "run"))
+    outcome(capsys, report.app, [str(alone / "run")])
+    assert {name.split("/")[0] for name in names(alone)} <= {"kept", "run"}
+    shutil.rmtree(alone / "run")
+
+
+@few
+@given(change=edits(), again=edits())
+def test_any_damage_to_a_run_that_is_resumed(
+    change, again, alone, tiny, tiny_run, monkeypatch, capsys
+):
+    monkeypatch.setattr(data, "load", lambda *_, **__: tiny)
+    shutil.copytree(tiny_run.path, alone / "run")
+    for each in (change, again):
+        each(plain_files(alone / "run"))
+    arguments = ["--resume", str(alone / "run"), "--skip-self-check"]
+    if outcome(capsys, run.app, arguments) == 0:
+        assert len(RunDirectory(alone / "run").epochs()) == 6
+    assert {name.split("/")[0] for name in names(alone)} == {"run"}
+    shutil.rmtree(alone / "run")
+
+
+@few
+@given(data_=st.data(), value=VALUES)
+def test_any_value_in_any_field_of_a_run(data_, value, alone, sweep, capsys):
+    """A field of run.json, of its settings or of its data, or a whole line of the metrics."""
+    shutil.rmtree(alone / "run", ignore_errors=True)
+    if not (alone / "kept").exists():
+        shutil.copytree(sweep("made").path, alone / "kept")
+    shutil.copytree(alone / "kept", alone / "run")
+    info = json.loads((alone / "run" / "run.json").read_text())
+    places = [info, info["config"], info["dataset"]]
+    place = places[data_.draw(st.integers(0, 2))]
+    place[data_.draw(st.sampled_from([*place, "more"]))] = value
+    (alone / "run" / "run.json").write_text(json.dumps(info))
+    if data_.draw(st.booleans()):
+        metrics = alone / "run" / "metrics.jsonl"
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        line = lines[data_.draw(st.integers(0, len(lines) - 1))]
+        line[data_.draw(st.sampled_from([*line, "more"]))] = data_.draw(VALUES)
+        metrics.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    outcome(capsys, report.app, [str(alone / "run")])
+    assert {name.split("/")[0] for name in names(alone)} <= {"kept", "run"}
+
+
+@few
+@given(text=st.text(max_size=40), where=st.sampled_from(["class", "caption", "command", "name"]))
+def test_any_text_in_a_run_is_text_in_its_report(text, where, alone, sweep, capsys):
+    text = f"<script>alert('{text}')</script> $\\frac{{ {text}"
+    shutil.rmtree(alone / "run", ignore_errors=True)
+    if not (alone / "kept").exists():
+        shutil.copytree(sweep("made").path, alone / "kept")
+    shutil.copytree(alone / "kept", alone / "run")
+    path = alone / "run" / "run.json"
+    info = json.loads(path.read_text())
+    match where:
+        case "class":
+            info["dataset"]["class_names"][0] = text
+        case "caption":
+            info["dataset"]["caption"] = text
+        case "command":
+            info["command"] = text
+        case "name":
+            info["dataset"]["source"] = text
+    path.write_text(json.dumps(info))
+    assert outcome(capsys, report.app, [str(alone / "run")]) == 0
+    page = html5lib.parse((alone / "run" / "report.html").read_text(), namespaceHTMLElements=False)
+    assert page.findall(".//script") == []
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(archive, "_PER_FILE", 4)
+    monkeypatch.setattr(data, "CIFAR10_COUNTS", (20, 4))
+
+
+def loaded_or_refused(*arguments, **options):
+    """A dataset, or None where it was refused in one line."""
+    said = ""
+    try:
+        return data.load(*arguments, **options)
+    except UserError as error:
+        said = str(error)
+    assert said
+    assert "\n" not in said
+    return None
+
+
+@few
+@given(data_=st.data(), kind=st.sampled_from(["bin", "py"]))
+def test_any_damage_to_an_archive(data_, kind, alone, small):
+    rng = np.random.default_rng(0)
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=data_.draw(st.sampled_from(["w", "w:gz"]))) as tar:
+        for part in PARTS:
+            planes = rng.integers(0, 2, (4, 3072), np.uint8)
+            if kind == "bin":
+                content = np.concatenate([planes[:, :1], planes], 1).tobytes()
+                name = f"cifar-10-batches-bin/{part}.bin"
+            else:
+                content = pickle.dumps({b"data": planes, b"labels": [1, 2, 3, 4]}, protocol=4)
+                name = f"cifar-10-batches-py/{part}"
+                if data_.draw(st.booleans()):
+                    content = edited(data_.draw, content)
+            tar.addfile(tarinfo(name, len(content)), io.BytesIO(content))
+    (alone / "a").write_bytes(edited(data_.draw, buffer.getvalue()))
+    loaded = loaded_or_refused(
+        "cifar10", alone / "tfds", str(alone / "a"), allow_unverified=True, cache_dir=alone / "c"
+    )
+    assert loaded is None or loaded.train_images.shape == (20, 32, 32, 3)
+    assert {name.split("/")[0] for name in names(alone)} <= {"a", "tfds", "c"}
+    for each in ("tfds", "c"):
+        shutil.rmtree(alone / each, ignore_errors=True)
+
+
+def tarinfo(name, size):
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info
+
+
+@few
+@given(change=edits())
+def test_any_damage_to_a_prepared_dataset(change, alone):
+    if not (alone / "kept").exists():
+        prepare(alone / "kept")
+    shutil.rmtree(alone / "tfds", ignore_errors=True)
+    shutil.copytree(alone / "kept", alone / "tfds")
+    change(plain_files(alone / "tfds"))
+    loaded = loaded_or_refused("tiny_set", alone / "tfds", cache_dir=alone / "cache")
+    assert loaded is None or loaded.train_labels.max() < len(loaded.class_names)
+    assert {name.split("/")[0] for name in names(alone)} <= {"kept", "tfds", "cache"}
+
+
+REFERENCE = {"PyTorch": {norm: {"test_accuracy": [0.5, 0.6]} for norm in ("batch", "layer")}}
+
+
+@few
+@given(value=VALUES, depth=st.integers(0, 4))
+def test_any_json_as_others_results_or_a_benchmark(value, depth, alone, sweep, capsys):
+    others = json.loads(json.dumps(REFERENCE))
+    place = others
+    for _ in range(depth - 1):
+        place = next(iter(place.values())) if isinstance(place, dict) else place
+    if depth and isinstance(place, dict):
+        place[next(iter(place))] = value
+    (alone / "x.json").write_text(json.dumps(others if depth else value))
+    assert outcome(capsys, report.app, ["--bench", str(alone / "x.json")]) in (0, 2)
+    if not (alone / "kept").exists():
+        shutil.copytree(sweep("made").path, alone / "kept")
+    found = None
+    with contextlib.suppress(UserError):
+        found = report.read_reference(alone / "x.json")
+    if found:
+        assert tables.comparison(Run(RunDirectory(alone / "kept")), found).markdown()
