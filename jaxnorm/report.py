@@ -4,7 +4,7 @@ It draws the figures again and writes `report.md` and `report.html` in each run,
 several runs side by side; it never trains. `--readme` writes what stands in a README between
 `<!-- table NAME -->` and `<!-- end -->`, so that no number there is typed by hand. NAME is a run
 directory's own name, that and "finding", "differences", "values" or "beside others", or the name of
-a benchmark's file.
+a benchmark's file; "faults" is the fault harness's.
 """
 
 import json
@@ -54,6 +54,8 @@ class Options:
         JSON of others' results on the same nets, to stand beside ours in the README's tables.
     bench
         JSON files that jaxnorm.bench wrote, each for the README's table of its name.
+    faults
+        Lines that the fault harness wrote, for the README's table "faults".
     data_dir
         With --merge: directory of TFDS datasets. Default: TFDS_DATA_DIR or ~/tensorflow_datasets.
     allow_unverified
@@ -65,6 +67,7 @@ class Options:
     readme: Path | None = None
     reference: Path | None = None
     bench: tuple[Path, ...] = ()
+    faults: Path | None = None
     data_dir: Path | None = None
     allow_unverified: bool = False
 
@@ -86,13 +89,14 @@ def main(
     from jaxnorm import page, tables
     from jaxnorm.records import RunDirectory
 
-    if not runs and not options.bench:
+    if not (runs or options.bench or options.faults):
         raise UserError("no run directory was given: python -m jaxnorm.report RUN [RUN ...]")
     directories = [RunDirectory(path) for path in runs]
     if options.merge:
         directories = [_merge(directories, options)]
     reference = read_reference(options.reference)
     benchmarks = {path.stem: tables.read_benchmark(path) for path in options.bench}
+    tries = tables.read_faults(options.faults) if options.faults else None
     parts, unread = [], []
     for directory in directories:
         try:
@@ -114,6 +118,8 @@ def main(
         print(f"{together}: {len(parts)} runs side by side")
     if options.readme:
         texts = {name: tables.speed(values).markdown() for name, values in benchmarks.items()}
+        if tries is not None:
+            texts["faults"] = tables.faults(tries).markdown()
         for part in parts:
             texts |= readme_texts(part, reference)
         fill_readme(options.readme, texts)

@@ -359,9 +359,43 @@ def read_benchmark(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
         speed(values)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
+    except (
+        *(OSError, ValueError, TypeError, KeyError, AttributeError, IndexError),
+        *(ArithmeticError, RecursionError),
+    ):
         raise UserError(f"--bench {path} cannot be read as what jaxnorm.bench wrote") from None
     return values
+
+
+def faults(tries: Sequence[Mapping[str, Any]]) -> Table:
+    """What the fault harness found: a row for each kind of fault and the part of a run it hit."""
+    head = [
+        "what was done to it",
+        "during",
+        "tries",
+        "complete epochs lost",
+        "same bits at the end",
+    ]
+    rows = []
+    for kind, where in dict.fromkeys((each["kind"], each["where"]) for each in tries):
+        own = [each for each in tries if (each["kind"], each["where"]) == (kind, where)]
+        lost = sum(each["complete"] - each["kept"] for each in own)
+        same = sum(each["same"] for each in own)
+        rows.append([kind, where, str(len(own)), str(lost), f"{same} of {len(own)}"])
+    return Table("Faults", head, sorted(rows))
+
+
+def read_faults(path: Path) -> list[dict[str, Any]]:
+    """What the fault harness wrote; raises `UserError` for anything else."""
+    try:
+        tries = [json.loads(line) for line in path.read_text().splitlines()]
+        for each in tries:
+            assert type(each["same"]) is bool
+            assert type(each["complete"]) is type(each["kept"]) is int
+        faults(tries)
+    except (OSError, ValueError, TypeError, KeyError, AssertionError, RecursionError):
+        raise UserError(f"--faults {path} cannot be read as the fault harness's tries") from None
+    return tries
 
 
 def points(difference: float) -> str:

@@ -9,7 +9,8 @@ _SCRATCH = Path(tempfile.mkdtemp(prefix="jaxnorm-tests-"))
 os.environ["XDG_CACHE_HOME"] = str(_SCRATCH / "cache")
 os.environ["TFDS_DATA_DIR"] = str(_SCRATCH / "tfds")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the processes of one session compile for each other
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_SCRATCH / "compiled")
+    kept = os.environ.get("JAXNORM_TEST_COMPILED")  # by `mutate.py`, from one fault to the next
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = kept or str(_SCRATCH / "compiled")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 

@@ -30,8 +30,9 @@ def test_tables_equal_what_the_records_say():
     texts = texts_of("original") | texts_of("matched")
     for name in ("speed", "scaling", "seeds"):
         texts[name] = tables.speed(tables.read_benchmark(RESULTS / f"{name}.json")).markdown()
+    texts["faults"] = tables.faults(tables.read_faults(RESULTS / "faults.jsonl")).markdown()
     marked = re.findall(r"<!-- table (.+?) -->\n(.*?)<!-- end -->", readme, re.DOTALL)
-    assert len(marked) >= 8
+    assert len(marked) >= 9
     for name, written in marked:
         assert written == f"\n{texts[name]}\n", name
 

@@ -1,8 +1,11 @@
 """Words and tables from records: the numbers are those of the made-up sweep, worked out by hand."""
 
+import json
+
 import pytest
 
 from jaxnorm import tables
+from jaxnorm.config import UserError
 from jaxnorm.results import Run
 
 
@@ -135,3 +138,29 @@ def test_text_cannot_break_out_of_a_markdown_table(name):
     for line in lines[:3]:
         assert line.replace("\\\\", "").replace("\\|", "").count("|") == 3
     assert "<b>" not in text.replace("\\<b\\>", "")
+
+
+def test_faults_are_counted_by_kind_and_place(tmp_path):
+    tries = [
+        {"kind": "SIGTERM", "where": "training", "try": 0, "complete": 3, "kept": 3, "same": True},
+        {"kind": "SIGKILL", "where": "training", "try": 0, "complete": 3, "kept": 3, "same": True},
+        {"kind": "SIGKILL", "where": "training", "try": 1, "complete": 4, "kept": 2, "same": False},
+    ]
+    table = tables.faults(tries)
+    assert table.rows == [
+        ["SIGKILL", "training", "2", "2", "1 of 2"],
+        ["SIGTERM", "training", "1", "0", "1 of 1"],
+    ]
+    path = tmp_path / "faults.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in tries))
+    assert tables.read_faults(path) == tries
+    for wrong in ("{}\n", "[]\n", "x\n", json.dumps({**tries[0], "kept": "3"}) + "\n"):
+        path.write_text(wrong)
+        with pytest.raises(UserError, match="--faults"):
+            tables.read_faults(path)
+
+
+def test_a_norm_that_others_did_not_train_stands_beside_none(sweep):
+    run = Run(sweep("run", arch="original"))
+    table = tables.comparison(run, {"theirs": {"batch": {"test_accuracy": [0.5, 0.4]}}})
+    assert [row[2] for row in table.rows] == ["50.00% / 40.00%", "none", "none"]
