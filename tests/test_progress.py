@@ -1,6 +1,8 @@
 """Going on with a run that was cut off: the same bits as from an unbroken run."""
 
 import dataclasses
+import errno
+import importlib
 import json
 import multiprocessing
 import shutil
@@ -219,3 +221,62 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_no_lock(copy, tiny):
 def test_a_run_is_not_begun_over_another(copy, tiny):
     with pytest.raises(UserError, match="already used"):
         experiment.run(CONFIG, tiny, copy, "x")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        "jaxnorm.checkpoints.Writer.save",
+        "jaxnorm.records.RunDirectory.write_step_losses",
+        "jaxnorm.records.RunDirectory.write_predictions",
+        "jaxnorm.records.RunDirectory.append_epoch",
+    ],
+)
+def test_a_disk_that_fails_any_write_of_an_epoch_loses_that_epoch_alone(
+    tiny, scratch, whole, monkeypatch, write
+):
+    """As where a directory turns read-only: the fourth write of a kind fails."""
+    module, kind, name = write.rsplit(".", 2)
+    home = getattr(importlib.import_module(module), kind)
+    right, calls = getattr(home, name), []
+
+    def fails_once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise OSError(errno.EROFS, "Read-only file system", "x")
+        return right(*arguments)
+
+    monkeypatch.setattr(home, name, fails_once)
+    directory = RunDirectory.create(scratch / "run")
+    with pytest.raises(OSError, match="Read-only"):
+        experiment.run(CONFIG, tiny, directory, "x")
+    assert resumed(directory, tiny).begun == 3
+    assert difference(directory, whole) == ""
+
+
+@pytest.mark.parametrize(("where", "step"), [("train_steps", 3), ("evaluate", None)])
+def test_a_loss_that_is_not_finite_keeps_what_was_good(
+    tiny, scratch, whole, monkeypatch, where, step
+):
+    """In the second epoch of the first seed: five pieces of an epoch, or an evaluation."""
+    right, calls = getattr(train, where), []
+
+    def turns_nan(*arguments):
+        calls.append(1)
+        found = right(*arguments)
+        if len(calls) < (8 if step else 2):
+            return found
+        if step is None:
+            return found._replace(logits=found.logits * np.nan, loss=found.loss * np.nan)
+        state, steps = found
+        return state, steps._replace(losses=steps.losses * np.nan)
+
+    directory = RunDirectory.create(scratch / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, where, turns_nan)
+        with pytest.raises(experiment.NonFiniteLoss, match="layer norm, seed 3") as raised:
+            experiment.run(CONFIG, tiny, directory, "x")
+    assert (raised.value.epoch, raised.value.step) == (2, step)
+    assert [each.epoch for each in directory.epochs()] == [1]
+    assert resumed(directory, tiny).begun == 1
+    assert difference(directory, whole) == ""

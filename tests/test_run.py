@@ -282,14 +282,16 @@ def test_the_bar_shows_what_is_done_on_a_terminal_alone(capsys, monkeypatch):
     assert "decoding:  50%" in error
 
 
-def test_digits_from_the_shell_without_tensorflow_cold_and_warm(inside, monkeypatch):
+def test_digits_from_the_shell_without_tensorflow_or_network_cold_and_warm(inside, monkeypatch):
     """A process of its own, as a user has it, twice: the second loads what the first compiled."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(inside / "cache"))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)  # JAX sets it in this process
     code = (
-        "import sys; from jaxnorm import cli, run; code = cli.run(run.app, sys.argv[1:]); "
-        "sys.exit(3 if 'tensorflow' in sys.modules else code)"
+        "import sys; from jaxnorm import cli, run; used = []; "
+        "sys.addaudithook(lambda event, _: event.startswith('socket.') and used.append(event)); "
+        "code = cli.run(run.app, sys.argv[1:]); "
+        "sys.exit(4 if used else 3 if 'tensorflow' in sys.modules else code)"
     )
     compiled = []
     for name in ("cold", "warm"):
