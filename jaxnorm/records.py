@@ -485,7 +485,9 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"{path} is missing: {path.parent} is not a run directory") from None
     except RecursionError:
         raise UserError(f"{path} cannot be read: it is nested too deeply") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 

@@ -22,7 +22,7 @@ from jaxnorm.config import Config, UserError
 if TYPE_CHECKING:
     from jaxnorm.data import Dataset
     from jaxnorm.experiment import Observer
-    from jaxnorm.records import Epoch, RunDirectory
+    from jaxnorm.records import Epoch, RunDirectory, RunInfo
 
 app = App(
     suppress_keyboard_interrupt=False,
@@ -99,26 +99,40 @@ def main(
     if places.summary:
         _print_summary(config, places)
         return 0
-    return _train(config, places)
+    if places.resume:
+        return _resume(config, places, places.resume)
+    return _begin(config, places)
 
 
-def _train(config: Config, places: Places) -> int:
-    say: Callable[[str], None] = (lambda text: None) if places.quiet else print
+def _begin(config: Config, places: Places) -> int:
+    """Trains a new run."""
     from jaxnorm.records import RunDirectory
 
-    deterministic, out = places.deterministic, places.resume
-    if out is not None:
-        info = RunDirectory(out).info()
-        _refuse_conflicts(config, info.config, places)
-        config, deterministic = info.config, info.deterministic
+    started = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = f"{started}-{config.arch}-{config.norm}-{Path(config.dataset).name}"
+    out = places.out or Path("runs") / name
+    RunDirectory.check_unused(out)  # before the data, so that a mistake is heard of at once
+    dataset = _prepare(config, places)
+    return _train(config, places, dataset, RunDirectory.create(out))
+
+
+def _resume(given: Config, places: Places, run: Path) -> int:
+    """Goes on with a run, by its own settings."""
+    from jaxnorm.records import RunDirectory
+
+    directory = RunDirectory(run)
+    info = directory.info()
+    _refuse_conflicts(given, info, places)
+    with directory.locked():  # before the data too
+        unverified = places.allow_unverified or info.dataset["verified"] is False
         places = dataclasses.replace(
-            places, allow_unverified=places.allow_unverified or info.dataset["verified"] is False
+            places, allow_unverified=unverified, deterministic=info.deterministic
         )
-    else:
-        started = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        name = f"{started}-{config.arch}-{config.norm}-{Path(config.dataset).name}"
-        out = places.out or Path("runs") / name
-        RunDirectory.check_unused(out)  # before the data, so that a mistake is heard of at once
+        return _train(info.config, places, _prepare(info.config, places), directory)
+
+
+def _prepare(config: Config, places: Places) -> "Dataset":
+    """Loads the data and readies JAX; raises `UserError` for what can be known to fail."""
     if places.tensorboard:
         from jaxnorm.scalars import Scalars
 
@@ -126,14 +140,21 @@ def _train(config: Config, places: Places) -> int:
     dataset = _load(config, places)
     if not places.no_compilation_cache:
         _keep_compiled_code()
-    if deterministic:
+    if places.deterministic:
         _ask_for_deterministic_operations()
-    from jaxnorm import effects, experiment, figures, page, train
-    from jaxnorm.results import Run
+    from jaxnorm import experiment, train
 
     train.use_all_cores()
     experiment.check(config, dataset)
-    directory = RunDirectory(out) if places.resume else RunDirectory.create(out)
+    return dataset
+
+
+def _train(config: Config, places: Places, dataset: "Dataset", directory: "RunDirectory") -> int:
+    """Checks, trains and reports."""
+    from jaxnorm import effects, experiment, figures, page
+    from jaxnorm.results import Run
+
+    say: Callable[[str], None] = (lambda text: None) if places.quiet else print
     counts = f"{len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images"
     say(f"{dataset.caption}: {counts}, from {dataset.source}")
     checked = "skipped (--skip-self-check)"
@@ -142,11 +163,11 @@ def _train(config: Config, places: Places) -> int:
             experiment.self_check(config, dataset)
         except BaseException:
             with contextlib.suppress(OSError):
-                out.rmdir()  # where it is new, and so empty
+                directory.path.rmdir()  # where it is new, and so empty
             raise
         checked = "passed"
     command = shlex.join(["python", "-m", "jaxnorm.run", *cli.arguments()])
-    observer = _observer(config, places.quiet)
+    observer, out = _observer(config, places.quiet), directory.path
     with contextlib.ExitStack() as stack:
         stack.enter_context(cli.advising(_how_to_go_on(out, places)))
         stack.enter_context(directory.locked())
@@ -159,7 +180,7 @@ def _train(config: Config, places: Places) -> int:
         if places.resume:
             experiment.resume(dataset, directory, command, observer, checked)
         else:
-            about = {"self_check": checked, "deterministic": deterministic}
+            about = {"self_check": checked, "deterministic": places.deterministic}
             experiment.run(config, dataset, directory, command, observer, **about)
         say("measuring what the norms do inside the trained nets")
         effects.record(directory, dataset)
@@ -170,7 +191,7 @@ def _train(config: Config, places: Places) -> int:
     return 0
 
 
-def _refuse_conflicts(given: Config, own: Config, places: Places) -> None:
+def _refuse_conflicts(given: Config, info: "RunInfo", places: Places) -> None:
     """Raises `UserError` where a flag on the command line says otherwise than the run to resume."""
     flags = {
         token.partition("=")[0].removeprefix("--").replace("-", "_")
@@ -178,7 +199,7 @@ def _refuse_conflicts(given: Config, own: Config, places: Places) -> None:
         if token.startswith("--")
     }
     for field in dataclasses.fields(Config):
-        values = getattr(given, field.name), getattr(own, field.name)
+        values = getattr(given, field.name), getattr(info.config, field.name)
         if field.name in flags and values[0] != values[1]:
             raise UserError(
                 f"--{field.name.replace('_', '-')} {values[0]} conflicts with the run to resume, "
@@ -186,7 +207,7 @@ def _refuse_conflicts(given: Config, own: Config, places: Places) -> None:
             )
     if places.out is not None:
         raise UserError("--out conflicts with --resume, which goes on in the run's own directory")
-    if places.deterministic:
+    if places.deterministic and not info.deterministic:
         raise UserError("--deterministic conflicts with --resume, which does as the run did")
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from test_archive import PARTS
 from test_data import prepare
 
-from jaxnorm import archive, bench, cli, data, experiment, figures, report, run, tables
+from jaxnorm import archive, bench, cli, data, experiment, figures, page, report, run, tables
 from jaxnorm.config import UserError
 from jaxnorm.records import RunDirectory
 from jaxnorm.results import Run
@@ -208,9 +208,11 @@ def names(directory):
 
 
 @pytest.fixture(autouse=True)
-def fewer_figures(monkeypatch):
-    """The default run draws those that show a run's own words and every kind of record."""
-    if few.max_examples < 100:
+def fewer_figures(request, monkeypatch):
+    """Draws, small, those figures that show a run's own words and every kind of record; all of them
+    for damaged runs in the full profile.
+    """
+    if "reported" not in request.node.name or few.max_examples < 100:
         drawn = (figures.confusion, figures.training_images, figures.inside)
         monkeypatch.setattr(figures, "FIGURES", drawn)
     small = functools.partial(figures.png, dots_per_inch=20)
@@ -236,6 +238,7 @@ def test_any_damage_to_a_run_that_is_resumed(
     change, again, alone, tiny, tiny_run, monkeypatch, capsys
 ):
     monkeypatch.setattr(data, "load", lambda *_, **__: tiny)
+    monkeypatch.setattr(page, "write", lambda _: page.RunPart("not drawn", Run(tiny_run)))
     shutil.copytree(tiny_run.path, alone / "run")
     for each in (change, again):
         each(plain_files(alone / "run"))

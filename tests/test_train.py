@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import math
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -12,7 +14,7 @@ import pytest
 from close import assert_gradients_close
 
 from jaxnorm import train
-from jaxnorm.model import CNN
+from jaxnorm.model import CNN, summarize
 
 BATCH = 16
 
@@ -103,6 +105,44 @@ def test_an_epoch_equals_its_steps_one_by_one_and_holds_the_ragged_batch(tiny, a
         lambda a, b: float(jnp.abs(a - b).max()), state.params, train.init_state(recipe, 3).params
     )
     assert min(jax.tree.leaves(moved)) > 0
+
+
+def test_images_that_devices_cannot_share_evenly_are_all_predicted(tiny):
+    images = jnp.asarray(tiny.test_images[:7])
+    alone = recipe_of("layer", tiny)
+    shared = dataclasses.replace(alone, devices=2)
+    state = train.init_state(alone, 3)
+    logits = [
+        train.predict_logits(each, *train.replicate(each, state[:2]), train.replicate(each, images))
+        for each in (alone, shared)
+    ]
+    np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-6)
+    assert abs(logits[0][0] - logits[0][6]).max() > 1e-3
+
+
+def test_devices_share_what_they_divide_into_enough_each():
+    assert [train.devices_for(size) for size in (31, 32, 33, 34, 128)] == [1, 2, 1, 2, 2]
+
+
+def test_half_of_an_accelerators_memory_is_for_seeds(tiny, monkeypatch):
+    recipe = recipe_of("batch", tiny)
+    assert train.seeds_at_once(recipe, 128) == 1  # on a CPU
+    one = 6 * 128 * sum(4 * math.prod(row.shape) for row in summarize(recipe.model))
+    monkeypatch.setattr(train.jax, "default_backend", lambda: "gpu")
+    for memory, seeds in ((9 * one, 4), (one, 1), (0, 1)):
+        device = SimpleNamespace(memory_stats=lambda limit=memory: {"bytes_limit": limit})
+        monkeypatch.setattr(train.jax, "local_devices", lambda device=device: [device])
+        assert train.seeds_at_once(recipe, 128) == seeds
+
+
+def test_a_step_counts_what_the_net_before_it_classified_rightly(tiny, arrays):
+    """Layer norm without dropout does in training what it does in evaluation."""
+    recipe = recipe_of("layer", tiny, dropout=0.0)
+    before = train.init_state(recipe, 4)
+    evaluation = train.evaluate(recipe, before, *arrays)
+    _, steps = train.train_epoch(recipe, before, *arrays, 4, 1, 70)
+    assert int(steps.correct) == round(float(evaluation.accuracy) * 70) != 35
+    np.testing.assert_allclose(steps.losses[0], evaluation.loss, rtol=1e-5)
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer"])
