@@ -45,10 +45,18 @@ def rewind(
     """
     config = directory.info().config
     lines: dict[Net, list[Epoch]] = {net: [] for net in config.nets}
+    strays = 0
     for line in directory.epochs():
         own = lines.get((line.norm, line.seed))
         if own is not None and line.epoch == len(own) + 1 <= config.epochs:
             own.append(line)
+        else:
+            strays += 1
+    if strays:
+        warn(
+            f"{strays} lines of metrics.jsonl are not of this run, or do not follow on another; "
+            "they are dropped"
+        )
     begun = {}
     for (norm, seed), own in lines.items():
         found = _newest(directory, config, recipes[norm], seed, own, train_count)

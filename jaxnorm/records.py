@@ -54,8 +54,14 @@ class Epoch:
 
 
 def agree(logits: np.ndarray, labels: np.ndarray, epoch: Epoch) -> bool:
-    """Whether test logits f32[N, classes] have the test accuracy that an epoch's record says."""
-    return bool((logits.argmax(1) == labels).mean() == epoch.test_accuracy)
+    """Whether test logits f32[N, classes] have the test accuracy and, within rounding, the mean
+    cross-entropy that an epoch's record says.
+    """
+    exact = logits.astype(np.float64)
+    of_label = exact[np.arange(len(labels)), labels]
+    loss = float((np.logaddexp.reduce(exact, axis=1) - of_label).mean())
+    close = math.isclose(loss, epoch.test_loss, rel_tol=1e-4, abs_tol=1e-6)
+    return close and bool((logits.argmax(1) == labels).mean() == epoch.test_accuracy)
 
 
 DATASET_FIELDS = (

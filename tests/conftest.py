@@ -117,7 +117,7 @@ def sweep(tiny, scratch):
 
     Three norms, seeds 1 to 3, two epochs, with the accuracies above; the rest follows from them.
     """
-    from jaxnorm import figures, provenance
+    from jaxnorm import figures, provenance, stats
     from jaxnorm.config import Config
     from jaxnorm.records import Epoch, RunDirectory
     from jaxnorm.results import Run
@@ -131,17 +131,18 @@ def sweep(tiny, scratch):
         for norm, seed in config.nets:
             rng = np.random.default_rng([seed, len(norm), ord(norm[0])])
             rights = accuracies[norm][seed - config.seed]
-            for epoch, right in enumerate(rights, 1):
-                train = (1.5 / epoch, (right - 1) / 22)
-                directory.append_epoch(
-                    Epoch(norm, seed, epoch, *train, 1 / epoch, right / 22, 2, 1)
-                )
             losses = rng.uniform(0.1, 2, 5 * len(rights)).astype(np.float32)
             directory.write_step_losses(norm, seed, losses)
             logits = rng.normal(size=(22, 4)).astype(np.float32)
             wrong = rng.permutation(22) >= rights[-1]
             logits[np.arange(22), (dataset.test_labels + wrong) % 4] = 5
             directory.write_predictions(norm, seed, logits, dataset.test_labels)
+            probabilities = stats.probabilities(logits)[np.arange(22), dataset.test_labels]
+            last = float(-np.log(probabilities).mean())
+            for epoch, right in enumerate(rights, 1):
+                train = (1.5 / epoch, (right - 1) / 22)
+                test = (last * len(rights) / epoch, right / 22)
+                directory.append_epoch(Epoch(norm, seed, epoch, *train, *test, 2, 1))
             if seed == config.seed:
                 directory.write_effects(norm, seed, made_up_effects(rng))
         figures.save_examples(Run(directory), dataset)

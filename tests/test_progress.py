@@ -280,3 +280,13 @@ def test_a_loss_that_is_not_finite_keeps_what_was_good(
     assert [each.epoch for each in directory.epochs()] == [1]
     assert resumed(directory, tiny).begun == 1
     assert difference(directory, whole) == ""
+
+
+def test_lines_that_follow_on_none_are_told_and_dropped(copy, whole, tiny):
+    lines = (copy.path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    other = lines[0].replace('"seed": 3', '"seed": 9')
+    (copy.path / "metrics.jsonl").write_text("".join([*lines[:4], lines[5], lines[0], other]))
+    heard = resumed(copy, tiny)
+    assert heard.begun == 4
+    assert heard.warnings[0].startswith("3 lines of metrics.jsonl are not of this run")
+    assert difference(copy, whole) == ""

@@ -49,3 +49,25 @@ def test_images_that_were_not_kept_are_named(sweep, tiny):
         np.testing.assert_array_equal(image, tiny.test_images[row])
     with pytest.raises(UserError, match="lacks 1 of the test images"):
         run.images(np.array([1000]))
+
+
+def test_predictions_of_another_epoch_or_another_net_are_refused(sweep):
+    directory = sweep()
+    logits, labels = directory.predictions("group", 2)
+    for wrong in (logits * 2, logits[:, ::-1], logits[:-1], logits[:, :3]):
+        kept = labels[: len(wrong)] % wrong.shape[1]
+        directory.write_predictions("group", 2, wrong, kept)
+        with pytest.raises(UserError, match="of group norm, seed 2, are not those of its epoch 2"):
+            _ = Run(directory).predictions
+    directory.write_predictions("group", 2, logits, labels)
+    assert len(Run(directory).predictions) == 9
+
+
+@pytest.mark.parametrize("lines", [[1, 0], [0, 0], [1], [0, 1, 1]], ids=str)
+def test_epochs_out_of_order_are_refused(sweep, lines):
+    directory = sweep(norm="batch", seeds=1)
+    path = directory.path / "metrics.jsonl"
+    own = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(own[each] for each in lines))
+    with pytest.raises(UserError, match="are not 1, 2, 3"):
+        _ = Run(directory).epochs
