@@ -386,4 +386,4 @@ def write(path: Path, values: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(app))
+    cli.leave(cli.run(app))

@@ -1,9 +1,10 @@
 """What the commands share: the progress bar, and errors as one line and an exit code."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from cyclopts import App, CycloptsError
 
@@ -57,6 +58,20 @@ def _fail(what: object, code: int, error: BaseException | None = None) -> int:
     with contextlib.suppress(OSError):  # a terminal that is gone, or a log on the full disk
         print("error: " + " ".join(text.split()), file=sys.stderr)
     return code
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process with an exit code.
+
+    After an interruption it ends at once: XLA may still be computing in a thread of its own, and
+    Python's clean-up would pull the memory away under it and crash.
+    """
+    if code in (INTERRUPTED, TERMINATED):
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 class Bar:

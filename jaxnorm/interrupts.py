@@ -4,10 +4,13 @@ A signal ends the work by an exception, `Terminated` or `KeyboardInterrupt`, in 
 """
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 _pending: list[int] = []
 
@@ -18,14 +21,31 @@ class Terminated(BaseException):
 
 @contextlib.contextmanager
 def heard() -> Iterator[None]:
-    """Has SIGTERM raise `Terminated` in the block, and remembers both signals for `check`."""
+    """Has SIGTERM raise `Terminated` in the block, and remembers both signals for `check`.
+
+    What is raised inside a callback of the garbage collector (JAX has one) or a finalizer is lost,
+    and Python would print a traceback of it: the signal is sent again instead, a moment later.
+    """
     numbers = [signal.SIGTERM]
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a background job
         numbers.append(signal.SIGINT)
     _pending.clear()
+    print_lost = sys.unraisablehook
+
+    def send_again(lost: Any) -> None:
+        """Takes the place of `sys.unraisablehook`."""
+        if _pending and isinstance(lost.exc_value, (Terminated, KeyboardInterrupt)):
+            threading.Timer(0.01, os.kill, (os.getpid(), _pending[0])).start()
+        else:
+            print_lost(lost)
+
     with _handling(numbers, _received):
-        yield
-    _pending.clear()
+        sys.unraisablehook = send_again
+        try:
+            yield
+        finally:
+            sys.unraisablehook = print_lost
+            _pending.clear()
 
 
 def _received(number: int, frame: FrameType | None) -> None:
@@ -34,10 +54,8 @@ def _received(number: int, frame: FrameType | None) -> None:
 
 
 def check() -> None:
-    """Raises what a signal asked for, again if need be.
-
-    An exception that is raised inside a callback of the garbage collector is lost, so whoever works
-    in a loop calls this between its steps.
+    """Raises what a signal asked for, again if need be: for whoever works in a loop to call between
+    its steps, in case something swallowed it.
     """
     if _pending:
         raise Terminated if _pending[0] == signal.SIGTERM else KeyboardInterrupt

@@ -207,4 +207,4 @@ def fill_readme(path: Path, texts: Mapping[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(app))
+    cli.leave(cli.run(app))

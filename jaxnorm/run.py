@@ -376,4 +376,4 @@ def _print_summary(config: Config, places: Places) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(app))
+    cli.leave(cli.run(app))

@@ -1,7 +1,10 @@
 """Signals: raised outside of what is being written, put off inside, heard again if lost."""
 
+import gc
 import signal
+import sys
 import threading
+import time
 
 import pytest
 
@@ -52,6 +55,24 @@ def test_what_fails_inside_is_not_hidden_by_a_signal():
 
     with interrupts.heard(), pytest.raises(OSError, match="full"):
         write()
+
+
+@pytest.mark.parametrize(("number", "raised"), KINDS)
+def test_a_signal_that_arrives_inside_the_garbage_collector_is_sent_again(number, raised, capsys):
+    def callback(phase, info):
+        gc.callbacks.remove(callback)
+        signal.raise_signal(number)
+
+    def work():
+        gc.callbacks.append(callback)
+        gc.collect()
+        time.sleep(30)
+
+    hook = sys.unraisablehook
+    with interrupts.heard(), pytest.raises(raised):
+        work()
+    assert sys.unraisablehook is hook
+    assert capsys.readouterr().err == ""
 
 
 def test_an_ignored_signal_stays_ignored():
