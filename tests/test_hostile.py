@@ -26,8 +26,9 @@ from jaxnorm.config import UserError
 from jaxnorm.records import RunDirectory
 from jaxnorm.results import Run
 
+FULL = settings().max_examples == 250  # the profile
 few = settings(
-    max_examples=max(8, settings().max_examples if settings().max_examples != 100 else 0),
+    max_examples=250 if FULL else 5,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
@@ -213,7 +214,7 @@ def fewer_figures(request, monkeypatch):
     """Draws, small, those figures that show a run's own words and every kind of record; all of them
     for damaged runs in the full profile.
     """
-    if "reported" not in request.node.name or few.max_examples < 100:
+    if "reported" not in request.node.name or not FULL:
         drawn = (figures.confusion, figures.training_images, figures.inside)
         monkeypatch.setattr(figures, "FIGURES", drawn)
     small = functools.partial(figures.png, dots_per_inch=20)

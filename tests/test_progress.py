@@ -95,7 +95,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_end(whole, tiny, scratch, ep
 
 
 def test_twenty_epochs_are_seven_and_thirteen(tiny, scratch):
-    config = dataclasses.replace(CONFIG, epochs=20, seeds=1, norm="batch")
+    config = dataclasses.replace(CONFIG, epochs=20, seeds=1)
     unbroken = RunDirectory.create(scratch / "unbroken")
     experiment.run(config, tiny, unbroken, "x")
     directory = stopped(scratch / "run", tiny, 7, config)

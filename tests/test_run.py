@@ -267,6 +267,23 @@ def test_deterministic_asks_xla_and_the_run_says_what_is_promised(
     assert "--deterministic" in provenance.repeatable("gpu", False)
 
 
+def test_after_an_interruption_it_leaves_without_pythons_clean_up(monkeypatch):
+    """Which crashes where XLA still computes."""
+    left = []
+
+    def leave_at_once(code):
+        left.append(code)
+        raise SystemExit(-1)
+
+    monkeypatch.setattr(cli.os, "_exit", leave_at_once)
+    for code, at_once in ((0, False), (1, False), (2, False), (130, True), (143, True)):
+        with pytest.raises(SystemExit) as raised:
+            cli.leave(code)
+        assert (left == [code]) == at_once
+        assert raised.value.code == (-1 if at_once else code)
+        left.clear()
+
+
 def test_the_bar_shows_what_is_done_on_a_terminal_alone(capsys, monkeypatch):
     bar = cli.Bar(quiet=False)
     for done in range(3):
