@@ -89,7 +89,7 @@ def main(
     from jaxnorm import page, tables
     from jaxnorm.records import RunDirectory
 
-    if not (runs or options.bench or options.faults):
+    if not runs and (options.merge or not (options.bench or options.faults)):
         raise UserError("no run directory was given: python -m jaxnorm.report RUN [RUN ...]")
     directories = [RunDirectory(path) for path in runs]
     if options.merge:

@@ -102,7 +102,17 @@ def test_runs_made_apart_are_put_together_measured_and_reported(
     assert call(paths[0], paths[0], "--merge", scratch / "other") == 2
 
 
-@pytest.mark.parametrize("arguments", [(), ("nowhere",), ("--bogus",), ("x", "--reference", "y")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("nowhere",),
+        ("--bogus",),
+        ("x", "--reference", "y"),
+        ("--merge", "x", "--bench", "y"),
+        ("--faults", "nowhere"),
+    ],
+)
 def test_mistakes_are_one_line_and_exit_code_2(arguments, capsys):
     assert call(*arguments) == 2
     captured = capsys.readouterr()
