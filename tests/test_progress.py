@@ -285,8 +285,8 @@ def test_a_loss_that_is_not_finite_keeps_what_was_good(
 def test_lines_that_follow_on_none_are_told_and_dropped(copy, whole, tiny):
     lines = (copy.path / "metrics.jsonl").read_text().splitlines(keepends=True)
     other = lines[0].replace('"seed": 3', '"seed": 9')
-    (copy.path / "metrics.jsonl").write_text("".join([*lines[:4], lines[5], lines[0], other]))
+    (copy.path / "metrics.jsonl").write_text("".join([*lines[:5], lines[4], lines[0], other]))
     heard = resumed(copy, tiny)
-    assert heard.begun == 4
+    assert heard.begun == 5
     assert heard.warnings[0].startswith("3 lines of metrics.jsonl are not of this run")
     assert difference(copy, whole) == ""
