@@ -111,6 +111,11 @@ def _literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def _label(name: str) -> str:
+    """A class's name beside an axis, cut where it would leave the axis no room."""
+    return _literal(name if len(name) <= 24 else name[:23] + "\N{HORIZONTAL ELLIPSIS}")
+
+
 def _line(
     axes: Axes, run: Run, field: str, norm: Norm, label: str, style: str = "-", band: bool = True
 ) -> None:
@@ -304,7 +309,7 @@ def confusion(run: Run) -> Named:
     """The confusion matrix of each norm, in counts (the mean of its seeds); and the accuracy of
     each class, all norms together, with the range of the seeds.
     """
-    names = [_literal(name) for name in run.class_names]
+    names = [_label(name) for name in run.class_names]
     numbered = len(names) <= 20
     for norm in run.norms:
         matrix = run.confusion(norm)
@@ -348,7 +353,7 @@ def training_images(run: Run) -> Named:
     figure = _figure(run, f"{len(images)} training images", 9, 8)
     for axes, image, label in zip(_tiles(figure, SAMPLE // 5), images, labels, strict=False):
         axes.imshow(image, interpolation="nearest")
-        axes.set_title(_literal(run.class_names[int(label)]), fontsize=9)
+        axes.set_title(_label(run.class_names[int(label)]), fontsize=9)
     yield "training-images", figure
 
 

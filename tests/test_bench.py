@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jaxnorm import bench, cli, profiling, tables
+from jaxnorm import bench, cli, peers, profiling, tables
 from jaxnorm.config import UserError
 from jaxnorm.peers import IMAGES, Job, batches_of, draw_data
 
@@ -128,3 +128,79 @@ def test_a_side_that_cannot_be_had_is_told(monkeypatch):
     assert worker.failed is not None
     assert worker.timing is None
     worker.close()
+
+
+class Told:
+    """Stands for a worker's process: every step takes a hundredth of a second, PyTorch's two."""
+
+    def __init__(self, job):
+        self.job, self.failed, self.timing = job, None, None
+        if job.peer == "torch-compile":
+            self.failed = "it does not compile"
+        else:
+            self.timing = bench.Timing(job, {"device": "cpu"}, 1.0, 2.0, 4.0)
+
+    def seconds_for(self, steps):
+        return steps * (0.02 if self.job.peer == "torch" else 0.01)
+
+    def close(self):
+        pass
+
+
+def test_a_comparison_is_printed_and_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "Worker", Told)
+    monkeypatch.setattr(bench, "measure_ceiling", lambda: 1e11)
+    out = tmp_path / "x.json"
+    assert call("--norm", "layer", "--seconds", "0.01", "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert "ours is 2.00 times as fast as torch contiguous" in printed
+    assert "it does not compile" in printed
+    (comparison,) = json.loads(out.read_text())["comparisons"]
+    samples = comparison["sides"]["jaxnorm"]["samples_milliseconds"]
+    assert samples == pytest.approx([10] * len(samples))
+    assert len(samples) >= 3
+    monkeypatch.setattr(
+        Told, "__init__", lambda self, job: vars(self).update(job=job, timing=None, failed="no")
+    )
+    assert call("--norm", "layer", "--seconds", "0.01") == 2
+    assert "our own side failed: no" in capsys.readouterr().err
+
+
+def test_the_ceiling_is_that_of_a_processor():
+    assert 1e8 < bench.measure_ceiling() < 1e15
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    monkeypatch.setattr(peers, "IMAGES", 32)
+
+
+@pytest.mark.parametrize(
+    ("peer", "task"), [("jaxnorm", "train"), ("jaxnorm-vmap", "train"), ("jaxnorm", "evaluate")]
+)
+def test_our_side_makes_steps(few_images, monkeypatch, peer, task):
+    monkeypatch.setattr(peers, "MEAN", (0.5, 0.5, 0.5))
+    stepper, about = peers.jax_stepper(Job(peer, "layer", "original", 16, seeds=2, task=task))
+    stepper(3)
+    assert "jax" in about
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "layer"])
+def test_pytorchs_side_makes_steps_of_a_net_of_the_same_size(few_images, norm):
+    torch = pytest.importorskip("torch")
+    net = peers.torch_net(norm, "original")
+    count = sum(each.numel() for each in net.parameters())
+    assert count == {"batch": 45_776, "group": 45_776, "layer": 46_412}[norm]
+    assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    for task in ("train", "evaluate"):
+        stepper, about = peers.torch_stepper(Job("torch", norm, "original", 16, task=task))
+        stepper(2)
+        assert about["device"] == "cpu"
+
+
+def test_a_profile_finds_the_time_of_a_step(few_images, monkeypatch):
+    monkeypatch.setattr(profiling, "STEPS", 2)
+    found = profiling.profile(Job("jaxnorm", "layer", "original", 16))
+    assert found.step_milliseconds > 0
+    assert sum(found.operators.values()) > 0
+    assert "C2" in {layer for layer, _, _ in found.operators}

@@ -179,3 +179,19 @@ def test_what_is_missing_is_named_and_the_rest_is_drawn(sweep, gone, monkeypatch
     assert {"loss.png", "accuracy.png", "seeds.png"} <= set(drawn)
     assert missing
     assert all(gone in line for line in missing)
+
+
+def test_a_long_class_name_is_cut():
+    assert figures._label("x" * 24) == "x" * 24
+    assert figures._label("x" * 25) == "x" * 23 + "\N{HORIZONTAL ELLIPSIS}"
+    assert figures._label("$1") == r"\$1"
+
+
+def test_what_notebooks_draw_has_a_panel_for_each_norm():
+    masks = {norm: np.ones((2, 3, 3, 4), bool) for norm in ("batch", "layer")}
+    name, figure = figures.averaged(masks)
+    assert name == "averaged"
+    assert [axes.get_title() for axes in figure.axes] == ["batch norm", "layer norm"]
+    name, figure = figures.example_gradients({"batch": np.eye(3), "layer": np.eye(3)}, "a caption")
+    assert name == "example-gradients"
+    assert len(figure.axes) == 3  # and the scale

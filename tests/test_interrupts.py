@@ -15,9 +15,11 @@ KINDS = [(signal.SIGTERM, interrupts.Terminated), (signal.SIGINT, KeyboardInterr
 
 @pytest.fixture(autouse=True)
 def as_before():
+    outer = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job may ignore it
     before = [signal.getsignal(number) for number, _ in KINDS]
     yield
     assert [signal.getsignal(number) for number, _ in KINDS] == before
+    signal.signal(signal.SIGINT, outer)
 
 
 @pytest.mark.parametrize(("number", "raised"), KINDS)
