@@ -3,7 +3,6 @@ among them.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -85,7 +84,7 @@ class Config:
             self._check_type(field.name, get_type_hints(type(self))[field.name])
         self._require(1 <= self.epochs <= LARGEST, "epochs", f"1 to {LARGEST:,}")
         self._require(self.batch >= 1, "batch_size", "1 or more")
-        self._require(0 < self.learning_rate < math.inf, "learning_rate", "above 0 and finite")
+        self._require(0 < self.learning_rate < 3e38, "learning_rate", "above 0 and below 3e38")
         self._require(0 <= self.momentum < 1, "momentum", "at least 0 and below 1")
         self._require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1")
         self._require(self.groups >= 1, "groups", "1 or more")

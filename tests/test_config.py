@@ -41,6 +41,7 @@ def test_digits_have_a_smaller_batch_unless_one_is_asked_for():
         ("learning_rate", 0.0),
         ("learning_rate", math.nan),
         ("learning_rate", math.inf),
+        ("learning_rate", 1e40),
         ("momentum", 1.0),
         ("momentum", -0.1),
         ("dropout", 1.0),
