@@ -166,6 +166,8 @@ def record(request):
 def kill(reference, number, path, kind):
     """Starts a run and kills it at a moment drawn by the try's number; returns where, the exit code
     and what it said.
+
+    Machines drift, so the moment may lie elsewhere than was meant: see `stopped_politely`.
     """
     draw = random.Random(f"{kind} {number}")
     total = 2 * nets_of(reference.arguments)
@@ -219,9 +221,9 @@ def test_sigkill_loses_no_complete_epoch(reference, record, scratch, number):
 def stopped_politely(reference, record, path, number, kind, code):
     where, got, error = kill(reference, number, path, kind)
     # Before the command listens and after it is done, a signal ends Python as any program.
-    plainly = got == -getattr(signal, kind) and where in ("start", "report") and not error
-    assert got in (code, 0) or plainly, error
-    assert not plainly or where == "start" or (path / "report.html").exists()
+    idle = not begun(path, 0) or (path / "report.html").exists()
+    plainly = got == -getattr(signal, kind) and idle and not error
+    assert got in (code, 0) or plainly, (got, error)
     if got == code:
         assert error.startswith("error: ")
         assert error.count("\n") == 1
