@@ -45,7 +45,7 @@ def restore(path: Path, epoch: int, shapes: dict[str, Any]) -> dict[str, Any]:
     if (directory / _ARRAYS).read_text() != _arrays(shapes):
         raise Damaged(f"{directory} holds a net of other layers")
     try:
-        with ocp.StandardCheckpointer() as reader:
+        with ocp.StandardCheckpointer(multiprocessing_options=_this_process()) as reader:
             return dict(reader.restore(directory / "default", shapes))
     except Exception as error:  # as a later Orbax may, of a format that it has left behind
         raise Damaged(f"{directory} cannot be read ({type(error).__name__})") from None
@@ -83,9 +83,23 @@ class Writer:
 def writer(path: Path) -> Iterator[Writer]:
     """Opens, or makes, the directory of one net's checkpoints."""
     path = path.absolute()
-    options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, enable_async_checkpointing=False)
+    path.mkdir(parents=True, exist_ok=True)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=KEPT,
+        enable_async_checkpointing=False,
+        create=False,
+        multiprocessing_options=_this_process(),
+    )
     with ocp.CheckpointManager(path, options=options) as manager:
         yield Writer(path, manager)
+
+
+def _this_process() -> ocp.options.MultiprocessingOptions:
+    """Has Orbax wait for no other process of a job: the first alone has checkpoints."""
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
 
 
 def _check_room(path: Path, size: int) -> None:

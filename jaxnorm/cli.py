@@ -3,22 +3,31 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from cyclopts import App, CycloptsError
 
 from jaxnorm import interrupts
-from jaxnorm.config import UserError
+from jaxnorm.config import Lost, UserError
 
 MISTAKE, FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
 """Exit codes: the user's mistake, a run that failed, Ctrl-C, SIGTERM."""
 _arguments: list[str] = []
+_before_failing: list[Callable[[], None]] = []
 
 
 def arguments() -> list[str]:
     """What the command was called with."""
     return list(_arguments)
+
+
+def before_failing(action: Callable[[], None]) -> None:
+    """Has a process that fails do this after it has said why, and then end at once.
+
+    Python's clean-up would wait for other processes, where it shares something with them.
+    """
+    _before_failing.append(action)
 
 
 @contextlib.contextmanager
@@ -47,6 +56,8 @@ def run(app: App, arguments: list[str] | None = None) -> int:
     except OSError as error:
         what = f"{error.filename or 'a file'}: {error.strerror or error}"
         return _fail(what, FAILED, error)
+    except Lost as error:
+        return _fail(error, FAILED, error)
     except KeyboardInterrupt as error:
         return _fail("interrupted", INTERRUPTED, error)
     except interrupts.Terminated as error:
@@ -66,10 +77,12 @@ def leave(code: int) -> NoReturn:
     After an interruption it ends at once: XLA may still be computing in a thread of its own, and
     Python's clean-up would pull the memory away under it and crash.
     """
-    if code in (INTERRUPTED, TERMINATED):
+    if code in (INTERRUPTED, TERMINATED) or (code and _before_failing):
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
+        for action in _before_failing:
+            action()
         os._exit(code)
     sys.exit(code)
 

@@ -3,16 +3,19 @@ among them.
 """
 
 import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 Norm = Literal["batch", "group", "layer", "instance", "rms", "none"]
 Arch = Literal["original", "matched"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 ALL: tuple[Norm, ...] = ("batch", "group", "layer")
 """The study's three norms, in its order: what `--norm all` trains."""
 LARGEST, MOST_SEEDS = 1_000_000, 10_000
 """The most epochs and seeds of a run: a slip of the keyboard is not planned for years."""
-ADDED = {"seeds": 1, "validation": 0}
+ADDED = {"seeds": 1, "validation": 0, "precision": "float32"}
 """Settings younger than the first run directories, and what those were trained with."""
 
 
@@ -21,6 +24,10 @@ class UserError(ValueError):
 
     Its text is one line: what is wrong, and what to do about it.
     """
+
+
+class Lost(RuntimeError):
+    """Another process of this one's job has ended, or cannot be reached."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,10 @@ class Config:
     validation
         Training images to hold out, the same share of each class, drawn by the seed. The net is
         evaluated on them after every epoch and never trained on them.
+    precision
+        What convolutions compute in: "float32"; "tf32", whose factors keep 10 bits of their
+        fraction, on an NVIDIA GPU; or "bfloat16", in which activations are kept too. Parameters,
+        norms and losses are float32 in any case.
     allow_large
         Allow a net of more than 50,000 parameters.
     """
@@ -75,6 +86,7 @@ class Config:
     seed: int = 1
     seeds: int = 1
     validation: int = 0
+    precision: Precision = "float32"
     allow_large: bool = False
 
     def __post_init__(self) -> None:
@@ -161,3 +173,19 @@ class Config:
             raise UserError(
                 f"--{name.replace('_', '-')} is {getattr(self, name)!r}: it must be {wanted}"
             )
+
+
+SWEPT = ("batch_size", "learning_rate")
+"""The settings of which a sweep takes several values, beside norms and seeds."""
+
+
+def product(base: Mapping[str, Any], swept: Mapping[str, Sequence[Any]]) -> list[Config]:
+    """A configuration for each combination of the swept values, over the same other settings.
+
+    Raises `UserError` for a value that is there twice, and as `Config` does.
+    """
+    for name, values in swept.items():
+        if len(set(values)) < len(values):
+            raise UserError(f"--{name.replace('_', '-')} has a value twice")
+    combinations = itertools.product(*swept.values())
+    return [Config(**base, **dict(zip(swept, each, strict=True))) for each in combinations]

@@ -22,7 +22,9 @@ from jax import lax
 from jaxnorm import experiment, train
 from jaxnorm.config import Arch, Config, Norm
 from jaxnorm.data import Dataset
+from jaxnorm.devices import ONE
 from jaxnorm.model import normalization
+from jaxnorm.observers import Observer
 from jaxnorm.records import RunDirectory
 
 _ONCE: Any = {"compiler_options": {"xla_backend_optimization_level": 1}}
@@ -149,7 +151,7 @@ def batch_size_effect(
     config: Config,
     dataset: Dataset,
     sizes: Sequence[int] = SIZES,
-    observer: experiment.Observer | None = None,
+    observer: Observer | None = None,
 ) -> dict[tuple[Norm, int, int], experiment.Fit]:
     """Trains every net of `config` at each batch size: {(norm, seed, batch size): fit}.
 
@@ -181,7 +183,7 @@ def measure(
 
     The first `LOOKED_AT` training images and `TESTED` test images are looked at.
     """
-    recipe = dataclasses.replace(recipe, devices=1)
+    recipe = dataclasses.replace(recipe, layout=ONE)
     state = jax.tree.map(jnp.asarray, jax.device_get(state))
     images = jnp.asarray(dataset.train_images[:LOOKED_AT])
     labels = jnp.asarray(dataset.train_labels[:LOOKED_AT])

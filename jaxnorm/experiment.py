@@ -16,11 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm import checkpoints, interrupts, progress, provenance, selfcheck, train
+from jaxnorm import checkpoints, devices, interrupts, job, progress, provenance, selfcheck, train
 from jaxnorm import model as models
 from jaxnorm.config import Config, Norm, UserError
 from jaxnorm.data import Dataset, hold_out
+from jaxnorm.devices import ONE, Layout
 from jaxnorm.model import CNN
+from jaxnorm.observers import Observer
 from jaxnorm.progress import NOTHING, Begun
 from jaxnorm.records import RESUMED_FIELDS, Epoch, Net, RunDirectory
 
@@ -28,6 +30,8 @@ PIECES = 20
 """Pieces in which an epoch is run, so that progress shows and a loss that is not finite is found
 soon.
 """
+SweptNet = tuple[int, Norm, int]
+"""A net of a sweep: the number of its run, its norm and its seed."""
 Predict = Callable[[jax.Array | np.ndarray], jax.Array]
 
 
@@ -46,66 +50,6 @@ class NonFiniteLoss(ArithmeticError):
             "kept"
         )
         self.norm, self.seed, self.epoch, self.step = norm, seed, epoch, step
-
-
-class Observer:
-    """Hears what happens. Every method does nothing unless overridden."""
-
-    def on_nets(self, norm: Norm, seeds: list[int], steps: int) -> None:
-        """The nets of a norm and these seeds begin to train, together; `steps` is the number of
-        batches in an epoch.
-        """
-
-    def on_steps(self, epoch: int, done: int) -> None:
-        """So many batches of the epoch are done."""
-
-    def on_epoch(self, epoch: Epoch) -> None:
-        """A net's epoch is complete: trained, evaluated, and on disk where there is one."""
-
-    def on_begun(self, complete: int) -> None:
-        """A run is gone on with, of which so many epochs of all nets are complete."""
-
-    def on_warning(self, text: str) -> None:
-        """Something was found damaged, and is made again."""
-
-
-class Observers(Observer):
-    """Tells several observers, in order."""
-
-    def __init__(self, *observers: Observer) -> None:
-        self.observers = observers
-
-    def on_nets(self, norm: Norm, seeds: list[int], steps: int) -> None:
-        """Tells each."""
-        for each in self.observers:
-            each.on_nets(norm, seeds, steps)
-
-    def on_steps(self, epoch: int, done: int) -> None:
-        """Tells each."""
-        for each in self.observers:
-            each.on_steps(epoch, done)
-
-    def on_epoch(self, epoch: Epoch) -> None:
-        """Tells each."""
-        for each in self.observers:
-            each.on_epoch(epoch)
-
-    def on_begun(self, complete: int) -> None:
-        """Tells each."""
-        for each in self.observers:
-            each.on_begun(complete)
-
-    def on_warning(self, text: str) -> None:
-        """Tells each."""
-        for each in self.observers:
-            each.on_warning(text)
-
-
-class _Trained(NamedTuple):
-    record: Epoch
-    state: train.TrainState
-    losses: np.ndarray  # f32[steps], of this epoch
-    logits: np.ndarray  # f32[M, classes], of the test set after it
 
 
 @dataclass(frozen=True)
@@ -127,17 +71,29 @@ class Fit:
 
 
 def make_recipe(
-    config: Config, dataset_mean: tuple, dataset_deviation: tuple, num_classes: int, norm: Norm
+    config: Config,
+    dataset_mean: tuple,
+    dataset_deviation: tuple,
+    num_classes: int,
+    norm: Norm,
+    layout: Layout = ONE,
 ) -> train.Recipe:
-    """The recipe of one norm under a configuration."""
-    net = CNN(norm, config.arch, num_classes, config.groups, config.dropout)
+    """The recipe of one norm under a configuration, on a mesh."""
+    net = CNN(
+        norm,
+        config.arch,
+        num_classes,
+        config.groups,
+        config.dropout,
+        precision=config.precision,
+    )
     return train.Recipe(
         net,
         config.learning_rate,
         config.momentum,
         tuple(dataset_mean),
         tuple(dataset_deviation),
-        train.devices_for(config.batch),
+        layout,
     )
 
 
@@ -146,6 +102,10 @@ def check(config: Config, dataset: Dataset) -> dict[str, int]:
 
     Raises `UserError` for what can be known to fail before training starts.
     """
+    if config.precision == "tf32" and jax.default_backend() != "gpu":
+        raise UserError(
+            "--precision tf32 needs an NVIDIA GPU, and there is none: choose float32 or bfloat16"
+        )
     count = len(dataset.train_labels)
     if config.validation >= count:
         raise UserError(
@@ -177,152 +137,269 @@ def check_models(config: Config, num_classes: int) -> dict[str, int]:
     return counts
 
 
-def groups(config: Config, dataset: Dataset) -> Iterator[tuple[Norm, list[int]]]:
-    """The norms and seeds in the order in which they train: the seeds that train in one program
-    together, and all norms of these before the next seeds.
+@dataclass(frozen=True)
+class Group:
+    """Nets that train in one program: of one norm and batch size."""
+
+    norm: Norm
+    nets: tuple[tuple[int, int], ...]
+    """The number of each net's run (0 where there is one alone) and its seed."""
+    layout: Layout
+    places: int
+    """How many nets the program trains, a multiple of the mesh's rows; where there are fewer, the
+    last is trained again in the empty places, and left out.
     """
-    device_seeds = min(
-        train.seeds_at_once(_recipe(config, dataset, norm), config.batch) for norm in config.norms
-    )
-    count = -(-config.seeds // device_seeds)
-    for part in np.array_split(np.array(config.seed_numbers), count):
-        for norm in config.norms:
-            yield norm, part.tolist()
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of its nets."""
+        return [seed for _, seed in self.nets]
+
+    @property
+    def filled(self) -> tuple[tuple[int, int], ...]:
+        """Its nets with every place filled."""
+        return self.nets + self.nets[-1:] * (self.places - len(self.nets))
 
 
-def self_check(config: Config, dataset: Dataset) -> None:
-    """Checks, before anything is trained, that this installation computes the nets of `config`
-    rightly (see `selfcheck`), by the programs that will train them.
+def layout_of(configs: Sequence[Config], batch_size: int, layout: Layout | None = None) -> Layout:
+    """The mesh for the nets of that batch size: the given one, or the one chosen for as many.
+
+    Raises `UserError` where the given one cannot be had.
+    """
+    if layout is None:
+        nets = sum(config.seeds for config in configs if config.batch == batch_size)
+        return devices.choose(nets, batch_size)
+    layout.check(batch_size)
+    return layout
+
+
+def groups(
+    configs: Sequence[Config], dataset: Dataset, layout: Layout | None = None
+) -> Iterator[Group]:
+    """All nets of runs that differ in batch size and learning rate alone, in the order in which
+    they train: by batch size; then as many as train in one program together, run by run; and all
+    norms of these before the next.
+    """
+    for batch_size in dict.fromkeys(config.batch for config in configs):
+        own = [(i, config) for i, config in enumerate(configs) if config.batch == batch_size]
+        mesh = layout_of(configs, batch_size, layout)
+        recipes = [_recipe(own[0][1], dataset, norm, mesh) for norm in own[0][1].norms]
+        at_once = min(train.nets_at_once(recipe, batch_size) for recipe in recipes)
+        nets = [(i, seed) for i, config in own for seed in config.seed_numbers]
+        count = -(-len(nets) // (at_once * mesh.seed))
+        size = -(-len(nets) // count)
+        places = -(-size // mesh.seed) * mesh.seed
+        for part in np.array_split(np.array(nets), count):
+            for norm in own[0][1].norms:
+                yield Group(norm, tuple((i, seed) for i, seed in part.tolist()), mesh, places)
+
+
+class Nets:
+    """The nets of a group, with all that they train on, on the mesh."""
+
+    def __init__(self, configs: Sequence[Config], dataset: Dataset, group: Group) -> None:
+        self.group, self.config = group, configs[group.nets[0][0]]
+        # The first run's learning rate stands in the recipe, and each net has its own: one program.
+        self.recipe = _recipe(configs[0], dataset, group.norm, group.layout)
+        self.images, self.labels, self.test_images, self.test_labels = devices.place(
+            group.layout,
+            (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels),
+        )
+        splits = [
+            hold_out(dataset.train_labels, self.config.validation, seed) for _, seed in group.filled
+        ]
+        self.seeds, self.rates, self.rows, self.held = self.place(
+            (
+                np.array([seed for _, seed in group.filled], np.uint32),
+                np.array([configs[run].learning_rate for run, _ in group.filled], np.float32),
+                np.stack([rows for rows, _ in splits]),
+                np.stack([held for _, held in splits]),
+            )
+        )
+        self.count = len(dataset.train_labels) - self.config.validation
+        self.steps = -(-self.count // self.config.batch)
+
+    def place(self, arrays: Any) -> Any:
+        """Puts each net's part on its devices."""
+        return devices.place(self.group.layout, arrays, by_net=True)
+
+    def initial(self) -> list[train.TrainState]:
+        """The state of each net before the first step, in NumPy's arrays."""
+        return [jax.device_get(train.init_state(self.recipe, s)) for s in self.group.seeds]
+
+    def begin(self, states: Sequence[train.TrainState]) -> train.TrainState:
+        """Stacks the states of the group's nets and puts them on the mesh."""
+        filled = [*states, *[states[-1]] * (self.group.places - len(states))]
+        return self.place(jax.tree.map(lambda *each: np.stack(each), *filled))
+
+    def pieces(self, epoch: int) -> tuple[list[train.Piece], jax.Array]:
+        """What the nets train on in an epoch, and the key of its dropout masks."""
+        return train.epoch_of_nets(
+            self.recipe, self.seeds, epoch, self.rows, self.config.batch, PIECES
+        )
+
+    def advance(
+        self, state: train.TrainState, piece: train.Piece, keys: jax.Array
+    ) -> tuple[train.TrainState, train.Steps]:
+        """Trains on one piece of an epoch. `state` is consumed."""
+        batches, *bounds = piece
+        return train.train_nets(
+            self.recipe, state, self.images, self.labels, batches, keys, self.rates, *bounds
+        )
+
+    def device_bytes(
+        self, state: train.TrainState, piece: train.Piece, keys: jax.Array
+    ) -> int | None:
+        """The memory that training takes on a device, its data included, by XLA's account; None
+        where XLA gives none.
+        """
+        batches, *bounds = piece
+        lowered = train.train_nets.lower(
+            self.recipe, state, self.images, self.labels, batches, keys, self.rates, *bounds
+        )
+        account: Any = lowered.compile().memory_analysis()
+        sizes = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
+        if account is None or not all(hasattr(account, name) for name in sizes):
+            return None
+        return sum(getattr(account, name) for name in sizes) - account.alias_size_in_bytes
+
+    def evaluate(self, state: train.TrainState) -> tuple[train.Evaluation, train.Evaluation | None]:
+        """On the test images and, if any are, on the held out ones; in NumPy's arrays."""
+        test = train.evaluate_nets(self.recipe, state, self.test_images, self.test_labels)
+        if not self.config.validation:
+            return devices.fetch(test), None
+        validation = train.evaluate_nets(self.recipe, state, self.images, self.labels, self.held)
+        return devices.fetch(test), devices.fetch(validation)
+
+
+def self_check(
+    config: Config | Sequence[Config], dataset: Dataset, layout: Layout | None = None
+) -> None:
+    """Checks, before anything is trained, that this installation computes the nets of a run, or of
+    the runs of a sweep, rightly (see `selfcheck`), by the programs that will train them.
 
     Raises `selfcheck.WrongNumbers`.
     """
+    configs = [config] if isinstance(config, Config) else config
     selfcheck.check_compiler()
     checked = set()
-    for norm, seeds in groups(config, dataset):
-        if norm not in checked:
-            checked.add(norm)
-            _check_step(config, dataset, norm, seeds)
+    for group in groups(configs, dataset, layout):
+        program = group.norm, configs[group.nets[0][0]].batch
+        if program not in checked:
+            checked.add(program)
+            _check_step(configs, dataset, group)
 
 
-def _check_step(config: Config, dataset: Dataset, norm: Norm, seeds: list[int]) -> None:
-    recipe = _recipe(config, dataset, norm)
-    train_steps = train.train_seeds if len(seeds) > 1 else train.train_steps
-    images, labels = train.replicate(recipe, (dataset.train_images, dataset.train_labels))
-    rows, _ = hold_out(dataset.train_labels, config.validation, seeds[0])
-    first = train.epoch_pieces(seeds[0], 1, jnp.asarray(rows), config.batch)[0]
-    keys = [train.derive_key(seed, "dropout", 1) for seed in seeds]
-    initial = train.init_state(recipe, seeds[0])
-    stack = train.stack_seeds
+def _check_step(configs: Sequence[Config], dataset: Dataset, group: Group) -> None:
+    """Every place of the program trains the group's first net, and each is compared."""
+    first = dataclasses.replace(group, nets=group.nets[:1])
+    nets = Nets(configs, dataset, first)
+    (piece, *_), keys = nets.pieces(1)
+    initial = nets.initial()
+    rows = devices.fetch(piece.batches)[0]
 
     def step(i: int) -> selfcheck.Step:
-        """One step of the training program, in which every seed trains as the first does."""
-        state = stack([train.replicate(recipe, jax.tree.map(jnp.copy, initial)) for _ in seeds])
-        batches = stack([first.batches] * len(seeds))
-        state, steps = train_steps(
-            recipe, state, images, labels, batches, stack([keys[0]] * len(seeds)), 0, i, i + 1
-        )
-        state = train.unstack_seeds(state, len(seeds))[0]
-        return selfcheck.Step(np.reshape(steps.losses, (len(seeds), -1))[0, i], state)
+        """One step of the training program."""
+        at = piece._replace(start=i, stop=i + 1)
+        state, steps = nets.advance(nets.begin(initial), at, keys)
+        return selfcheck.Step(devices.fetch(steps.losses)[:, i], devices.fetch(state))
 
     selfcheck.check_step(
-        recipe,
-        jax.device_get(initial),
+        nets.recipe,
+        initial[0],
         dataset.train_images,
         dataset.train_labels,
-        np.asarray(first.batches),
-        keys[0],
+        rows,
+        train.derive_key(group.seeds[0], "dropout", 1),
         step,
     )
 
 
-def _recipe(config: Config, dataset: Dataset, norm: Norm) -> train.Recipe:
-    return make_recipe(config, dataset.mean, dataset.deviation, len(dataset.class_names), norm)
+def _recipe(config: Config, dataset: Dataset, norm: Norm, layout: Layout) -> train.Recipe:
+    mean, deviation, classes = dataset.mean, dataset.deviation, len(dataset.class_names)
+    return make_recipe(config, mean, deviation, classes, norm, layout)
+
+
+class _Trained(NamedTuple):
+    run: int  # the number of the net's run
+    record: Epoch
+    state: train.TrainState  # in NumPy's arrays, as all of it
+    losses: np.ndarray  # f32[steps], of this epoch
+    logits: np.ndarray  # f32[M, classes], of the test set after it
 
 
 def _train(
-    config: Config,
+    configs: Sequence[Config],
     dataset: Dataset,
-    norm: Norm,
-    seeds: list[int],
+    group: Group,
     observer: Observer,
     states: Sequence[train.TrainState] | None = None,
     complete: int = 0,
+    last: int | None = None,
 ) -> Iterator[list[_Trained]]:
-    """Trains one net for each seed, epoch by epoch; several seeds in one program. With `states`,
-    from these, after so many complete epochs.
+    """Trains the nets of a group, epoch by epoch up to the last one. With `states`, from these,
+    after so many complete epochs.
     """
-    recipe = _recipe(config, dataset, norm)
-    images, labels, test_images, test_labels = train.replicate(
-        recipe,
-        (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels),
-    )
-    splits = [hold_out(dataset.train_labels, config.validation, seed) for seed in seeds]
-    count = len(dataset.train_labels) - config.validation
-    several = len(seeds) > 1
-    train_steps = train.train_seeds if several else train.train_steps
-    evaluate = train.evaluate_seeds if several else train.evaluate
-    stack = train.stack_seeds
-    held = stack([train.replicate(recipe, rows) for _, rows in splits])
-    states = states or [train.init_state(recipe, seed) for seed in seeds]
-    state = stack([train.replicate(recipe, each) for each in states])
-    observer.on_nets(norm, seeds, -(-count // config.batch))
-    for epoch in range(complete + 1, config.epochs + 1):
+    nets = Nets(configs, dataset, group)
+    state = nets.begin(states or nets.initial())
+    observer.on_nets(group.norm, group.seeds, nets.steps)
+    for epoch in range(complete + 1, (last or nets.config.epochs) + 1):
         clock = time.perf_counter()
-        losses = np.zeros((len(seeds), 0), np.float32)
-        correct = np.zeros(len(seeds), int)
-        dropout_key = stack([train.derive_key(seed, "dropout", epoch) for seed in seeds])
-        cut = [
-            train.epoch_pieces(seed, epoch, jnp.asarray(rows), config.batch, PIECES)
-            for seed, (rows, _) in zip(seeds, splits, strict=True)
-        ]
-        for pieces in zip(*cut, strict=True):
-            batches = stack([piece.batches for piece in pieces])
-            _, first, start, stop = pieces[0]
-            state, steps = train_steps(
-                recipe, state, images, labels, batches, dropout_key, first, start, stop
-            )
-            new = np.reshape(steps.losses, (len(seeds), -1))[:, start:stop]
-            losses = np.concatenate([losses, new], axis=1)
-            correct += np.reshape(steps.correct, len(seeds))
-            if not np.isfinite(new).all():
-                which, step = np.argwhere(~np.isfinite(losses))[0]
-                loss = float(losses[which, step])
-                raise NonFiniteLoss(norm, seeds[which], epoch, int(step) + 1, loss)
-            interrupts.check()
-            observer.on_steps(epoch, losses.shape[1])
+        state, losses, correct = _train_epoch(nets, state, epoch, observer)
         trained = time.perf_counter()
-        test = evaluate(recipe, state, test_images, test_labels)
-        validation = (
-            evaluate(recipe, state, images[held], labels[held]) if config.validation else None
-        )
-        tests = train.unstack_seeds(jax.device_get(test), len(seeds))
-        validations = train.unstack_seeds(jax.device_get(validation), len(seeds))
+        test, validation = nets.evaluate(state)
         tested = time.perf_counter()
-        for seed, evaluations in zip(seeds, zip(tests, validations, strict=True), strict=True):
-            for each in evaluations:
-                if each is not None and not np.isfinite(each.logits).all():
-                    raise NonFiniteLoss(norm, seed, epoch, None, float(each.loss))
-        states = train.unstack_seeds(state, len(seeds))
-        seconds = (trained - clock) / len(seeds), (tested - trained) / len(seeds)
+        for each in (test, validation):
+            if each is not None and not np.isfinite(each.logits).all():
+                which = int(np.argwhere(~np.isfinite(each.logits))[0][0])
+                loss = float(each.loss[which])
+                raise NonFiniteLoss(group.norm, group.filled[which][1], epoch, None, loss)
+        seconds = (trained - clock) / len(group.nets), (tested - trained) / len(group.nets)
+        whole = devices.fetch(state)
         yield [
             _Trained(
+                run,
                 Epoch(
-                    norm,
+                    group.norm,
                     seed,
                     epoch,
-                    _mean_loss(losses[i], count, config.batch),
-                    int(correct[i]) / count,
-                    float(tests[i].loss),
-                    _fraction(tests[i].accuracy, len(test_labels)),
+                    _mean_loss(losses[i], nets.count, nets.config.batch),
+                    int(correct[i]) / nets.count,
+                    float(test.loss[i]),
+                    _fraction(test.accuracy[i], len(dataset.test_labels)),
                     *(round(each, 3) for each in seconds),
-                    **_validated(validations[i], config.validation),
+                    **_validated(validation, i, nets.config.validation),
                 ),
-                states[i],
+                jax.tree.map(lambda leaf, i=i: leaf[i], whole),
                 losses[i],
-                tests[i].logits,
+                np.asarray(test.logits[i]),
             )
-            for i, seed in enumerate(seeds)
+            for i, (run, seed) in enumerate(group.nets)
         ]
+
+
+def _train_epoch(
+    nets: Nets, state: train.TrainState, epoch: int, observer: Observer
+) -> tuple[train.TrainState, np.ndarray, np.ndarray]:
+    """One epoch of all nets: the new state, the losses f32[K, steps], and how many images each
+    classified rightly i32[K].
+    """
+    losses = np.zeros((nets.group.places, 0), np.float32)
+    correct = np.zeros(nets.group.places, int)
+    pieces, keys = nets.pieces(epoch)
+    for piece in pieces:
+        state, steps = nets.advance(state, piece, keys)
+        done = devices.fetch(steps)
+        new = done.losses[:, piece.start : piece.stop]
+        losses = np.concatenate([losses, new], axis=1)
+        correct += done.correct
+        if not np.isfinite(new).all():
+            which, step = np.argwhere(~np.isfinite(losses))[0]
+            seed, loss = nets.group.filled[which][1], float(losses[which, step])
+            raise NonFiniteLoss(nets.group.norm, seed, epoch, int(step) + 1, loss)
+        interrupts.check()
+        observer.on_steps(epoch, losses.shape[1])
+    return state, losses, correct
 
 
 def _mean_loss(losses: np.ndarray, count: int, batch_size: int) -> float:
@@ -332,21 +409,24 @@ def _mean_loss(losses: np.ndarray, count: int, batch_size: int) -> float:
     return float(np.average(losses.astype(np.float64), weights=sizes))
 
 
-def _validated(validation: train.Evaluation | None, count: int) -> dict[str, float]:
-    """What an epoch's record says of the validation, if there is one."""
+def _validated(validation: train.Evaluation | None, i: int, count: int) -> dict[str, float]:
+    """What an epoch's record says of a net's validation, if there is one."""
     if validation is None:
         return {}
-    accuracy = _fraction(validation.accuracy, count)
-    return {"validation_loss": float(validation.loss), "validation_accuracy": accuracy}
+    accuracy = _fraction(validation.accuracy[i], count)
+    return {"validation_loss": float(validation.loss[i]), "validation_accuracy": accuracy}
 
 
-def _fraction(accuracy: jax.Array, count: int) -> float:
+def _fraction(accuracy: Any, count: int) -> float:
     """An accuracy in float32 as the double nearest to the fraction that it is."""
     return round(float(accuracy) * count) / count
 
 
 def fit(
-    config: Config, dataset: Dataset, observer: Observer | None = None
+    config: Config,
+    dataset: Dataset,
+    observer: Observer | None = None,
+    layout: Layout | None = None,
 ) -> dict[tuple[Norm, int], Fit]:
     """Trains every net of `config` on `dataset` without touching the disk.
 
@@ -354,25 +434,23 @@ def fit(
     """
     observer = observer or Observer()
     counts, results = check(config, dataset), {}
-    for norm, seeds in groups(config, dataset):
-        epochs: dict[int, list[Epoch]] = {seed: [] for seed in seeds}
-        losses: dict[int, list[np.ndarray]] = {seed: [] for seed in seeds}
-        nets: list[_Trained] = []
-        for nets in _train(config, dataset, norm, seeds, observer):
+    for group in groups([config], dataset, layout):
+        told = []
+        for nets in _train([config], dataset, group, observer):
+            told.append(nets)
             for net in nets:
-                epochs[net.record.seed].append(net.record)
-                losses[net.record.seed].append(net.losses)
                 observer.on_epoch(net.record)
-        recipe = _recipe(config, dataset, norm)
-        for seed, net in zip(seeds, nets, strict=True):
-            results[norm, seed] = Fit(
-                norm,
+        recipe = _recipe(config, dataset, group.norm, ONE)
+        for i, seed in enumerate(group.seeds):
+            history = [nets[i] for nets in told]
+            results[group.norm, seed] = Fit(
+                group.norm,
                 seed,
-                counts[norm],
-                epochs[seed],
-                np.concatenate(losses[seed]),
-                net.logits,
-                net.state,
+                counts[group.norm],
+                [net.record for net in history],
+                np.concatenate([net.losses for net in history]),
+                history[-1].logits,
+                history[-1].state,
                 recipe,
             )
     return {net: results[net] for net in config.nets}
@@ -384,6 +462,7 @@ def run(
     directory: RunDirectory,
     command: str,
     observer: Observer | None = None,
+    layout: Layout | None = None,
     **about: Any,
 ) -> None:
     """Trains every net of `config` on `dataset` into a run directory.
@@ -392,11 +471,10 @@ def run(
     epoch's line, which makes it complete. `about` is what else `run.json` says (`self_check`,
     `deterministic`). Raises `UserError`, `NonFiniteLoss` and OSError.
     """
-    counts = check(config, dataset)
+    check(config, dataset)
     with directory.locked():
         RunDirectory.check_unused(directory.path)
-        directory.write_info(provenance.describe(config, dataset, counts, command, **about))
-        _train_into(directory, config, dataset, observer or Observer(), {})
+        train_runs([config], dataset, [directory], command, observer, layout, **about)
 
 
 def resume(
@@ -405,90 +483,165 @@ def resume(
     command: str,
     observer: Observer | None = None,
     self_check: str = "not made",
+    layout: Layout | None = None,
 ) -> None:
     """Goes on with a run from the newest complete epoch of each net, to its end.
 
     A damaged checkpoint is told to the observer, and the one before it used. On a CPU what comes
-    out equals an unbroken run bit for bit, but for the times. Raises `UserError` where the
-    directory is no run, another process writes to it, or the data is not what it was trained on.
+    out equals an unbroken run on the same mesh bit for bit, but for the times. Raises `UserError`
+    where the directory is no run, another process writes to it, or the data is not what it was
+    trained on.
+    """
+    with directory.locked():
+        config = directory.info().config
+        check(config, dataset)
+        train_runs([config], dataset, [directory], command, observer, layout, self_check=self_check)
+
+
+def train_runs(
+    configs: Sequence[Config],
+    dataset: Dataset,
+    directories: Sequence[RunDirectory],
+    command: str,
+    observer: Observer | None = None,
+    layout: Layout | None = None,
+    **about: Any,
+) -> None:
+    """Trains, or goes on with, the runs of a sweep: configurations that differ in batch size and
+    learning rate alone, each in a directory of its own, as far as it is not there yet.
+
+    In a job of several processes all of them call it, and the first alone touches the directories.
     """
     observer = observer or Observer()
-    with directory.locked():
-        info = directory.info()
-        if dataset.fingerprint != info.dataset["fingerprint"]:
-            raise UserError(
-                f"the data found is not what {directory.path} was trained on: give its --data-dir"
-            )
-        counts = check(info.config, dataset)
-        directory.sweep()
-        begun = progress.rewind(
-            directory,
-            {norm: _recipe(info.config, dataset, norm) for norm in info.config.norms},
-            list(groups(info.config, dataset)),
-            len(dataset.train_labels),
-            observer.on_warning,
-        )
-        complete = sum(each.epochs for each in begun.values())
-        observer.on_begun(complete)
-        if complete == info.config.epochs * len(info.config.nets):
-            return
-        now = provenance.describe(info.config, dataset, counts, command, self_check)
-        again = {name: getattr(now, name) for name in RESUMED_FIELDS}
-        if now.code != info.code or now.device != info.device:
-            observer.on_warning(
-                "the run was begun by other code or on another device (compare its run.json): it "
-                "goes on, but not bit for bit as it would have there"
-            )
-        directory.write_info(dataclasses.replace(info, resumed=[*info.resumed, again]))
-        _train_into(directory, info.config, dataset, observer, begun)
+    with contextlib.ExitStack() as stack:
+        begun: dict[SweptNet, Begun] = {}
+
+        def ready() -> tuple[bool, list[int]]:
+            """Readies the directories; whether there was any run, and every net's epochs."""
+            again = any((each.path / "run.json").exists() for each in directories)
+            for i, (config, directory) in enumerate(zip(configs, directories, strict=True)):
+                stack.enter_context(directory.locked())
+                found = _ready(config, dataset, directory, command, observer, layout, about)
+                begun.update({(i, *net): far for net, far in found.items()})
+            return again, [begun[net].epochs if net in begun else 0 for net in _all_nets(configs)]
+
+        again, epochs_of = job.from_first(ready)
+        complete = dict(zip(_all_nets(configs), epochs_of, strict=True))
+        if again:
+            observer.on_begun(sum(complete.values()))
+        for net, epochs in complete.items():
+            if net not in begun:  # the first process's
+                begun[net] = NOTHING._replace(epochs=epochs)
+        for group in groups(configs, dataset, layout):
+            _train_group(configs, dataset, group, directories, observer, begun)
+        if job.first():
+            for directory in directories:
+                progress.put_in_order(directory)
 
 
-def _train_into(
-    directory: RunDirectory,
+def _all_nets(configs: Sequence[Config]) -> list[SweptNet]:
+    return [(i, norm, seed) for i, config in enumerate(configs) for norm, seed in config.nets]
+
+
+def _ready(
     config: Config,
     dataset: Dataset,
+    directory: RunDirectory,
+    command: str,
     observer: Observer,
-    begun: dict[Net, Begun],
-) -> None:
-    """Trains what is not trained yet, and writes it down."""
-    for norm, seeds in groups(config, dataset):
-        # Seeds that train in one program and were cut off between their lines are an epoch apart.
-        far = {seed: begun.get((norm, seed), NOTHING).epochs for seed in seeds}
-        for complete in sorted({*far.values()} - {config.epochs}):
-            own = [seed for seed in seeds if far[seed] == complete]
-            _train_group(directory, config, dataset, norm, own, complete, observer, begun)
-    progress.put_in_order(directory, list(groups(config, dataset)))
+    layout: Layout | None,
+    about: dict[str, Any],
+) -> dict[Net, Begun]:
+    """Begins a run's records, or finds how far they are; returns what is begun."""
+    mesh = layout_of([config], config.batch, layout)
+    counts = check(config, dataset)
+    now = provenance.describe(config, dataset, counts, command, mesh=str(mesh), **about)
+    if not (directory.path / "run.json").exists():
+        directory.write_info(now)
+        return {}
+    info = directory.info()
+    if dataset.fingerprint != info.dataset["fingerprint"]:
+        raise UserError(
+            f"the data found is not what {directory.path} was trained on: give its --data-dir"
+        )
+    directory.sweep()
+    recipes: dict[Norm, train.Recipe] = {
+        norm: _recipe(info.config, dataset, norm, ONE) for norm in info.config.norms
+    }
+    train_count = len(dataset.train_labels)
+    begun = progress.rewind(directory, recipes, train_count, observer.on_warning)
+    if all(each.epochs == config.epochs for each in begun.values()):
+        return begun
+    if now.code != info.code or now.device != info.device:
+        observer.on_warning(
+            "the run was begun by other code or on other devices (compare its run.json): it goes "
+            "on, but not bit for bit as it would have there"
+        )
+    again = {name: getattr(now, name) for name in RESUMED_FIELDS}
+    directory.write_info(dataclasses.replace(info, resumed=[*info.resumed, again]))
+    return begun
 
 
 def _train_group(
-    directory: RunDirectory,
-    config: Config,
+    configs: Sequence[Config],
     dataset: Dataset,
-    norm: Norm,
-    seeds: list[int],
-    complete: int,
+    group: Group,
+    directories: Sequence[RunDirectory],
     observer: Observer,
-    begun: dict[Net, Begun],
+    begun: dict[SweptNet, Begun],
 ) -> None:
-    """Trains the nets of some seeds, of which so many epochs are complete, to the end."""
-    befores = [begun.get((norm, seed), NOTHING) for seed in seeds]
-    losses = {seed: before.losses for seed, before in zip(seeds, befores, strict=True)}
-    states = [before.state for before in befores if before.state is not None]
-    with contextlib.ExitStack() as stack:
-        stored = {
-            seed: stack.enter_context(checkpoints.writer(directory.checkpoints(norm, seed)))
-            for seed in seeds
-        }
-        for nets in _train(config, dataset, norm, seeds, observer, states, complete):
-            with interrupts.uninterrupted():
-                for net in nets:
-                    seed = net.record.seed
-                    losses[seed] = np.concatenate([losses[seed], net.losses])
-                    stored[seed].save(net.record.epoch, net.state._asdict())
-                    directory.write_step_losses(norm, seed, losses[seed])
-                    directory.write_predictions(norm, seed, net.logits, dataset.test_labels)
-                    directory.append_epoch(net.record)
-                    observer.on_epoch(net.record)
+    """Trains the nets of a group to their end, and writes them down.
+
+    Nets that were cut off between their lines are an epoch apart: those behind catch up first.
+    """
+    config = configs[group.nets[0][0]]
+    recipe = _recipe(config, dataset, group.norm, group.layout)
+    keys: dict[tuple[int, int], SweptNet] = {
+        net: (net[0], group.norm, net[1]) for net in group.nets
+    }
+    while (least := min(begun[key].epochs for key in keys.values())) < config.epochs:
+        behind = tuple(net for net in group.nets if begun[keys[net]].epochs == least)
+        ahead = {begun[key].epochs for key in keys.values()} - {least}
+        last = min(ahead, default=config.epochs)
+        states = None
+        if least:
+            shapes = train.init_state.eval_shape(recipe, 0)
+            zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+            own = [begun[keys[net]].state or zeros for net in behind]
+            states = job.arrays_from_first(jax.tree.map(np.asarray, own))
+        part = dataclasses.replace(group, nets=behind)
+        with contextlib.ExitStack() as stack:
+            stored = {
+                net: stack.enter_context(
+                    checkpoints.writer(directories[net[0]].checkpoints(group.norm, net[1]))
+                )
+                for net in (behind if job.first() else ())
+            }
+            for trained in _train(configs, dataset, part, observer, states, least, last):
+                with interrupts.uninterrupted():
+                    for net, each in zip(behind, trained, strict=True):
+                        losses = np.concatenate([begun[keys[net]].losses, each.losses])
+                        begun[keys[net]] = Begun(each.record.epoch, each.state, losses)
+                        if len(configs) > 1:
+                            observer.on_run(each.run, configs[each.run])
+                        if net in stored:
+                            _write(directories[each.run], stored[net], each, losses, dataset)
+                        observer.on_epoch(each.record)
+
+
+def _write(
+    directory: RunDirectory,
+    stored: checkpoints.Writer,
+    each: _Trained,
+    losses: np.ndarray,
+    dataset: Dataset,
+) -> None:
+    """Writes a net's epoch down; the line, which makes it complete, is the last."""
+    norm, seed = each.record.norm, each.record.seed
+    stored.save(each.record.epoch, each.state._asdict())
+    directory.write_step_losses(norm, seed, losses)
+    directory.write_predictions(norm, seed, each.logits, dataset.test_labels)
+    directory.append_epoch(each.record)
 
 
 def load_state(path: Path | str, norm: Norm, seed: int) -> tuple[train.Recipe, train.TrainState]:
@@ -501,8 +654,14 @@ def load_state(path: Path | str, norm: Norm, seed: int) -> tuple[train.Recipe, t
     if norm not in info.config.norms or not directory.checkpoints(norm, seed).is_dir():
         raise UserError(f"{path} has no checkpoint of {norm} norm, seed {seed}")
     data = info.dataset
+    classes = len(data["class_names"])
     recipe = make_recipe(
-        info.config, data["mean"], data["deviation"], len(data["class_names"]), norm
+        info.config,
+        data["mean"],
+        data["deviation"],
+        classes,
+        norm,
+        devices.local(info.config.batch),
     )
     shapes = train.init_state.eval_shape(recipe, seed)._asdict()
     complete = sum((each.norm, each.seed) == (norm, seed) for each in directory.epochs())

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnorm import ops
-from jaxnorm.config import ALL, Arch, Norm, UserError
+from jaxnorm.config import ALL, Arch, Norm, Precision, UserError
 
 LARGEST = 50_000
 """The study's cap on parameters."""
@@ -235,7 +235,7 @@ class CNN(nn.Module):
     training (`train=True`) it needs `rngs={"dropout": key}` unless `dropout` is 0, and
     `mutable=["batch_stats"]` for batch norm. Images that are a part of a batch say by `first` where
     in it they begin, so that they get its dropout masks; with devices that share a batch along a
-    mesh axis, `axis_name` names it.
+    mesh axis, `axis_name` names it. `precision` is that of the convolutions: see `Config`.
     """
 
     norm: Norm = "batch"
@@ -245,6 +245,7 @@ class CNN(nn.Module):
     dropout: float = 0.1
     plain: bool = False
     axis_name: str | None = None
+    precision: Precision = "float32"
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -275,7 +276,8 @@ class CNN(nn.Module):
         chex.assert_type(images, jnp.float32)
         dropout = self.dropout if train else 0.0
         key = self.make_rng("dropout") if dropout else None
-        x = images
+        kept = jnp.bfloat16 if self.precision == "bfloat16" else jnp.float32
+        x = images.astype(kept)
         for number, layer in enumerate(self.layers):
             match layer.kind:
                 case "block":
@@ -288,7 +290,7 @@ class CNN(nn.Module):
                         f"{layer.name}_norm",
                         self.plain,
                         self.axis_name,
-                    )(x)
+                    )(x.astype(jnp.float32)).astype(kept)
                     x = self._dropout_relu(x, key, number, dropout, first)
                 case "squeeze":
                     x = nn.relu(self._convolution(layer, 1)(x))
@@ -298,7 +300,7 @@ class CNN(nn.Module):
                     x = x[:, : layer.window, : layer.window].mean((1, 2), keepdims=True)
                 case "head":
                     x = self._convolution(layer, 1)(x)
-        return x.reshape(x.shape[0], self.num_classes)
+        return x.reshape(x.shape[0], self.num_classes).astype(jnp.float32)
 
     def _convolution(self, layer: Layer, side: int) -> nn.Conv:
         return nn.Conv(
@@ -306,6 +308,9 @@ class CNN(nn.Module):
             (side, side),
             padding=layer.padding,
             use_bias=False,
+            dtype=jnp.bfloat16 if self.precision == "bfloat16" else jnp.float32,
+            # an accelerator's own default for float32 is less than it
+            precision="tensorfloat32" if self.precision == "tf32" else "highest",
             kernel_init=nn.initializers.variance_scaling(
                 1 / 3, "fan_in", "uniform"
             ),  # +-1/sqrt(fan_in), PyTorch's

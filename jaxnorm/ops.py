@@ -71,8 +71,11 @@ def convolution(
             "convolution: only stride 1, without dilation or feature groups, is supported; use "
             "nn.Conv as it is"
         )
-    if not _on_cpu():
-        return lax.conv_general_dilated(images, kernel, (1, 1), padding, dimension_numbers=_NHWC)
+    if not _on_cpu() or images.dtype != jnp.float32:
+        precision = options.get("precision")
+        return lax.conv_general_dilated(
+            images, kernel, (1, 1), padding, dimension_numbers=_NHWC, precision=precision
+        )
     low_high = tuple((int(low), int(high)) for low, high in padding)
     assert len(low_high) == 2
     return _convolution(images, kernel, low_high)
@@ -296,13 +299,19 @@ def _pool(sums: jax.Array, over: Over) -> jax.Array:
         sums = _over_images(sums)[None]
         if over.axis is not None:
             sums = lax.psum(sums, over.axis)
-    same_group = np.repeat(np.eye(over.groups, dtype=np.float32), sums.shape[1] // over.groups, 0)
-    return sums if over.groups == sums.shape[1] else _product(sums, same_group)
+    if over.groups == sums.shape[1]:
+        return sums
+    return sums.reshape(sums.shape[0], over.groups, -1).sum(2)
 
 
 def _over_images(sums: jax.Array) -> jax.Array:
-    """Sums f32[N, C] over the images: f32[C]."""
-    return _product(np.ones((1, sums.shape[0]), np.float32), sums)[0]
+    """Sums f32[N, C] over the images: f32[C].
+
+    By no product with ones: XLA takes a product in front of it into the same loop, and rounds there
+    once or twice by whether it knows that the ones are ones, which it does in programs for one
+    device. The bits of a net would depend on how many devices train other nets.
+    """
+    return sums.sum(0)
 
 
 def _product(a: jax.Array | np.ndarray, b: jax.Array | np.ndarray) -> jax.Array:

@@ -76,12 +76,12 @@ def jax_setup(job: Job) -> tuple[Any, tuple, Any]:
     import jax
     import jax.numpy as jnp
 
-    from jaxnorm import train
+    from jaxnorm import devices, train
     from jaxnorm.model import CNN
 
     net = CNN(job.norm, job.arch, plain=job.peer == "flax")
-    devices = train.devices_for(job.batch_size) if job.peer == "jaxnorm" else 1
-    recipe = train.Recipe(net, 0.01, 0.9, MEAN, DEVIATION, devices)
+    layout = devices.choose(1, job.batch_size) if job.peer == "jaxnorm" else devices.Layout()
+    recipe = train.Recipe(net, 0.01, 0.9, MEAN, DEVIATION, layout)
     arrays = train.replicate(recipe, (*draw_data(), batches_of(job.batch_size)))
     states = [train.replicate(recipe, train.init_state(recipe, seed)) for seed in range(job.seeds)]
     if job.peer == "jaxnorm-vmap":
@@ -93,9 +93,9 @@ def jax_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
     """Our training or evaluation, and what it runs on."""
     import jax
 
-    from jaxnorm import train
+    from jaxnorm import devices, train
 
-    train.use_all_cores()
+    devices.use_all_cores()
     if job.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", job.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -126,7 +126,10 @@ def jax_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
         for _ in range(count):
             jax.block_until_ready(train.evaluate(recipe, states[0], images, labels))
 
-    about = {"jax": jax.__version__, "device": f"{jax.devices()[0].device_kind} x{recipe.devices}"}
+    about = {
+        "jax": jax.__version__,
+        "device": f"{jax.devices()[0].device_kind} x{recipe.layout.devices}",
+    }
     return (steps if job.task == "train" else evaluations), about
 
 

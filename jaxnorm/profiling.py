@@ -29,9 +29,9 @@ def profile(job: Job) -> Profile:
     """Profiles a few warm training steps of our own side of a benchmark."""
     import jax
 
-    from jaxnorm import peers, train
+    from jaxnorm import devices, peers, train
 
-    train.use_all_cores()
+    devices.use_all_cores()
     recipe, (images, labels, batches), (state,) = peers.jax_setup(job)
     key = train.derive_key(1, "dropout", 1)
     rest = (images, labels, batches, key, 0, 0, STEPS)

@@ -28,14 +28,11 @@ class Begun(NamedTuple):
 
 
 NOTHING = Begun(0, None, np.zeros(0, np.float32))
-Groups = Sequence[tuple[Norm, Sequence[int]]]
-"""The norms and seeds in the order in which they train, seeds of one program together."""
 
 
 def rewind(
     directory: RunDirectory,
     recipes: Mapping[Norm, train.Recipe],
-    groups: Groups,
     train_count: int,
     warn: Callable[[str], None],
 ) -> dict[Net, Begun]:
@@ -68,30 +65,22 @@ def rewind(
             )
         begun[norm, seed] = found
     kept = [each for net, own in lines.items() for each in own[: begun[net].epochs]]
-    directory.rewind(_in_order(kept, groups), {net: each.losses for net, each in begun.items()})
+    directory.rewind(_in_order(kept, config), {net: each.losses for net, each in begun.items()})
     for net, each in begun.items():
         checkpoints.forget_after(directory.checkpoints(*net), each.epochs)
     return begun
 
 
-def put_in_order(directory: RunDirectory, groups: Groups) -> None:
-    """Sorts the lines of a run into the order in which an unbroken run writes them."""
-    directory.rewind(_in_order(directory.epochs(), groups), {})
+def put_in_order(directory: RunDirectory) -> None:
+    """Sorts the lines of a run into one order, whichever nets trained at the same time: all norms
+    of a seed before the next seed, and each net's epochs one after the other.
+    """
+    directory.rewind(_in_order(directory.epochs(), directory.info().config), {})
 
 
-def _in_order(epochs: Sequence[Epoch], groups: Groups) -> list[Epoch]:
-    place = {
-        (norm, seed): (number, within)
-        for number, (norm, seeds) in enumerate(groups)
-        for within, seed in enumerate(seeds)
-    }
-
-    def key(each: Epoch) -> tuple[int, int, int]:
-        """By group, then epoch, then seed."""
-        number, within = place[each.norm, each.seed]
-        return number, each.epoch, within
-
-    return sorted(epochs, key=key)
+def _in_order(epochs: Sequence[Epoch], config: Config) -> list[Epoch]:
+    place = {net: number for number, net in enumerate(config.nets)}
+    return sorted(epochs, key=lambda each: (place[each.norm, each.seed], each.epoch))
 
 
 def _newest(

@@ -20,6 +20,7 @@ def describe(
     command: str,
     self_check: str = "not made",
     deterministic: bool = False,
+    mesh: str = "seed=1,batch=1",
 ) -> RunInfo:
     """All that `run.json` says of a run that starts now."""
     packages = (
@@ -52,7 +53,8 @@ def describe(
         "test_count": len(dataset.test_labels),
     }
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    hardware = f"{device.device_kind} x{jax.device_count()}" + (
+    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    hardware = f"{device.device_kind} x{jax.device_count()}{processes}" + (
         f" ({_processor()})" if device.platform == "cpu" else ""
     )
     return RunInfo(
@@ -67,6 +69,7 @@ def describe(
         self_check,
         repeatable(device.platform, deterministic),
         deterministic,
+        mesh=mesh,
     )
 
 

@@ -100,6 +100,8 @@ class RunInfo:
     """Whether the accelerator was asked for operations that repeat."""
     resumed: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """For each time that the run was gone on with, what `RESUMED_FIELDS` names, of that time."""
+    mesh: str = "not known"
+    """The devices that it was trained on, as rows for nets and sharers of a batch."""
 
     @property
     def code(self) -> dict[str, str]:
@@ -108,11 +110,11 @@ class RunInfo:
         return {**self.versions, **own}
 
 
-RESUMED_FIELDS = ("started", "command", "device", "versions", "git_revision", "self_check")
-_TEXTS = ("device", "started", "command", "self_check", "repeatable")
+RESUMED_FIELDS = ("started", "command", "device", "mesh", "versions", "git_revision", "self_check")
+_TEXTS = ("device", "mesh", "started", "command", "self_check", "repeatable")
 _COUNTS = ("train_count", "test_count")
 _LARGEST = 1e300
-_LATER = ("self_check", "repeatable", "deterministic", "resumed")
+_LATER = ("self_check", "repeatable", "deterministic", "resumed", "mesh")
 """Fields of `RunInfo` that runs may be older than."""
 _LOCK, _TEMPORARY = ".lock", ".writing-"
 
@@ -467,7 +469,8 @@ def _checks(info: RunInfo) -> dict[str, bool]:
         "deterministic": type(info.deterministic) is bool,
         "resumed": isinstance(info.resumed, list)
         and all(
-            isinstance(each, dict) and each.keys() == set(RESUMED_FIELDS) for each in info.resumed
+            isinstance(each, dict) and {*RESUMED_FIELDS} - {"mesh"} <= {*each} <= {*RESUMED_FIELDS}
+            for each in info.resumed
         ),
         "git_revision": info.git_revision is None or isinstance(info.git_revision, str),
         **{name: isinstance(getattr(info, name), str) for name in _TEXTS},

@@ -84,14 +84,21 @@ def main(
     Parameters
     ----------
     runs
-        Run directories.
+        Run directories; of a sweep's folder, all of its runs.
     """
     from jaxnorm import page, tables
     from jaxnorm.records import RunDirectory
+    from jaxnorm.sweep import SweepDirectory
 
     if not runs and (options.merge or not (options.bench or options.faults)):
         raise UserError("no run directory was given: python -m jaxnorm.report RUN [RUN ...]")
-    directories = [RunDirectory(path) for path in runs]
+    directories = [
+        directory
+        for path in runs
+        for directory in (
+            SweepDirectory(path).runs() if SweepDirectory.is_one(path) else [RunDirectory(path)]
+        )
+    ]
     if options.merge:
         directories = [_merge(directories, options)]
     reference = read_reference(options.reference)

@@ -6,27 +6,32 @@ An extra (`pip install '.[tensorboard]'`): nothing else needs it.
 from pathlib import Path
 from typing import Any
 
-from jaxnorm.config import UserError
-from jaxnorm.experiment import Observer
+from jaxnorm.config import Config, UserError
+from jaxnorm.observers import Observer
 from jaxnorm.records import Epoch
+from jaxnorm.sweep import name_of
 
 
 class Scalars(Observer):
     """Writes each epoch's losses and accuracies under `directory`, one folder for each norm and
-    seed, by names that lay the norms over each other.
+    seed (in a sweep for each run's), by names that lay the norms over each other.
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory, self._writers = directory, {}
+        self.directory, self._writers, self._run = directory, {}, ""
 
     @staticmethod
     def check() -> None:
         """Raises `UserError` where the extra is not installed."""
         _writer_class()
 
+    def on_run(self, number: int, config: Config) -> None:
+        """Names the run that the next epochs are of."""
+        self._run = f"{name_of(config)}-"
+
     def on_epoch(self, epoch: Epoch) -> None:
         """Writes the epoch's scalars and has them on disk."""
-        name = f"{epoch.norm}-{epoch.seed}"
+        name = f"{self._run}{epoch.norm}-{epoch.seed}"
         if name not in self._writers:
             self._writers[name] = _writer_class()(str(self.directory / name))
         writer = self._writers[name]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxnorm import train
+from jaxnorm.devices import ONE
 
 FORWARD, BACKWARD = 1e-4, 5e-2
 """The largest relative errors of loss and running averages, and of gradients, that pass.
@@ -36,9 +37,9 @@ class WrongNumbers(ArithmeticError):
 
 
 class Step(NamedTuple):
-    """What one step from the initial state made."""
+    """What one step from the initial state made, of one net or with a leading axis of several."""
 
-    loss: jax.Array | np.ndarray  # f32[]
+    loss: jax.Array | np.ndarray  # f32[] or f32[K]
     state: train.TrainState
 
 
@@ -70,10 +71,11 @@ def check_step(
     dropout_key: jax.Array,
     step: Callable[[int], Step],
 ) -> None:
-    """Compares `step(i)`, what the training program makes of `batches[i]` from the initial state,
-    with the plain step; raises `WrongNumbers` where each of `TRIES` batches disagrees.
+    """Compares `step(i)`, what each place of the training program makes of `batches[i]` from the
+    initial state, with the plain step; raises `WrongNumbers` where each of `TRIES` batches
+    disagrees.
     """
-    plain = dataclasses.replace(recipe, model=recipe.model.clone(plain=True), devices=1)
+    plain = dataclasses.replace(recipe, model=recipe.model.clone(plain=True), layout=ONE)
     plain_step = jax.jit(partial(train.train_step, plain), compiler_options=_ONCE)
     worst = ""
     for i in range(min(TRIES, len(batches))):
@@ -84,7 +86,10 @@ def check_step(
             jnp.asarray(labels[rows]),
             jax.random.fold_in(dropout_key, i),
         )
-        worst = _disagreement(step(i), Step(loss, state), initial)
+        got, wanted = step(i), jax.device_get(Step(loss, state))
+        places = [jax.tree.map(lambda leaf, k=k: leaf[k], got) for k in range(len(got.loss))]
+        disagreements = [_disagreement(each, wanted, initial) for each in places]
+        worst = next(filter(None, disagreements), "")
         if not worst:
             return
     raise WrongNumbers(

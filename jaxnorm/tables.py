@@ -34,6 +34,16 @@ class Table:
         text = "\n".join("| " + " | ".join(map(escaped, line)) + " |" for line in lines)
         return text + (f"\n\n{escaped(self.note)}\n" if self.note else "\n")
 
+    def plain(self) -> str:
+        """For a terminal: columns in line, with the note and without the title."""
+        lines = [self.head, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = "\n".join(
+            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+            for line in lines
+        )
+        return text + (f"\n{self.note}" if self.note else "")
+
 
 def escaped(text: str) -> str:
     """Text in which Markdown finds no mark-up, on one line."""
@@ -242,6 +252,7 @@ def facts(run: Run) -> Table:
         ["data verified", verified[data["verified"]]],
         ["data SHA-256", data["fingerprint"]],
         ["device", info.device],
+        ["mesh", info.mesh],
         ["self-check", info.self_check],
         ["repeatable", info.repeatable],
         ["started", info.started],
@@ -260,8 +271,8 @@ def _again(info: RunInfo, resumed: Mapping[str, Any]) -> str:
     """When a run was gone on with, and what was not as at its beginning."""
     other = [
         name.replace("_", " ")
-        for name in ("device", "versions", "git_revision")
-        if resumed[name] != getattr(info, name)
+        for name in ("device", "mesh", "versions", "git_revision")
+        if resumed.get(name, info.mesh) != getattr(info, name)
     ]
     checked = f"self-check {resumed['self_check']}"
     return f"{resumed['started']}, {f'other {listed(other)}, ' if other else ''}{checked}"
@@ -307,6 +318,25 @@ def side_by_side(runs: Mapping[str, Run]) -> Table:
         rows.append([title, run.info.dataset["caption"], *cells])
     note = "Last epoch, mean \N{PLUS-MINUS SIGN} standard deviation over n seeds."
     return Table("Last test accuracy, side by side", ["run", "data", *norms], rows, note)
+
+
+def sweep(runs: Sequence[Run]) -> Table:
+    """The last test accuracy of every norm at every batch size and learning rate of a sweep."""
+    norms = runs[0].info.config.norms
+    rows = []
+    for run in runs:
+        config = run.info.config
+        cells = [
+            stats.accuracy_text(run.sample(norm)) if norm in run.summaries else "" for norm in norms
+        ]
+        rows.append([str(config.batch), f"{config.learning_rate:g}", *cells])
+    config = runs[0].info.config
+    note = (
+        f"Last test accuracy after {config.epochs} epochs, n = {config.seeds} each"
+        + (", mean \N{PLUS-MINUS SIGN} standard deviation" if config.seeds > 1 else "")
+        + f"; {config.arch} nets, {runs[0].info.dataset['caption']}."
+    )
+    return Table("The sweep", ["batch", "learning rate", *norms], rows, note)
 
 
 def speed(values: Mapping[str, Any]) -> Table:

@@ -4,9 +4,12 @@ Random keys are derived and never carried: `key(seed)`, then the purpose, the ep
 epoch 7 of a resumed run sees the images in the same order, under the same dropout masks, as epoch 7
 of an unbroken one; and none of it depends on the norm.
 
-On a CPU, devices that share a batch (`Recipe.devices`) each train on their part, and where images
-know nothing of each other (all norms but batch norm) on a few of these at a time, which a core's
-cache holds. Gradients and batch norm's statistics are those of the whole batch.
+Nets that differ in their seed and learning rate alone train in one program, spread over the rows
+of the mesh that the recipe names; the bits of a net depend neither on its row nor on the others.
+Devices that share a batch each train on their part, and where images know nothing of each other
+(all norms but batch norm) on a CPU on a few of these at a time, which a core's cache holds.
+Gradients and batch norm's statistics are those of the whole batch, so the result is that of one
+device within rounding.
 
 The data stays on the device as uint8. An epoch is one compiled loop (`lax.fori_loop`, the loop that
 `lax.scan` becomes) with bounds given at run time, so that a caller who shows progress runs it in
@@ -14,9 +17,8 @@ pieces without compiling twice, and gets the same bits. The ragged last batch is
 the study.
 """
 
-import contextlib
 import itertools
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -27,17 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxnorm import ops
+from jaxnorm import devices, ops
+from jaxnorm.devices import BATCH, ONE, SEED, Layout
 from jaxnorm.model import CNN, activation_bytes
 
 EVALUATION_BATCH = 100
-SHARE = 16
-"""The fewest images of a batch that are worth a device."""
-AXIS = "batch"
-"""The mesh axis along which devices share a batch."""
 _PURPOSES = {"init": 0, "order": 1, "dropout": 2}
 
 
@@ -46,8 +44,8 @@ class Recipe:
     """What a compiled step depends on besides the shapes of its arrays; hashable, so that one
     recipe is traced once.
 
-    `mean` and `deviation` standardize each of the three channels of an image scaled to [0, 1]. Of
-    the devices that there are, the first `devices` share each batch.
+    `mean` and `deviation` standardize each of the three channels of an image scaled to [0, 1].
+    `layout` is the mesh of devices to train on.
     """
 
     model: CNN
@@ -55,12 +53,11 @@ class Recipe:
     momentum: float
     mean: tuple[float, float, float]
     deviation: tuple[float, float, float]
-    devices: int = 1
+    layout: Layout = ONE
 
-    @property
-    def optimizer(self) -> optax.GradientTransformation:
+    def optimizer(self, learning_rate: float | jax.Array) -> optax.GradientTransformation:
         """SGD with momentum; its state is one array for each parameter."""
-        return optax.sgd(self.learning_rate, self.momentum)
+        return optax.sgd(learning_rate, self.momentum)
 
 
 class TrainState(NamedTuple):
@@ -88,51 +85,9 @@ class Evaluation(NamedTuple):
     accuracy: jax.Array  # f32[], a fraction
 
 
-def use_all_cores() -> None:
-    """Makes every core of the CPU a JAX device of its own, so that cores can share batches.
-
-    Two cores that each take half of a batch are a quarter faster than two that share each operator.
-    To be called before anything else of JAX: a JAX that has started keeps the devices it has, and
-    so does one whose `XLA_FLAGS` say how many.
-    """
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", cores)
-
-
-def devices_for(batch_size: int) -> int:
-    """How many devices share a batch: as many CPU cores as divide it into enough images each."""
-    if jax.default_backend() != "cpu":
-        return 1
-    counts = range(jax.local_device_count(), 1, -1)
-    fits = (n for n in counts if batch_size % n == 0 and batch_size // n >= SHARE)
-    return next(fits, 1)
-
-
-def mesh(devices: int) -> Mesh:
-    """The first `devices` devices in a row."""
-    return Mesh(np.array(jax.devices()[:devices]), (AXIS,))
-
-
 def replicate(recipe: Recipe, arrays: Any) -> Any:
     """Copies arrays to every device of a recipe, once and for all."""
-    if recipe.devices == 1:
-        return jax.tree.map(jnp.asarray, arrays)
-    return jax.device_put(arrays, NamedSharding(mesh(recipe.devices), P()))
-
-
-def stack_seeds(trees: list[Any]) -> Any:
-    """The arrays of several seeds, with a new leading axis; of one seed as they are."""
-    return trees[0] if len(trees) == 1 else jax.tree.map(lambda *each: jnp.stack(each), *trees)
-
-
-def unstack_seeds(tree: Any, count: int) -> list[Any]:
-    """Undoes `stack_seeds`."""
-    if count == 1:
-        return [tree]
-    return [jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(count)]
+    return devices.place(recipe.layout, arrays)
 
 
 def derive_key(
@@ -150,13 +105,17 @@ def derive_key(
 def standardize(
     recipe: Recipe, images: jax.Array
 ) -> jax.Array:  # u8[N, 32, 32, 3] -> f32[N, 32, 32, 3]
-    """Scales images to [0, 1], subtracts the mean and divides by the deviation of each channel."""
+    """Scales images to [0, 1], subtracts the mean and divides by the deviation of each channel.
+
+    Written as a difference and then a product, which round alike in every program: a product and
+    then a difference are rounded once or twice, as XLA joins them or not.
+    """
     chex.assert_shape(images, (None, 32, 32, 3))
     chex.assert_type(images, jnp.uint8)
-    channels = (1, 1, 1, 3)
-    mean = jnp.array(recipe.mean, jnp.float32).reshape(channels)
-    deviation = jnp.array(recipe.deviation, jnp.float32).reshape(channels)
-    return (images.astype(jnp.float32) / 255 - mean) / deviation
+    mean, deviation = (
+        255 * np.reshape(each, (1, 1, 1, 3)) for each in (recipe.mean, recipe.deviation)
+    )
+    return (images.astype(jnp.float32) - jnp.float32(mean)) * jnp.float32(1 / deviation)
 
 
 # Runs once, and XLA's optimizer takes four seconds over the random bits, for the same values.
@@ -168,7 +127,8 @@ def init_state(recipe: Recipe, seed: int | jax.Array) -> TrainState:
     """
     variables = recipe.model.init(derive_key(seed, "init"), jnp.zeros((1, 32, 32, 3)))
     params = variables["params"]
-    return TrainState(params, variables.get("batch_stats", {}), recipe.optimizer.init(params))
+    opt_state = recipe.optimizer(recipe.learning_rate).init(params)
+    return TrainState(params, variables.get("batch_stats", {}), opt_state)
 
 
 def train_step(
@@ -178,6 +138,7 @@ def train_step(
     labels: jax.Array,  # i32[B]
     key: jax.Array,  # decides the dropout masks
     axis: str | None = None,
+    learning_rate: float | jax.Array | None = None,  # in place of the recipe's
 ) -> tuple[TrainState, jax.Array, jax.Array]:
     """One step of SGD on the mean cross-entropy of a batch.
 
@@ -229,7 +190,8 @@ def train_step(
         nothing = (jnp.zeros(()), jnp.zeros((), jnp.int32), zeros)
         total = lax.fori_loop(0, count // piece, add_piece, nothing)
     loss, hits, gradients = total if axis is None else lax.psum(total, axis)
-    updates, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params)
+    rate = recipe.learning_rate if learning_rate is None else learning_rate
+    updates, opt_state = recipe.optimizer(rate).update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return TrainState(params, batch_stats, opt_state), loss, hits
 
@@ -239,6 +201,96 @@ def epoch_order(
 ) -> jax.Array:  # i32[count]
     """The order in which an epoch (from 1) takes the training images: a fresh shuffle for each."""
     return jax.random.permutation(derive_key(seed, "order", epoch), count).astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def train_nets(
+    recipe: Recipe,
+    states: TrainState,  # every array with a leading axis K, a multiple of the mesh's rows
+    images: jax.Array,  # u8[N, 32, 32, 3]
+    labels: jax.Array,  # i32[N]
+    batches: jax.Array,  # i32[K, S, B], rows of `images`
+    dropout_keys: jax.Array,  # [K], of the epoch
+    learning_rates: jax.Array,  # f32[K]
+    first: int | jax.Array,  # the step's number in the epoch at batches[:, 0]
+    start: int | jax.Array,
+    stop: int | jax.Array,
+) -> tuple[TrainState, Steps]:
+    """Trains K nets on their batches[:, start:stop] in one compiled loop.
+
+    `states` is consumed: its memory is used again. What is returned has the leading axis too.
+    """
+    chex.assert_equal_shape_prefix([images, labels], 1)
+    chex.assert_equal_shape_prefix([batches, dropout_keys, learning_rates], 1)
+    chex.assert_rank(batches, 3)
+    chex.assert_type([labels, batches], jnp.int32)
+    share = batches.shape[2] // recipe.layout.batch
+    shared = recipe.layout.batch > 1 and batches.shape[2] % recipe.layout.batch == 0
+
+    def train_on(images, labels, first, start, stop, state, batches, dropout_key, learning_rate):
+        """What each device does for one net."""
+
+        def body(i, carry):
+            """One batch."""
+            state, losses, correct = carry
+            rows = batches[i]
+            if shared:
+                rows = lax.dynamic_slice_in_dim(rows, lax.axis_index(BATCH) * share, share)
+            key = jax.random.fold_in(dropout_key, first + i)
+            state, loss, hits = train_step(
+                recipe,
+                state,
+                images[rows],
+                labels[rows],
+                key,
+                BATCH if shared else None,
+                learning_rate,
+            )
+            return state, losses.at[i].set(loss), correct + hits
+
+        nothing = (jnp.zeros(batches.shape[0], jnp.float32), jnp.zeros((), jnp.int32))
+        return lax.fori_loop(start, stop, body, (state, *nothing))
+
+    state, losses, correct = _each_net(
+        recipe.layout,
+        train_on,
+        (images, labels, first, start, stop),
+        (states, batches, dropout_keys, learning_rates),
+    )
+    return state, Steps(losses, correct)
+
+
+def _each_net(layout: Layout, function: Callable, common: tuple, own: tuple) -> Any:
+    """Calls `function(*common, *own)` for each net, whose parts lie along the leading axis of
+    `own`; each row of the mesh takes as many nets. The results have that axis too.
+    """
+
+    def on_row(common, own):
+        """What one row of devices does: a net alone as if it were alone in the world."""
+        if jax.tree.leaves(own)[0].shape[0] > 1:
+            return jax.vmap(function, (*[None] * len(common), *[0] * len(own)))(*common, *own)
+        result = function(*common, *jax.tree.map(lambda leaf: leaf[0], own))
+        return jax.tree.map(lambda leaf: leaf[None], result)
+
+    if layout.devices > 1:
+        on_row = jax.shard_map(
+            on_row,
+            mesh=layout.mesh,
+            in_specs=(P(), P(SEED)),
+            out_specs=P(SEED),
+            check_vma=False,
+        )
+    return on_row(common, own)
+
+
+def _alone(tree: Any) -> Any:
+    """One net's arrays with a leading axis of one."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tree)
+
+
+def _only(tree: Any) -> Any:
+    """Undoes `_alone`."""
+    return jax.tree.map(lambda leaf: leaf[0], tree)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -253,71 +305,19 @@ def train_steps(
     start: int | jax.Array,
     stop: int | jax.Array,
 ) -> tuple[TrainState, Steps]:
-    """Trains on batches[start:stop] in one compiled loop.
+    """Trains one net on batches[start:stop]: `train_nets` of one.
 
     `state` is consumed: its memory is used again.
     """
-
-    chex.assert_equal_shape_prefix([images, labels], 1)
     chex.assert_rank(batches, 2)
-    chex.assert_type([labels, batches], jnp.int32)
-
-    devices = recipe.devices
-    shared = devices > 1 and batches.shape[1] % devices == 0
-    share = batches.shape[1] // devices if shared else batches.shape[1]
-
-    def train_on(state, images, labels, batches, dropout_key, first, start, stop):
-        """What each device does."""
-
-        def body(i, carry):
-            """One batch."""
-            state, losses, correct = carry
-            mine = lax.axis_index(AXIS) * share if shared else 0
-            rows = lax.dynamic_slice_in_dim(batches[i], mine, share)
-            key = jax.random.fold_in(dropout_key, first + i)
-            state, loss, hits = train_step(
-                recipe, state, images[rows], labels[rows], key, AXIS if shared else None
-            )
-            return state, losses.at[i].set(loss), correct + hits
-
-        nothing = (jnp.zeros(batches.shape[0], jnp.float32), jnp.zeros((), jnp.int32))
-        return lax.fori_loop(start, stop, body, (state, *nothing))
-
-    if devices > 1:
-        train_on = jax.shard_map(
-            train_on, mesh=mesh(devices), in_specs=P(), out_specs=P(), check_vma=False
-        )
-    state, losses, correct = train_on(
-        state, images, labels, batches, dropout_key, first, start, stop
-    )
-    return state, Steps(losses, correct)
+    own = _alone((batches, dropout_key, jnp.float32(recipe.learning_rate)))
+    trained = train_nets(recipe, _alone(state), images, labels, *own, first, start, stop)
+    return _only(trained)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
-def train_seeds(
-    recipe: Recipe,
-    states: TrainState,  # every array with a leading axis K
-    images: jax.Array,  # u8[N, 32, 32, 3]
-    labels: jax.Array,  # i32[N]
-    batches: jax.Array,  # i32[K, S, B]
-    dropout_keys: jax.Array,  # [K]
-    first: int | jax.Array,
-    start: int | jax.Array,
-    stop: int | jax.Array,
-) -> tuple[TrainState, Steps]:
-    """`train_steps` for K seeds in one program; what it returns has the leading axis too.
-
-    For accelerators. On a CPU it takes longer than one seed after the other.
-    """
-    axes = (0, None, None, 0, 0, None, None, None)
-    return jax.vmap(partial(train_steps, recipe), axes)(
-        states, images, labels, batches, dropout_keys, first, start, stop
-    )
-
-
-def seeds_at_once(recipe: Recipe, batch_size: int) -> int:
-    """How many seeds to train in one program: one on a CPU, elsewhere what half of the memory
-    holds.
+def nets_at_once(recipe: Recipe, batch_size: int) -> int:
+    """How many nets a row of devices trains at the same time: one on a CPU, where one after the
+    other is faster, elsewhere what half of a device's memory holds.
     """
     if jax.default_backend() == "cpu":
         return 1
@@ -327,14 +327,32 @@ def seeds_at_once(recipe: Recipe, batch_size: int) -> int:
 
 
 class Piece(NamedTuple):
-    """A piece of an epoch, ready for `train_steps`: all full batches share one array, so all their
-    pieces share one compilation.
+    """A piece of an epoch, ready for `train_steps` or `train_nets`: all full batches share one
+    array, so all their pieces share one compilation.
     """
 
-    batches: jax.Array  # i32[S, B]
+    batches: jax.Array  # i32[S, B], or i32[K, S, B] of K nets
     first: int
     start: int
     stop: int
+
+
+def _cut(full: jax.Array, ragged: jax.Array, pieces: int) -> list[Piece]:
+    """Cuts full batches [..., S, B] into about so many pieces; the ragged batch is one more, if it
+    holds anything.
+    """
+    count = full.shape[-2]
+    edges = sorted({round(count * i / pieces) for i in range(pieces + 1)})
+    cut = [Piece(full, 0, start, stop) for start, stop in itertools.pairwise(edges)]
+    return [*cut, Piece(ragged, count, 0, 1)] if ragged.shape[-1] else cut
+
+
+def _batches(
+    seed: int | jax.Array, epoch: int | jax.Array, rows: jax.Array, batch_size: int
+) -> tuple[jax.Array, jax.Array]:  # i32[S, B] and i32[1, what is left]
+    order = rows[epoch_order(seed, epoch, rows.shape[0])]
+    full = rows.shape[0] // batch_size * batch_size
+    return order[:full].reshape(-1, batch_size), order[full:][None]
 
 
 def epoch_pieces(
@@ -344,18 +362,35 @@ def epoch_pieces(
     batch_size: int,
     pieces: int = 1,
 ) -> list[Piece]:
-    """Cuts an epoch over these images into about `pieces` pieces of full batches, and one of the
-    ragged last batch if there is one.
+    """Cuts a net's epoch over these images into about `pieces` pieces of full batches, and one of
+    the ragged last batch if there is one.
     """
-    count = rows.shape[0]
-    order = rows[epoch_order(seed, epoch, count)]
-    full = count // batch_size
-    batches = order[: full * batch_size].reshape(full, batch_size)
-    edges = sorted({round(full * i / pieces) for i in range(pieces + 1)})
-    cut = [Piece(batches, 0, start, stop) for start, stop in itertools.pairwise(edges)]
-    if count % batch_size:
-        cut.append(Piece(order[full * batch_size :][None], full, 0, 1))
-    return cut
+    return _cut(*_batches(seed, epoch, rows, batch_size), pieces)
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def _batches_of_nets(
+    recipe: Recipe, seeds: jax.Array, epoch: int | jax.Array, rows: jax.Array, batch_size: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def of_net(epoch, seed, rows):
+        """One net's batches and dropout key."""
+        batches = _batches(seed, epoch, rows, batch_size)
+        return *batches, derive_key(seed, "dropout", epoch)
+
+    return _each_net(recipe.layout, of_net, (epoch,), (seeds, rows))
+
+
+def epoch_of_nets(
+    recipe: Recipe,
+    seeds: jax.Array,  # u32[K]
+    epoch: int | jax.Array,
+    rows: jax.Array,  # i32[K, N], the images to train each net on
+    batch_size: int,
+    pieces: int = 1,
+) -> tuple[list[Piece], jax.Array]:
+    """The same of K nets, for `train_nets`: the pieces, and the dropout keys [K] of the epoch."""
+    full, ragged, keys = _batches_of_nets(recipe, seeds, epoch, rows, batch_size)
+    return _cut(full, ragged, pieces), keys
 
 
 def train_epoch(
@@ -394,42 +429,67 @@ def predict_logits(
     recipe: Recipe, params: Any, batch_stats: Any, images: jax.Array
 ) -> jax.Array:  # f32[N, classes]
     """Logits of any number of u8[N, 32, 32, 3] images, with running averages, without dropout."""
+    of_net = partial(_logits, recipe)
+    return _only(_each_net(recipe.layout, of_net, (images,), _alone((params, batch_stats))))
 
-    def logits(params, batch_stats, images):
-        """Images, standardized, through the net, a batch at a time."""
 
-        def of_batch(batch):
-            """One batch."""
-            variables = {"params": params, "batch_stats": batch_stats}
-            return recipe.model.apply(variables, standardize(recipe, batch))
+def _logits(recipe: Recipe, images: jax.Array, params: Any, batch_stats: Any) -> jax.Array:
+    """What each device does for one net: its share of the images, and all logits of the row."""
 
-        size = -(-images.shape[0] // -(-images.shape[0] // EVALUATION_BATCH))
-        full = images.shape[0] // size * size
+    def of_batch(batch):
+        """One batch, standardized, through the net."""
+        variables = {"params": params, "batch_stats": batch_stats}
+        return recipe.model.apply(variables, standardize(recipe, batch))
+
+    def of_part(images):
+        """Any number of images, a batch at a time."""
+        count = images.shape[0]
+        size = -(-count // -(-count // EVALUATION_BATCH))
+        full = count // size * size
         parts = []
         if full:
             batches = images[:full].reshape(-1, size, *images.shape[1:])
             parts.append(lax.map(of_batch, batches).reshape(full, -1))
-        if full < images.shape[0]:
+        if full < count:
             parts.append(of_batch(images[full:]))
         return jnp.concatenate(parts)
 
-    count, devices = images.shape[0], recipe.devices
+    count, sharers = images.shape[0], recipe.layout.batch
     if count == 0:
         return jnp.zeros((0, recipe.model.num_classes))
-    shared = count // devices * devices if devices > 1 else 0
-    parts = []
-    if shared:
-        split = jax.shard_map(
-            logits,
-            mesh=mesh(devices),
-            in_specs=(P(), P(), P(AXIS)),
-            out_specs=P(AXIS),
-            check_vma=False,
-        )
-        parts.append(split(params, batch_stats, images[:shared]))
-    if shared < count:
-        parts.append(logits(params, batch_stats, images[shared:]))
+    share, parts = count // sharers, []
+    if share and sharers > 1:
+        mine = lax.dynamic_slice_in_dim(images, lax.axis_index(BATCH) * share, share)
+        parts.append(lax.all_gather(of_part(mine), BATCH, tiled=True))
+        images = images[share * sharers :]
+    if images.shape[0]:
+        parts.append(of_part(images))
     return jnp.concatenate(parts)
+
+
+@partial(jax.jit, static_argnums=0)
+def evaluate_nets(
+    recipe: Recipe,
+    states: TrainState,  # every array with a leading axis K
+    images: jax.Array,  # u8[N, 32, 32, 3]
+    labels: jax.Array,  # i32[N]
+    rows: jax.Array | None = None,  # i32[K, M]
+) -> Evaluation:
+    """Loss and accuracy of K nets over exactly these N images, or each over its own rows of them:
+    summed over all, divided once. What is returned has the leading axis too.
+    """
+    chex.assert_equal_shape_prefix([images, labels], 1)
+
+    def of_net(images, labels, params, batch_stats, *rows):
+        """One net."""
+        if rows:
+            images, labels = images[rows[0]], labels[rows[0]]
+        logits, count = _logits(recipe, images, params, batch_stats), labels.shape[0]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return Evaluation(logits, losses.sum() / count, (logits.argmax(-1) == labels).sum() / count)
+
+    own = (states.params, states.batch_stats, *([] if rows is None else [rows]))
+    return _each_net(recipe.layout, of_net, (images, labels), own)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -439,20 +499,5 @@ def evaluate(
     images: jax.Array,  # u8[N, 32, 32, 3]
     labels: jax.Array,  # i32[N]
 ) -> Evaluation:
-    """Loss and accuracy over exactly these N images: summed over all, divided once."""
-    chex.assert_equal_shape_prefix([images, labels], 1)
-    logits = predict_logits(recipe, state.params, state.batch_stats, images)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    count = labels.shape[0]
-    return Evaluation(logits, losses.sum() / count, (logits.argmax(-1) == labels).sum() / count)
-
-
-@partial(jax.jit, static_argnums=0)
-def evaluate_seeds(
-    recipe: Recipe, states: TrainState, images: jax.Array, labels: jax.Array
-) -> Evaluation:
-    """`evaluate` for K seeds in one program, on the same images, or on K sets of them where
-    `images` and `labels` have the leading axis too.
-    """
-    own = 0 if labels.ndim == 2 else None
-    return jax.vmap(partial(evaluate, recipe), (0, own, own))(states, images, labels)
+    """Loss and accuracy of one net over exactly these N images: `evaluate_nets` of one."""
+    return _only(evaluate_nets(recipe, _alone(state), images, labels))

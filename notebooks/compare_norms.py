@@ -27,6 +27,7 @@ from IPython.display import Image, Markdown, display
 
 import jaxnorm
 from jaxnorm import effects, experiment, figures, tables
+from jaxnorm.observers import Observer
 from jaxnorm.records import RunDirectory
 from jaxnorm.results import Run
 
@@ -48,7 +49,7 @@ print(f"{dataset.caption}: {len(dataset.train_labels)} training images")
 
 
 # %%
-class Log(experiment.Observer):
+class Log(Observer):
     """Prints a line for each epoch."""
 
     def on_epoch(self, epoch):

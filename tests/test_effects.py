@@ -11,6 +11,7 @@ import pytest
 
 from jaxnorm import effects, experiment, train
 from jaxnorm.config import Config
+from jaxnorm.devices import ONE
 from jaxnorm.model import CNN
 from jaxnorm.records import RunDirectory
 
@@ -109,7 +110,7 @@ def test_the_batch_size_effect_trains_each_net_at_each_size(tiny):
 def test_a_run_records_what_its_nets_do(tiny_run, tiny):
     found = tiny_run.effects("batch", 3)
     recipe, state = experiment.load_state(tiny_run.path, "batch", 3)
-    recipe = dataclasses.replace(recipe, devices=1)
+    recipe = dataclasses.replace(recipe, layout=ONE)
     assert list(found["layers"]) == ["C1", "C2", "C4", "C5", "C6", "C8", "C9", "C10"]
     assert list(found["sizes"]) == [4, 16]  # no more than the 22 test images
     before, after = effects.activations(recipe, state, tiny.train_images)["C4"]

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 import jaxnorm
-from jaxnorm import data, experiment, stats, train
+from jaxnorm import data, devices, experiment, stats, train
 from jaxnorm.config import Config, UserError
+from jaxnorm.devices import ONE
+from jaxnorm.observers import Observer
 from jaxnorm.records import RunDirectory
 
 
-class Diary(experiment.Observer):
+class Diary(Observer):
     """Writes down what it hears."""
 
     def __init__(self):
@@ -110,7 +112,7 @@ def test_fit_is_the_run_without_the_disk_and_repeats_bit_for_bit(tiny_run, tiny,
 
 def test_a_run_whose_batches_were_shared_by_devices_is_a_run_like_any_other(tiny, scratch):
     config = Config(norm="batch", dataset="tiny", epochs=1, batch_size=32)
-    assert train.devices_for(config.batch) == 2
+    assert devices.choose(1, config.batch).batch == 2
     directory = RunDirectory.create(scratch / "run")
     experiment.run(config, tiny, directory, "x")
     logits, _ = directory.predictions("batch", 1)
@@ -139,13 +141,13 @@ def test_seeds_that_train_in_one_program_are_the_seeds_alone(tiny, scratch, monk
     config = Config(
         norm, "matched", "tiny", 1, 16, learning_rate=0.001, seed=3, seeds=3, validation=8
     )
-    alone = jaxnorm.fit(config, tiny)
-    monkeypatch.setattr(train, "seeds_at_once", lambda recipe, batch_size: 2)
+    alone = jaxnorm.fit(config, tiny, layout=ONE)
+    monkeypatch.setattr(train, "nets_at_once", lambda recipe, batch_size: 2)
     diary = Diary()
     directory = RunDirectory.create(scratch / "run")
-    experiment.run(config, tiny, directory, "x", diary)
+    experiment.run(config, tiny, directory, "x", diary, ONE)
     assert [heard for heard in diary.heard if heard in ((norm, [3, 4], 4), (norm, [5], 4))] == [
-        *((norm, [3, 4], 4), (norm, [5], 4))
+        *((norm, [3, 4], 4), (norm, [5], 4))  # the second in a program of two places
     ]
     epochs = {(epoch.seed, epoch.epoch): epoch for epoch in directory.epochs()}
     assert len(epochs) == 3

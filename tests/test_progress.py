@@ -13,16 +13,19 @@ from runs import difference
 
 from jaxnorm import experiment, train
 from jaxnorm.config import Config, UserError
+from jaxnorm.devices import ONE, Layout
+from jaxnorm.observers import Observer
 from jaxnorm.records import RunDirectory
 
 CONFIG = Config(norm="layer", dataset="tiny", epochs=3, batch_size=16, seed=3, seeds=2)
+"""Its nets train one after the other here (`ONE`), as far as is not said otherwise."""
 
 
 class Stopped(BaseException):
     pass
 
 
-class StopAfter(experiment.Observer):
+class StopAfter(Observer):
     """Stops a run when so many epochs of all nets are complete, and writes down what it hears."""
 
     def __init__(self, epochs=10**9):
@@ -40,16 +43,16 @@ class StopAfter(experiment.Observer):
         self.warnings.append(text)
 
 
-def stopped(path, tiny, epochs, config=CONFIG):
+def stopped(path, tiny, epochs, config=CONFIG, layout=ONE):
     directory = RunDirectory.create(path)
     with pytest.raises(Stopped):
-        experiment.run(config, tiny, directory, "x", StopAfter(epochs))
+        experiment.run(config, tiny, directory, "x", StopAfter(epochs), layout)
     return directory
 
 
-def resumed(directory, tiny):
+def resumed(directory, tiny, layout=ONE):
     heard = StopAfter()
-    experiment.resume(tiny, directory, "y", heard)
+    experiment.resume(tiny, directory, "y", heard, layout=layout)
     return heard
 
 
@@ -57,7 +60,7 @@ def resumed(directory, tiny):
 def whole(tiny, tmp_path_factory):
     """An unbroken run of layer norm, two seeds of three epochs each."""
     directory = RunDirectory.create(tmp_path_factory.mktemp("whole") / "run")
-    experiment.run(CONFIG, tiny, directory, "x")
+    experiment.run(CONFIG, tiny, directory, "x", layout=ONE)
     return directory
 
 
@@ -70,7 +73,7 @@ def copy(whole, scratch):
 
 def test_the_same_command_gives_the_same_bytes_but_for_the_times(whole, tiny, scratch):
     again = RunDirectory.create(scratch / "again")
-    experiment.run(CONFIG, tiny, again, "x")
+    experiment.run(CONFIG, tiny, again, "x", layout=ONE)
     assert difference(again, whole) == ""
 
     def text(directory):
@@ -94,10 +97,24 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_end(whole, tiny, scratch, ep
     assert again["command"] == "y"
 
 
+@pytest.mark.parametrize("epochs", [1, 4])
+def test_a_run_goes_on_on_another_mesh_to_the_same_end(whole, tiny, scratch, epochs):
+    """Stopped between the lines of two nets that train together, they are an epoch apart."""
+    directory = stopped(scratch / "run", tiny, epochs, layout=Layout(seed=2))
+    heard = resumed(directory, tiny, Layout(seed=2) if epochs == 1 else ONE)
+    assert heard.begun == epochs
+    assert difference(directory, whole) == ""
+    (again,) = directory.info().resumed
+    assert (directory.info().mesh, again["mesh"]) == (
+        "seed=2,batch=1",
+        "seed=2,batch=1" if epochs == 1 else "seed=1,batch=1",
+    )
+
+
 def test_twenty_epochs_are_seven_and_thirteen(tiny, scratch):
     config = dataclasses.replace(CONFIG, epochs=20, seeds=1)
     unbroken = RunDirectory.create(scratch / "unbroken")
-    experiment.run(config, tiny, unbroken, "x")
+    experiment.run(config, tiny, unbroken, "x", layout=ONE)
     directory = stopped(scratch / "run", tiny, 7, config)
     assert resumed(directory, tiny).begun == 7
     assert difference(directory, unbroken) == ""
@@ -168,11 +185,11 @@ def test_a_finished_run_has_nothing_to_do(copy, whole, tiny):
 
 
 def test_seeds_that_train_in_one_program_go_on_together_or_apart(tiny, scratch, monkeypatch):
-    monkeypatch.setattr(train, "seeds_at_once", lambda *_: 2)
+    monkeypatch.setattr(train, "nets_at_once", lambda *_: 2)
     whole = RunDirectory.create(scratch / "whole")
-    experiment.run(CONFIG, tiny, whole, "x")
+    experiment.run(CONFIG, tiny, whole, "x", layout=ONE)
     numbers = [(each.epoch, each.seed) for each in whole.epochs()]
-    assert numbers == [(1, 3), (1, 4), (2, 3), (2, 4), (3, 3), (3, 4)]
+    assert numbers == [(1, 3), (2, 3), (3, 3), (1, 4), (2, 4), (3, 4)]  # as one after the other
     together = stopped(scratch / "together", tiny, 4)
     assert resumed(together, tiny).begun == 4
     assert difference(together, whole) == ""
@@ -220,7 +237,7 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_no_lock(copy, tiny):
 
 def test_a_run_is_not_begun_over_another(copy, tiny):
     with pytest.raises(UserError, match="already used"):
-        experiment.run(CONFIG, tiny, copy, "x")
+        experiment.run(CONFIG, tiny, copy, "x", layout=ONE)
 
 
 @pytest.mark.parametrize(
@@ -249,12 +266,12 @@ def test_a_disk_that_fails_any_write_of_an_epoch_loses_that_epoch_alone(
     monkeypatch.setattr(home, name, fails_once)
     directory = RunDirectory.create(scratch / "run")
     with pytest.raises(OSError, match="Read-only"):
-        experiment.run(CONFIG, tiny, directory, "x")
+        experiment.run(CONFIG, tiny, directory, "x", layout=ONE)
     assert resumed(directory, tiny).begun == 3
     assert difference(directory, whole) == ""
 
 
-@pytest.mark.parametrize(("where", "step"), [("train_steps", 3), ("evaluate", None)])
+@pytest.mark.parametrize(("where", "step"), [("train_nets", 3), ("evaluate_nets", None)])
 def test_a_loss_that_is_not_finite_keeps_what_was_good(
     tiny, scratch, whole, monkeypatch, where, step
 ):
@@ -275,7 +292,7 @@ def test_a_loss_that_is_not_finite_keeps_what_was_good(
     with monkeypatch.context() as patch:
         patch.setattr(train, where, turns_nan)
         with pytest.raises(experiment.NonFiniteLoss, match="layer norm, seed 3") as raised:
-            experiment.run(CONFIG, tiny, directory, "x")
+            experiment.run(CONFIG, tiny, directory, "x", layout=ONE)
     assert (raised.value.epoch, raised.value.step) == (2, step)
     assert [each.epoch for each in directory.epochs()] == [1]
     assert resumed(directory, tiny).begun == 1

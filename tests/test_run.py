@@ -192,7 +192,7 @@ def test_what_happens_to_a_run_has_its_exit_code(
     def stop(*_, **__):
         raise error
 
-    monkeypatch.setattr(experiment, "run", stop)
+    monkeypatch.setattr(experiment, "train_runs", stop)
     assert call(*SMALL, "--out", "x") == code
     printed = capsys.readouterr().err
     assert text in printed

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnorm import experiment, ops, selfcheck, train
+from jaxnorm import devices, experiment, ops, selfcheck, train
 from jaxnorm.config import Config
 
 CONFIG = Config(arch="matched", dataset="tiny", batch_size=32, epochs=1)
@@ -16,12 +16,12 @@ CONFIG = Config(arch="matched", dataset="tiny", batch_size=32, epochs=1)
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 def test_a_right_installation_passes(tiny, norm):
     """Also where devices share a batch and where it is trained in pieces, as at 32 images."""
-    assert train.devices_for(32) == 2
+    assert devices.choose(1, 32).batch == 2
     experiment.self_check(dataclasses.replace(CONFIG, norm=norm), tiny)
 
 
 def test_seeds_in_one_program_pass(tiny, monkeypatch):
-    monkeypatch.setattr(train, "seeds_at_once", lambda *_: 2)
+    monkeypatch.setattr(train, "nets_at_once", lambda *_: 2)
     config = dataclasses.replace(CONFIG, norm="group", seeds=2, batch_size=14, validation=8)
     experiment.self_check(config, tiny)
 

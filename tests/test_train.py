@@ -13,7 +13,8 @@ import optax
 import pytest
 from close import assert_gradients_close
 
-from jaxnorm import train
+from jaxnorm import devices, train
+from jaxnorm.devices import Layout
 from jaxnorm.model import CNN, summarize
 
 BATCH = 16
@@ -110,7 +111,7 @@ def test_an_epoch_equals_its_steps_one_by_one_and_holds_the_ragged_batch(tiny, a
 def test_images_that_devices_cannot_share_evenly_are_all_predicted(tiny):
     images = jnp.asarray(tiny.test_images[:7])
     alone = recipe_of("layer", tiny)
-    shared = dataclasses.replace(alone, devices=2)
+    shared = dataclasses.replace(alone, layout=Layout(batch=2))
     state = train.init_state(alone, 3)
     logits = [
         train.predict_logits(each, *train.replicate(each, state[:2]), train.replicate(each, images))
@@ -121,18 +122,18 @@ def test_images_that_devices_cannot_share_evenly_are_all_predicted(tiny):
 
 
 def test_devices_share_what_they_divide_into_enough_each():
-    assert [train.devices_for(size) for size in (31, 32, 33, 34, 128)] == [1, 2, 1, 2, 2]
+    assert [devices.choose(1, size).batch for size in (31, 32, 33, 34, 128)] == [1, 2, 1, 2, 2]
 
 
 def test_half_of_an_accelerators_memory_is_for_seeds(tiny, monkeypatch):
     recipe = recipe_of("batch", tiny)
-    assert train.seeds_at_once(recipe, 128) == 1  # on a CPU
+    assert train.nets_at_once(recipe, 128) == 1  # on a CPU
     one = 6 * 128 * sum(4 * math.prod(row.shape) for row in summarize(recipe.model))
     monkeypatch.setattr(train.jax, "default_backend", lambda: "gpu")
     for memory, seeds in ((9 * one, 4), (one, 1), (0, 1)):
         device = SimpleNamespace(memory_stats=lambda limit=memory: {"bytes_limit": limit})
         monkeypatch.setattr(train.jax, "local_devices", lambda device=device: [device])
-        assert train.seeds_at_once(recipe, 128) == seeds
+        assert train.nets_at_once(recipe, 128) == seeds
 
 
 def test_a_step_counts_what_the_net_before_it_classified_rightly(tiny, arrays):
@@ -158,9 +159,9 @@ def test_a_step_in_pieces_or_shared_by_devices_is_the_plain_step(tiny, arrays, n
     rows = jnp.arange(32, dtype=jnp.int32)[None]
     pieces = recipe_of(norm, tiny)
     plain = dataclasses.replace(pieces, model=pieces.model.clone(plain=True))
-    shared = dataclasses.replace(pieces, devices=2)
-    assert train.devices_for(32) == 2
-    assert train.devices_for(31) == train.devices_for(16) == 1
+    shared = dataclasses.replace(pieces, layout=Layout(batch=2))
+    assert devices.choose(1, 32).batch == 2
+    assert devices.choose(1, 31).batch == devices.choose(1, 16).batch == 1
 
     def step(recipe, seed):
         state = train.replicate(recipe, train.init_state(recipe, seed))
@@ -196,7 +197,7 @@ def test_a_batch_that_devices_cannot_share_evenly_is_trained_whole(tiny, arrays)
     rows, key = jnp.arange(15, dtype=jnp.int32)[None], train.derive_key(1, "dropout", 1)
     one = recipe_of("group", tiny)
     losses = []
-    for recipe in (one, dataclasses.replace(one, devices=2)):
+    for recipe in (one, dataclasses.replace(one, layout=Layout(batch=2))):
         state = train.replicate(recipe, train.init_state(recipe, 1))
         _, steps = train.train_steps(recipe, state, *arrays, rows, key, 0, 0, 1)
         losses.append(float(steps.losses[0]))

@@ -1,0 +1,157 @@
+"""Nets spread over eight simulated devices, and batches that devices share: the same results.
+
+The children have eight devices (this process has two); what they train is compared here.
+"""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from close import assert_gradients_close
+
+from jaxnorm import devices, train
+from jaxnorm.config import UserError
+from jaxnorm.devices import ONE, Layout
+from jaxnorm.model import CNN
+
+EIGHT = """
+import dataclasses, json, os, sys
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+import jax, numpy as np
+from jaxnorm import data, devices, experiment
+from jaxnorm.config import Config
+from jaxnorm.devices import Layout
+
+digits = data.load("digits")
+few = {"train_images": digits.train_images[:230], "train_labels": digits.train_labels[:230],
+       "test_images": digits.test_images[:101], "test_labels": digits.test_labels[:101]}
+digits = dataclasses.replace(digits, **few)
+same = {}
+for norm, arch, batch in (("batch", "original", 32), ("layer", "matched", 48)):
+    config = Config(norm, arch, "digits", 1, batch, seeds=6, validation=30)
+    one, spread = (
+        experiment.fit(config, digits, layout=Layout(rows)) for rows in (1, 8)
+    )
+    for net in one:
+        pairs = [
+            (one[net].step_losses, spread[net].step_losses), (one[net].logits, spread[net].logits),
+            *zip(jax.tree.leaves(one[net].state), jax.tree.leaves(spread[net].state)),
+        ]
+        records = [dataclasses.replace(each[net].epochs[0], train_seconds=0, test_seconds=0)
+                   for each in (one, spread)]
+        same[f"{norm} {net[1]}"] = records[0] == records[1] and all(
+            np.array_equal(a, b) for a, b in pairs
+        )
+    different = not np.array_equal(spread[norm, 1].step_losses, spread[norm, 6].step_losses)
+    same[f"{norm} seeds differ"] = different
+chosen = [str(devices.choose(nets, size)) for nets, size in
+          ((1, 128), (3, 128), (8, 128), (1, 16), (9, 4), (2, 100))]
+print(json.dumps({"same": same, "chosen": chosen}))
+"""
+
+
+def test_on_eight_devices_each_net_is_as_on_one_bit_for_bit(tmp_path):
+    """Six nets on eight rows, so that places are left empty, with images held out."""
+    done = subprocess.run(
+        [sys.executable, "-c", EIGHT], capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found["same"]) == 14
+    assert all(found["same"].values()), found["same"]
+    assert found["chosen"] == [
+        "seed=1,batch=8",
+        "seed=2,batch=4",
+        "seed=8,batch=1",
+        "seed=1,batch=1",
+        "seed=8,batch=1",
+        "seed=2,batch=4",
+    ]
+
+
+def test_devices_share_what_they_divide_into_enough_each():
+    shares = [devices.choose(1, size).batch for size in (31, 32, 33, 34, 128)]
+    assert shares == [1, 2, 1, 2, 2]
+    assert [str(devices.choose(nets, 128)) for nets in (1, 2, 5)] == [
+        "seed=1,batch=2",
+        "seed=2,batch=1",
+        "seed=2,batch=1",
+    ]
+
+
+def test_nets_come_first_in_a_job_of_several_processes_and_no_device_is_idle(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert str(devices.choose(3, 16)) == "seed=8,batch=1"  # five places are left empty
+    assert str(devices.choose(3, 128)) == "seed=2,batch=4"
+    with pytest.raises(UserError, match="must take all of its 8"):
+        Layout(4).check(16)
+    Layout(4, 2).check(16)
+
+
+@pytest.mark.parametrize(
+    ("text", "layout"),
+    [("seed=4,batch=2", Layout(4, 2)), ("batch=3", Layout(1, 3)), ("batch=2,seed=1", Layout(1, 2))],
+)
+def test_a_mesh_is_read_as_it_is_written(text, layout):
+    assert Layout.parse(text) == layout
+    assert Layout.parse(str(layout)) == layout
+
+
+@pytest.mark.parametrize(
+    "text", ["", "4", "seed=0", "seed=-1", "rows=2", "seed=2;batch=2", "seed="]
+)
+def test_another_mesh_is_refused(text):
+    with pytest.raises(UserError, match="must be of the form seed=4,batch=2"):
+        Layout.parse(text)
+
+
+def test_a_mesh_that_cannot_be_had_is_refused():
+    with pytest.raises(UserError, match="takes 6 devices: there are 2"):
+        Layout(3, 2).check(32)
+    with pytest.raises(UserError, match="cannot share batches of 33 images"):
+        Layout(1, 2).check(33)
+
+
+def test_what_is_placed_is_fetched_and_lies_where_it_should():
+    values = {"a": np.arange(8, dtype=np.float32).reshape(4, 2)}
+    for layout, by_net, rows in ((ONE, True, 4), (Layout(2), False, 4), (Layout(2), True, 2)):
+        placed = devices.place(layout, values, by_net)["a"]
+        assert len(placed.addressable_shards) == layout.devices
+        assert {shard.data.shape for shard in placed.addressable_shards} == {(rows, 2)}
+        np.testing.assert_array_equal(devices.fetch({"a": placed})["a"], values["a"])
+
+
+def test_nets_of_different_learning_rates_train_in_one_program(tiny):
+    """Each by its own: against one program for each."""
+    net = CNN("layer", "matched", 4)
+    rates = (0.01, 0.003)
+    recipe = train.Recipe(net, 0.5, 0.9, tiny.mean, tiny.deviation, Layout(seed=2))
+    rows = np.stack([np.arange(70, dtype=np.int32)] * 2)
+    seeds = np.array([3, 4], np.uint32)
+    images, labels = train.replicate(recipe, (tiny.train_images, tiny.train_labels))
+
+    def place(tree):
+        return devices.place(recipe.layout, tree, by_net=True)
+
+    states = [jax.device_get(train.init_state(recipe, seed)) for seed in (3, 4)]
+    state = place(jax.tree.map(lambda *each: np.stack(each), *states))
+    pieces, keys = train.epoch_of_nets(recipe, place(seeds), 1, place(rows), 32)
+    losses = []
+    for batches, *bounds in pieces:
+        given = images, labels, batches, keys, place(np.float32(rates))
+        state, steps = train.train_nets(recipe, state, *given, *bounds)
+        losses.append(devices.fetch(steps.losses))
+    for i, (seed, rate) in enumerate(zip((3, 4), rates, strict=True)):
+        alone = train.Recipe(net, rate, 0.9, tiny.mean, tiny.deviation)
+        arrays = jnp.asarray(tiny.train_images), jnp.asarray(tiny.train_labels)
+        wanted, wanted_steps = train.train_epoch(
+            alone, train.init_state(alone, seed), *arrays, seed, 1, 32
+        )
+        np.testing.assert_array_equal(np.concatenate(losses, 1)[i], wanted_steps.losses)
+        got = jax.tree.map(lambda leaf, i=i: leaf[i], devices.fetch(state))
+        assert_gradients_close(got.params, jax.device_get(wanted.params))

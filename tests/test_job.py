@@ -1,0 +1,224 @@
+"""Jobs of several real processes over loopback: the results of one, and what is said of a lost one.
+
+Every process has a device of its own. The reference is one process with one device.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import difference
+
+from jaxnorm import data, experiment, job
+from jaxnorm.config import Config, UserError
+from jaxnorm.devices import ONE
+from jaxnorm.records import RunDirectory
+
+CONFIG = Config("layer", "original", "digits", 2, 64, seeds=4)
+COMMAND = ["-m", "jaxnorm.run", "--distributed", "--skip-self-check"]
+ARGUMENTS = [
+    *("--norm", "layer", "--dataset", "digits", "--epochs", "2", "--batch-size", "64"),
+    *("--seeds", "4"),
+]
+PATIENCE = 240
+FIT = """
+import sys
+import numpy as np
+from jaxnorm import experiment, job
+from jaxnorm.devices import Layout
+sys.path.insert(0, sys.argv[4])
+from test_job import config_of, few
+
+job.join()
+fits = experiment.fit(config_of(sys.argv[1]), few(), layout=Layout.parse(sys.argv[2]))
+if job.first():
+    losses = {str(seed): fit.step_losses for (_, seed), fit in fits.items()}
+    np.savez(sys.argv[3], **losses)
+"""
+
+
+def few():
+    """The first of the digits: three whole batches."""
+    digits = data.load("digits")
+    train, test = slice(192), slice(64)
+    return dataclasses.replace(
+        digits,
+        train_images=digits.train_images[train],
+        train_labels=digits.train_labels[train],
+        test_images=digits.test_images[test],
+        test_labels=digits.test_labels[test],
+    )
+
+
+def config_of(norm):
+    return Config(norm, "original", "digits", 1, 64, seeds=2)
+
+
+def start(count, *arguments):
+    """Starts the processes of a job."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_NUM_PROCESSES": str(count),
+                "JAX_PROCESS_ID": str(index),
+                "JAX_NUM_CPU_DEVICES": "1",
+                "TF_CPP_MIN_LOG_LEVEL": "3",
+            },
+        )
+        for index in range(count)
+    ]
+
+
+def finish(processes):
+    """Their exit codes, and what each said on standard error."""
+    said = [process.communicate(timeout=PATIENCE) for process in processes]
+    return [process.returncode for process in processes], [error for _, error in said], said[0][0]
+
+
+@pytest.mark.parametrize(
+    ("count", "norm", "mesh"),
+    [(2, "layer", "seed=2,batch=1"), (4, "batch", "seed=2,batch=2")],
+)
+def test_processes_train_what_one_does(tmp_path, count, norm, mesh):
+    """Bit for bit where nets are spread. Where two processes share a batch, losses differ by
+    rounding: by less than a hundred-thousandth in three steps (long training enlarges it).
+    """
+    arguments = ["-c", FIT, norm, mesh, tmp_path / "losses.npz", Path(__file__).parent]
+    processes = start(count, *arguments)
+    wanted = experiment.fit(config_of(norm), few(), layout=ONE)
+    codes, errors, _ = finish(processes)
+    assert codes == [0] * count, errors
+    with np.load(tmp_path / "losses.npz") as found:
+        for (_, seed), fit in wanted.items():
+            rtol = 0 if mesh.endswith("batch=1") else 1e-5
+            assert fit.step_losses.shape == (3,)
+            np.testing.assert_allclose(found[str(seed)], fit.step_losses, rtol=rtol)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """One process, one device."""
+    directory = RunDirectory.create(tmp_path / "whole")
+    experiment.run(CONFIG, data.load("digits"), directory, "x", layout=ONE)
+    return directory
+
+
+def test_a_lost_process_ends_the_others_and_two_go_on_to_the_same_results(whole, scratch):
+    path = scratch / "run"
+    processes = start(4, *COMMAND, *ARGUMENTS, "--out", path)
+    limit = time.monotonic() + PATIENCE
+    while not (path / "metrics.jsonl").exists() and processes[0].poll() is None:
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    processes[2].kill()
+    killed = time.monotonic()
+    codes, errors, _ = finish(processes)
+    assert time.monotonic() - killed < 60
+    assert codes == [job.LOST, job.LOST, -signal.SIGKILL, job.LOST], errors
+    for error in (errors[0], errors[1], errors[3]):
+        assert error.count("error: another process of this job was lost, so this one stops") == 1
+        assert "go on with: python -m jaxnorm.run --resume" in error.splitlines()[-1]
+        assert "Traceback" not in error
+    complete = (path / "metrics.jsonl").read_text().splitlines()
+    assert 1 <= len(complete) < 8
+    codes, errors, printed = finish(start(2, *COMMAND, "--resume", path))
+    assert codes == [0, 0], errors
+    assert f"going on after {len(complete)} of 8 epochs" in printed
+    assert {*complete} <= {*(path / "metrics.jsonl").read_text().splitlines()}  # not trained again
+    assert difference(RunDirectory(path), whole) == ""
+    info = RunDirectory(path).info()
+    assert (info.mesh, info.resumed[0]["mesh"]) == ("seed=4,batch=1", "seed=2,batch=1")
+    assert ", 4 processes" in info.device
+    assert (path / "report.html").exists()
+
+
+AGREE = """
+import sys
+from jaxnorm import cli, job
+from jaxnorm.config import UserError
+
+def fail():
+    if what == "one fails" and not job.first():
+        raise UserError("no such data here")
+    if what == "the first fails" and job.first():
+        raise UserError("the disk is gone")
+    return job.jax.process_index()
+
+def work(arguments, **options):
+    assert job.together(fail) == job.jax.process_index()
+    assert job.from_first(lambda: {"a": [1, "\\u00fc"]}) == {"a": [1, "\\u00fc"]}
+    zeros = job.np.zeros(2, "f4")
+    (zeros,) = job.arrays_from_first([-zeros if job.first() else zeros])
+    assert job.np.signbit(zeros).all()
+    job.agree(data="same")
+    job.agree(data=what + (str(job.jax.process_index()) if what == "data differ" else ""))
+    return 0
+
+what = sys.argv[1]
+job.join()
+cli.before_failing(job.part)
+cli.leave(cli.run(work, []))
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "codes", "said"),
+    [
+        ("all agree", [0, 0], ["", ""]),
+        ("data differ", [2, 2], ["do not have the same data: process 1"] * 2),
+        (
+            "one fails",
+            [2, 2],
+            ["process 1 of this job stopped: no such data", "error: no such data"],
+        ),
+        ("the first fails", [2, 2], ["error: the disk is gone", "process 0 of this job stopped"]),
+    ],
+)
+def test_processes_agree_or_all_stop(what, codes, said):
+    found, errors, _ = finish(start(2, "-c", AGREE, what))
+    assert found == codes, errors
+    for error, text in zip(errors, said, strict=True):
+        assert text in error
+
+
+def test_a_job_that_nothing_describes_is_refused(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    command = [sys.executable, "-m", "jaxnorm.run", "--distributed", "--dataset", "digits"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: --distributed found no whole description of a job")
+    assert done.stderr.count("\n") == 1
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(UserError, match="JAX_NUM_PROCESSES is 'two': it must be a whole number"):
+        job.join()
+
+
+def test_alone_a_process_agrees_with_itself():
+    assert job.first()
+    assert not job.joined()
+    assert job.from_first(lambda: [1]) == [1]
+    assert job.together(lambda: 2) == 2
+    job.agree(anything="x")
+    with job.watched("go on"):
+        pass
+    values = dataclasses.asdict(CONFIG)
+    assert job.arrays_from_first(values) is values
+    assert json.dumps(values)
