@@ -39,17 +39,19 @@ class NonFiniteLoss(ArithmeticError):
     """The loss turned NaN or infinite.
 
     Names the norm, the seed, the epoch (from 1) and the step in it (from 1); the step is None where
-    it is the loss of the evaluation after the epoch.
+    it is the loss of the evaluation after the epoch. `place` is the net's in its group.
     """
 
-    def __init__(self, norm: str, seed: int, epoch: int, step: int | None, loss: float) -> None:
+    def __init__(
+        self, norm: str, seed: int, epoch: int, step: int | None, loss: float, place: int = 0
+    ) -> None:
         which, where = ("evaluation", "") if step is None else ("training", f", step {step}")
         super().__init__(
             f"the {which} loss of {norm} norm, seed {seed}, is {loss} at epoch {epoch}{where}: try "
             "a smaller --learning-rate; the epochs before it, and the last good checkpoint, are "
             "kept"
         )
-        self.norm, self.seed, self.epoch, self.step = norm, seed, epoch, step
+        self.norm, self.seed, self.epoch, self.step, self.place = norm, seed, epoch, step, place
 
 
 @dataclass(frozen=True)
@@ -320,7 +322,9 @@ def _recipe(config: Config, dataset: Dataset, norm: Norm, layout: Layout) -> tra
     return make_recipe(config, mean, deviation, classes, norm, layout)
 
 
-class _Trained(NamedTuple):
+class Trained(NamedTuple):
+    """What an epoch made of one net."""
+
     run: int  # the number of the net's run
     record: Epoch
     state: train.TrainState  # in NumPy's arrays, as all of it
@@ -336,7 +340,7 @@ def _train(
     states: Sequence[train.TrainState] | None = None,
     complete: int = 0,
     last: int | None = None,
-) -> Iterator[list[_Trained]]:
+) -> Iterator[list[Trained]]:
     """Trains the nets of a group, epoch by epoch up to the last one. With `states`, from these,
     after so many complete epochs.
     """
@@ -353,11 +357,11 @@ def _train(
             if each is not None and not np.isfinite(each.logits).all():
                 which = int(np.argwhere(~np.isfinite(each.logits))[0][0])
                 loss = float(each.loss[which])
-                raise NonFiniteLoss(group.norm, group.filled[which][1], epoch, None, loss)
+                raise NonFiniteLoss(group.norm, group.filled[which][1], epoch, None, loss, which)
         seconds = (trained - clock) / len(group.nets), (tested - trained) / len(group.nets)
         whole = devices.fetch(state)
         yield [
-            _Trained(
+            Trained(
                 run,
                 Epoch(
                     group.norm,
@@ -396,7 +400,7 @@ def _train_epoch(
         if not np.isfinite(new).all():
             which, step = np.argwhere(~np.isfinite(losses))[0]
             seed, loss = nets.group.filled[which][1], float(losses[which, step])
-            raise NonFiniteLoss(nets.group.norm, seed, epoch, int(step) + 1, loss)
+            raise NonFiniteLoss(nets.group.norm, seed, epoch, int(step) + 1, loss, int(which))
         interrupts.check()
         observer.on_steps(epoch, losses.shape[1])
     return state, losses, correct
@@ -590,49 +594,78 @@ def _train_group(
     observer: Observer,
     begun: dict[SweptNet, Begun],
 ) -> None:
-    """Trains the nets of a group to their end, and writes them down.
+    """Trains the nets of a group to their end, and writes them down."""
+    far = {net: begun[net[0], group.norm, net[1]] for net in group.nets}
+    with contextlib.ExitStack() as stack:
+        stored = {
+            net: stack.enter_context(
+                checkpoints.writer(directories[net[0]].checkpoints(group.norm, net[1]))
+            )
+            for net, each in far.items()
+            if job.first() and each.epochs < configs[net[0]].epochs
+        }
 
-    Nets that were cut off between their lines are an epoch apart: those behind catch up first.
+        def keep(net: tuple[int, int], each: Trained) -> None:
+            """Writes an epoch of a net down, in the first process, and tells of it."""
+            far[net] = Begun(
+                each.record.epoch, each.state, np.concatenate([far[net].losses, each.losses])
+            )
+            if len(configs) > 1:
+                observer.on_run(each.run, configs[each.run])
+            if net in stored:
+                _write(directories[each.run], stored[net], each, far[net].losses, dataset)
+            observer.on_epoch(each.record)
+
+        _train_rest(configs, dataset, group, observer, far, keep)
+
+
+def _train_rest(
+    configs: Sequence[Config],
+    dataset: Dataset,
+    group: Group,
+    observer: Observer,
+    far: dict[tuple[int, int], Begun],
+    keep: Callable[[tuple[int, int], Trained], None],
+) -> None:
+    """Trains what the nets of a group lack, each as far as it is; `keep` is given every epoch.
+
+    Nets that were cut off between their lines are an epoch apart: those behind catch up first. In a
+    sweep a net whose loss is not finite any more is told of and left, and the others go on.
     """
-    config = configs[group.nets[0][0]]
-    recipe = _recipe(config, dataset, group.norm, group.layout)
-    keys: dict[tuple[int, int], SweptNet] = {
-        net: (net[0], group.norm, net[1]) for net in group.nets
-    }
-    while (least := min(begun[key].epochs for key in keys.values())) < config.epochs:
-        behind = tuple(net for net in group.nets if begun[keys[net]].epochs == least)
-        ahead = {begun[key].epochs for key in keys.values()} - {least}
-        last = min(ahead, default=config.epochs)
+    epochs = configs[group.nets[0][0]].epochs
+    recipe = _recipe(configs[0], dataset, group.norm, group.layout)
+    left = list(group.nets)
+    while left and (least := min(far[net].epochs for net in left)) < epochs:
+        behind = tuple(net for net in left if far[net].epochs == least)
+        last = min({far[net].epochs for net in left} - {least}, default=epochs)
         states = None
         if least:
             shapes = train.init_state.eval_shape(recipe, 0)
             zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-            own = [begun[keys[net]].state or zeros for net in behind]
+            own = [far[net].state or zeros for net in behind]
             states = job.arrays_from_first(jax.tree.map(np.asarray, own))
         part = dataclasses.replace(group, nets=behind)
-        with contextlib.ExitStack() as stack:
-            stored = {
-                net: stack.enter_context(
-                    checkpoints.writer(directories[net[0]].checkpoints(group.norm, net[1]))
-                )
-                for net in (behind if job.first() else ())
-            }
+        try:
             for trained in _train(configs, dataset, part, observer, states, least, last):
                 with interrupts.uninterrupted():
                     for net, each in zip(behind, trained, strict=True):
-                        losses = np.concatenate([begun[keys[net]].losses, each.losses])
-                        begun[keys[net]] = Begun(each.record.epoch, each.state, losses)
-                        if len(configs) > 1:
-                            observer.on_run(each.run, configs[each.run])
-                        if net in stored:
-                            _write(directories[each.run], stored[net], each, losses, dataset)
-                        observer.on_epoch(each.record)
+                        keep(net, each)
+        except NonFiniteLoss as error:
+            if len(configs) == 1:
+                raise
+            net = behind[min(error.place, len(behind) - 1)]
+            left.remove(net)
+            config = configs[net[0]]
+            observer.on_warning(
+                f"batch size {config.batch}, learning rate {config.learning_rate:g}: {error}; the "
+                "sweep goes on without this net"
+            )
 
 
 def _write(
     directory: RunDirectory,
     stored: checkpoints.Writer,
-    each: _Trained,
+    each: Trained,
     losses: np.ndarray,
     dataset: Dataset,
 ) -> None:
@@ -642,6 +675,19 @@ def _write(
     directory.write_step_losses(norm, seed, losses)
     directory.write_predictions(norm, seed, each.logits, dataset.test_labels)
     directory.append_epoch(each.record)
+
+
+def write_times(directory: RunDirectory, net: Trained, dataset: Dataset, count: int) -> list[float]:
+    """Seconds that writing down an epoch of a net takes, so many times over, for a plan."""
+    path = directory.checkpoints(net.record.norm, net.record.seed)
+    times = []
+    with checkpoints.writer(path) as stored:
+        for epoch in range(1, count + 1):
+            again = net._replace(record=dataclasses.replace(net.record, epoch=epoch))
+            clock = time.perf_counter()
+            _write(directory, stored, again, net.losses, dataset)
+            times.append(time.perf_counter() - clock)
+    return times
 
 
 def load_state(path: Path | str, norm: Norm, seed: int) -> tuple[train.Recipe, train.TrainState]:

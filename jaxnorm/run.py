@@ -475,10 +475,12 @@ def _observer(
 ) -> "Observer":
     """Who hears of the training: the terminal, and TensorBoard if it was asked for."""
     from jaxnorm import job
-    from jaxnorm.observers import Observers
+    from jaxnorm.observers import Observer, Observers
 
-    observer = _lines(configs, places.quiet or not job.first())
-    if not places.tensorboard or not job.first():
+    if not job.first():
+        return Observer()
+    observer = _lines(configs, places.quiet)
+    if not places.tensorboard:
         return observer
     from jaxnorm.scalars import Scalars
 

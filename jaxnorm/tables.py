@@ -323,18 +323,25 @@ def side_by_side(runs: Mapping[str, Run]) -> Table:
 def sweep(runs: Sequence[Run]) -> Table:
     """The last test accuracy of every norm at every batch size and learning rate of a sweep."""
     norms = runs[0].info.config.norms
-    rows = []
+    rows, lost = [], False
     for run in runs:
         config = run.info.config
-        cells = [
-            stats.accuracy_text(run.sample(norm)) if norm in run.summaries else "" for norm in norms
-        ]
+        cells = []
+        for norm in norms:
+            nets = [run.epochs.get((norm, seed), []) for seed in config.seed_numbers]
+            ends = [net[-1].test_accuracy for net in nets if len(net) == config.epochs]
+            text = stats.accuracy_text(stats.Sample(tuple(ends))) if ends else "none"
+            lost |= len(ends) < len(nets)
+            cells.append(
+                text + ("" if len(ends) == len(nets) else f" ({len(ends)} of {len(nets)})")
+            )
         rows.append([str(config.batch), f"{config.learning_rate:g}", *cells])
     config = runs[0].info.config
     note = (
         f"Last test accuracy after {config.epochs} epochs, n = {config.seeds} each"
         + (", mean \N{PLUS-MINUS SIGN} standard deviation" if config.seeds > 1 else "")
         + f"; {config.arch} nets, {runs[0].info.dataset['caption']}."
+        + (" Of nets that are not counted the loss was not finite." if lost else "")
     )
     return Table("The sweep", ["batch", "learning rate", *norms], rows, note)
 

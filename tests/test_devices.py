@@ -27,12 +27,13 @@ from jaxnorm.config import Config
 from jaxnorm.devices import Layout
 
 digits = data.load("digits")
-few = {"train_images": digits.train_images[:230], "train_labels": digits.train_labels[:230],
-       "test_images": digits.test_images[:101], "test_labels": digits.test_labels[:101]}
+few = {"train_images": digits.train_images[:176], "train_labels": digits.train_labels[:176],
+       "test_images": digits.test_images[:61], "test_labels": digits.test_labels[:61]}
 digits = dataclasses.replace(digits, **few)
 same = {}
-for norm, arch, batch in (("batch", "original", 32), ("layer", "matched", 48)):
-    config = Config(norm, arch, "digits", 1, batch, seeds=6, validation=30)
+for norm, arch, batch in (("batch", "original", 48), ("layer", "matched", 32)):
+    held_out = 32 if norm == "batch" else 16  # so that no batch is ragged: fewer programs
+    config = Config(norm, arch, "digits", 1, batch, seeds=6, validation=held_out)
     one, spread = (
         experiment.fit(config, digits, layout=Layout(rows)) for rows in (1, 8)
     )
@@ -128,10 +129,10 @@ def test_what_is_placed_is_fetched_and_lies_where_it_should():
 
 def test_nets_of_different_learning_rates_train_in_one_program(tiny):
     """Each by its own: against one program for each."""
-    net = CNN("layer", "matched", 4)
+    net = CNN("layer", "original", 4)
     rates = (0.01, 0.003)
     recipe = train.Recipe(net, 0.5, 0.9, tiny.mean, tiny.deviation, Layout(seed=2))
-    rows = np.stack([np.arange(70, dtype=np.int32)] * 2)
+    rows = np.stack([np.arange(64, dtype=np.int32)] * 2)
     seeds = np.array([3, 4], np.uint32)
     images, labels = train.replicate(recipe, (tiny.train_images, tiny.train_labels))
 
@@ -148,7 +149,7 @@ def test_nets_of_different_learning_rates_train_in_one_program(tiny):
         losses.append(devices.fetch(steps.losses))
     for i, (seed, rate) in enumerate(zip((3, 4), rates, strict=True)):
         alone = train.Recipe(net, rate, 0.9, tiny.mean, tiny.deviation)
-        arrays = jnp.asarray(tiny.train_images), jnp.asarray(tiny.train_labels)
+        arrays = jnp.asarray(tiny.train_images[:64]), jnp.asarray(tiny.train_labels[:64])
         wanted, wanted_steps = train.train_epoch(
             alone, train.init_state(alone, seed), *arrays, seed, 1, 32
         )

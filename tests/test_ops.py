@@ -127,10 +127,11 @@ FLAX_NORMS = {
 
 
 @pytest.mark.parametrize("norm", FLAX_NORMS)
-@pytest.mark.parametrize(("offset", "atol"), [(0.0, 2e-5), (300.0, 3e-4)])
+@pytest.mark.parametrize(("offset", "atol"), [(0.0, 2e-5), (300.0, 1e-3)])
 def test_normalize_and_its_gradients_equal_flaxs(norm, offset, atol):
-    """`offset` moves the mean 300 deviations away, where inputs are rounded to 3e-5 and a variance
-    taken from mean squares would be off by 5e-3.
+    """`offset` moves the mean 300 deviations away, where inputs are rounded to 3e-5, the sum of 280
+    of them moves a mean by up to 1e-4, and a scale of three multiplies that. A variance taken from
+    mean squares would be off by 5e-3. (Of forty draws nine differ from Flax by more than 3e-4.)
     """
     module, (batch, groups, centered) = FLAX_NORMS[norm]
     module = module.clone(epsilon=1e-3)
