@@ -4,7 +4,6 @@ A signal ends the work by an exception, `Terminated` or `KeyboardInterrupt`, in 
 """
 
 import contextlib
-import os
 import signal
 import sys
 import threading
@@ -35,7 +34,9 @@ def heard() -> Iterator[None]:
     def send_again(lost: Any) -> None:
         """Takes the place of `sys.unraisablehook`."""
         if _pending and isinstance(lost.exc_value, (Terminated, KeyboardInterrupt)):
-            threading.Timer(0.01, os.kill, (os.getpid(), _pending[0])).start()
+            # To the main thread: a signal that another takes does not cut a sleep there short.
+            main = threading.main_thread().ident
+            threading.Timer(0.01, signal.pthread_kill, (main, _pending[0])).start()
         else:
             print_lost(lost)
 

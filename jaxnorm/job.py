@@ -34,8 +34,8 @@ _last_words: list[Any] = []  # what C calls must not be collected
 
 
 def joined() -> bool:
-    """Whether this process has joined a job."""
-    return jax.distributed.is_initialized()
+    """Whether this process has joined a job of several."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def first() -> bool:

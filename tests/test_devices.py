@@ -8,15 +8,12 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from close import assert_gradients_close
 
-from jaxnorm import devices, train
+from jaxnorm import devices
 from jaxnorm.config import UserError
 from jaxnorm.devices import ONE, Layout
-from jaxnorm.model import CNN
 
 EIGHT = """
 import dataclasses, json, os, sys
@@ -125,34 +122,3 @@ def test_what_is_placed_is_fetched_and_lies_where_it_should():
         assert len(placed.addressable_shards) == layout.devices
         assert {shard.data.shape for shard in placed.addressable_shards} == {(rows, 2)}
         np.testing.assert_array_equal(devices.fetch({"a": placed})["a"], values["a"])
-
-
-def test_nets_of_different_learning_rates_train_in_one_program(tiny):
-    """Each by its own: against one program for each."""
-    net = CNN("layer", "original", 4)
-    rates = (0.01, 0.003)
-    recipe = train.Recipe(net, 0.5, 0.9, tiny.mean, tiny.deviation, Layout(seed=2))
-    rows = np.stack([np.arange(64, dtype=np.int32)] * 2)
-    seeds = np.array([3, 4], np.uint32)
-    images, labels = train.replicate(recipe, (tiny.train_images, tiny.train_labels))
-
-    def place(tree):
-        return devices.place(recipe.layout, tree, by_net=True)
-
-    states = [jax.device_get(train.init_state(recipe, seed)) for seed in (3, 4)]
-    state = place(jax.tree.map(lambda *each: np.stack(each), *states))
-    pieces, keys = train.epoch_of_nets(recipe, place(seeds), 1, place(rows), 32)
-    losses = []
-    for batches, *bounds in pieces:
-        given = images, labels, batches, keys, place(np.float32(rates))
-        state, steps = train.train_nets(recipe, state, *given, *bounds)
-        losses.append(devices.fetch(steps.losses))
-    for i, (seed, rate) in enumerate(zip((3, 4), rates, strict=True)):
-        alone = train.Recipe(net, rate, 0.9, tiny.mean, tiny.deviation)
-        arrays = jnp.asarray(tiny.train_images[:64]), jnp.asarray(tiny.train_labels[:64])
-        wanted, wanted_steps = train.train_epoch(
-            alone, train.init_state(alone, seed), *arrays, seed, 1, 32
-        )
-        np.testing.assert_array_equal(np.concatenate(losses, 1)[i], wanted_steps.losses)
-        got = jax.tree.map(lambda leaf, i=i: leaf[i], devices.fetch(state))
-        assert_gradients_close(got.params, jax.device_get(wanted.params))

@@ -186,14 +186,15 @@ def test_a_finished_run_has_nothing_to_do(copy, whole, tiny):
 
 def test_seeds_that_train_in_one_program_go_on_together_or_apart(tiny, scratch, monkeypatch):
     monkeypatch.setattr(train, "nets_at_once", lambda *_: 2)
+    config = dataclasses.replace(CONFIG, batch_size=35)
     whole = RunDirectory.create(scratch / "whole")
-    experiment.run(CONFIG, tiny, whole, "x", layout=ONE)
+    experiment.run(config, tiny, whole, "x", layout=ONE)
     numbers = [(each.epoch, each.seed) for each in whole.epochs()]
     assert numbers == [(1, 3), (2, 3), (3, 3), (1, 4), (2, 4), (3, 4)]  # as one after the other
-    together = stopped(scratch / "together", tiny, 4)
+    together = stopped(scratch / "together", tiny, 4, config)
     assert resumed(together, tiny).begun == 4
     assert difference(together, whole) == ""
-    apart = stopped(scratch / "apart", tiny, 3)
+    apart = stopped(scratch / "apart", tiny, 3, config)
     assert resumed(apart, tiny).begun == 3
     assert [(each.epoch, each.seed) for each in apart.epochs()] == numbers
 

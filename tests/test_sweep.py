@@ -184,17 +184,17 @@ def test_a_plan_alone_trains_nothing(inside, capsys):
 
 
 def test_bfloat16_trains_near_float32_and_is_recorded(tiny, scratch):
-    config = Config("group", "matched", "tiny", 1, 35)
+    config = Config("layer", "original", "tiny", 1, 35)
     low = dataclasses.replace(config, precision="bfloat16")
     directory = RunDirectory.create(scratch / "run")
     experiment.self_check(low, tiny)
     experiment.run(low, tiny, directory, "x")
     assert directory.info().config.precision == "bfloat16"
-    losses = directory.step_losses("group", 1)
-    wanted = experiment.fit(config, tiny)["group", 1].step_losses
+    losses = directory.step_losses("layer", 1)
+    wanted = experiment.fit(config, tiny)["layer", 1].step_losses
     assert (losses != wanted).all()
     np.testing.assert_allclose(losses, wanted, rtol=0.02)
-    _, state = experiment.load_state(directory.path, "group", 1)
+    _, state = experiment.load_state(directory.path, "layer", 1)
     assert state.params["C1"]["kernel"].dtype == np.float32
     with pytest.raises(UserError, match="--precision tf32 needs an NVIDIA GPU"):
         experiment.check(dataclasses.replace(config, precision="tf32"), tiny)
