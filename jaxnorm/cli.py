@@ -32,10 +32,10 @@ def before_failing(action: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def advising(hint: str) -> Iterator[None]:
-    """Where the work inside is stopped, or the disk fails it, the error says this too."""
+    """Where the work inside is stopped, or a disk or device fails it, the error says this too."""
     try:
         yield
-    except (KeyboardInterrupt, interrupts.Terminated, OSError) as error:
+    except (KeyboardInterrupt, interrupts.Terminated, OSError, RuntimeError) as error:
         error.add_note(hint)
         raise
 
@@ -58,6 +58,10 @@ def run(app: App, arguments: list[str] | None = None) -> int:
         return _fail(what, FAILED, error)
     except Lost as error:
         return _fail(error, FAILED, error)
+    except RuntimeError as error:
+        if type(error).__name__ != "JaxRuntimeError":  # by name: JAX may not be loaded
+            raise
+        return _fail(f"the device failed: {str(error)[:300]}", FAILED, error)
     except KeyboardInterrupt as error:
         return _fail("interrupted", INTERRUPTED, error)
     except interrupts.Terminated as error:

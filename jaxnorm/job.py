@@ -23,6 +23,8 @@ from jaxnorm.config import Lost, UserError
 
 HEARTBEAT_SECONDS = 30
 """A process not heard of for so long is lost. One whose connection breaks is lost at once."""
+JOINING_SECONDS = 300
+"""How long processes wait for each other at the start."""
 PATIENCE_SECONDS = 24 * 3600
 """How long the other processes wait at the end for the first to write its report."""
 LOST = 1
@@ -57,11 +59,16 @@ def join() -> None:
     count, index = (None if number is None else int(number) for number in numbers)
     # JAX would take SIGTERM for itself, to tell of a preemption; here it ends the process.
     jax.config.update("jax_enable_preemption_service", False)
+    _say_when_aborted(
+        f"error: the first process of this job was not reached in {JOINING_SECONDS} s: is it "
+        "running, and is the coordinator's address right?"
+    )
     try:
         jax.distributed.initialize(
             address,
             count,
             index,
+            initialization_timeout=JOINING_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=PATIENCE_SECONDS,
         )
@@ -78,30 +85,34 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
-@contextlib.contextmanager
-def watched(hint: str) -> Iterator[None]:
-    """Has the loss of another process end the block with `Lost` and this hint.
-
-    JAX's runtime ends a process that cannot go on by `abort`, from a thread of its own; there the
-    same line is printed, and the exit code is `LOST`.
+def _say_when_aborted(text: str) -> None:
+    """JAX's runtime ends a process that cannot go on by `abort`, from a thread of its own: have it
+    print this, and end with exit code `LOST`.
     """
-    if not joined():
-        yield
-        return
-    text = f"error: {_LOST}; {hint}\n".encode()
 
     def last_words(_: int) -> None:
         """Takes the place of dumping core."""
         with contextlib.suppress(OSError):
-            os.write(2, text)
+            os.write(2, text.encode() + b"\n")
         os._exit(LOST)
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(last_words)
     _last_words.append(handler)
     ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+
+
+@contextlib.contextmanager
+def watched(hint: str) -> Iterator[None]:
+    """Has the loss of another process end the block with `Lost` and this hint."""
+    if not joined():
+        yield
+        return
+    _say_when_aborted(f"error: {_LOST}; {hint}")
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):  # this process's own memory
+            raise
         lost = Lost(_LOST)
         lost.add_note(hint)
         raise lost from error

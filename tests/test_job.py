@@ -211,6 +211,16 @@ def test_a_job_that_nothing_describes_is_refused(monkeypatch):
         job.join()
 
 
+def test_a_first_process_that_is_not_there_is_told():
+    code = (
+        "import os; os.environ.update(JAX_NUM_PROCESSES='2', JAX_PROCESS_ID='1');"
+        "from jaxnorm import job; job.JOINING_SECONDS = 2; job.join()"
+    )
+    codes, errors, _ = finish(start(1, "-c", code))
+    assert codes == [job.LOST]
+    assert "error: the first process of this job was not reached in 2 s" in errors[0]
+
+
 def test_alone_a_process_agrees_with_itself():
     assert job.first()
     assert not job.joined()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -189,6 +190,7 @@ def test_a_loss_that_turns_nan_is_exit_code_1(inside, tiny_by_name, capsys):
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(28, "No space left on device", "x"), 1, "x: No space left on device"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB"), 1, "the device failed: RESOURCE"),
     ],
 )
 def test_what_happens_to_a_run_has_its_exit_code(
