@@ -100,14 +100,14 @@ def finish(processes):
 
 
 def test_processes_that_share_batches_train_what_one_does(tmp_path):
-    """Two nets, each on two processes. Losses differ by rounding: by less than a hundred-thousandth
-    in three steps (long training enlarges it).
+    """Batch norm's statistics are those of both. Losses differ by rounding: by less than a
+    hundred-thousandth in three steps (long training enlarges it).
     """
-    arguments = ["-c", FIT, "batch", "seed=2,batch=2", tmp_path / "losses.npz", HERE]
-    processes = start(4, *arguments)
+    arguments = ["-c", FIT, "batch", "seed=1,batch=2", tmp_path / "losses.npz", HERE]
+    processes = start(2, *arguments)
     wanted = experiment.fit(config_of("batch"), few(), layout=ONE)
     codes, errors, _ = finish(processes)
-    assert codes == [0] * 4, errors
+    assert codes == [0, 0], errors
     with np.load(tmp_path / "losses.npz") as found:
         for (_, seed), fit in wanted.items():
             assert fit.step_losses.shape == (3,)
