@@ -5,20 +5,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxnorm.config import Config as Config
     from jaxnorm.config import UserError as UserError
-    from jaxnorm.data import Dataset as Dataset
-    from jaxnorm.data import load as load
-    from jaxnorm.experiment import fit as fit
-    from jaxnorm.experiment import load_model as load_model
-    from jaxnorm.model import CNN as CNN
+    from jaxnorm.data.datasets import Dataset as Dataset
+    from jaxnorm.data.datasets import load as load
+    from jaxnorm.model.cnn import CNN as CNN
+    from jaxnorm.runs.runner import load_model as load_model
+    from jaxnorm.training.trainer import fit as fit
 
 _HOMES = {
+    "CNN": "model.cnn",
     "Config": "config",
+    "Dataset": "data.datasets",
     "UserError": "config",
-    "Dataset": "data",
-    "load": "data",
-    "fit": "experiment",
-    "load_model": "experiment",
-    "CNN": "model",
+    "fit": "training.trainer",
+    "load": "data.datasets",
+    "load_model": "runs.runner",
 }
 __all__ = ["CNN", "Config", "Dataset", "UserError", "fit", "load", "load_model"]
 

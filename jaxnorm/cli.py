@@ -1,18 +1,26 @@
-"""What the commands share: the progress bar, and errors as one line and an exit code."""
+"""What the commands share: the progress bar, errors as one line and an exit code, and the flags
+that errors of the library speak of as settings.
+"""
 
 import contextlib
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cyclopts import App, CycloptsError
 
-from jaxnorm import interrupts
-from jaxnorm.config import Lost, UserError
+from jaxnorm.config import Config, UserError
+from jaxnorm.runs import signals
 
-MISTAKE, FAILED, INTERRUPTED, TERMINATED = 2, 1, 130, 143
-"""Exit codes: the user's mistake, a run that failed, Ctrl-C, SIGTERM."""
+if TYPE_CHECKING:
+    from jaxnorm.training.trainer import Callback
+
+MISTAKE, FAILED = 2, 1
+"""Exit codes: the user's mistake, a run that failed. A signal's is 128 and its number."""
+_LONGEST = 1_000
 _arguments: list[str] = []
 _before_failing: list[Callable[[], None]] = []
 
@@ -35,7 +43,7 @@ def advising(hint: str) -> Iterator[None]:
     """Where the work inside is stopped, or a disk or device fails it, the error says this too."""
     try:
         yield
-    except (KeyboardInterrupt, interrupts.Terminated, OSError, RuntimeError) as error:
+    except (signals.Stopped, OSError, RuntimeError) as error:
         error.add_note(hint)
         raise
 
@@ -45,7 +53,7 @@ def run(app: App, arguments: list[str] | None = None) -> int:
     _arguments[:] = sys.argv[1:] if arguments is None else arguments
     options = {"exit_on_error": False, "print_error": False, "result_action": "return_value"}
     try:
-        with interrupts.heard():
+        with signals.handled():
             return app(_arguments, **options) or 0
     except UserError as error:
         return _fail(error, MISTAKE)
@@ -54,34 +62,40 @@ def run(app: App, arguments: list[str] | None = None) -> int:
     except ArithmeticError as error:
         return _fail(error, FAILED)
     except OSError as error:
-        what = f"{error.filename or 'a file'}: {error.strerror or error}"
-        return _fail(what, FAILED, error)
-    except Lost as error:
-        return _fail(error, FAILED, error)
+        reason = error.strerror or str(error)
+        return _fail(f"{error.filename}: {reason}" if error.filename else reason, FAILED, error)
     except RuntimeError as error:
         if type(error).__name__ != "JaxRuntimeError":  # by name: JAX may not be loaded
             raise
         return _fail(f"the device failed: {str(error)[:300]}", FAILED, error)
-    except KeyboardInterrupt as error:
-        return _fail("interrupted", INTERRUPTED, error)
-    except interrupts.Terminated as error:
-        return _fail("terminated", TERMINATED, error)
+    except signals.Stopped as error:
+        return _fail(error, error.code, error)
+
+
+def as_flags(text: str) -> str:
+    """Settings as flags: `batch_size=71` becomes `--batch-size 71`, `allow_large=True` becomes
+    `--allow-large`.
+    """
+
+    def flag(found: re.Match) -> str:
+        """One setting."""
+        name, follows = "--" + found[1].replace("_", "-"), text[found.end() : found.end() + 1]
+        return name if found[2] or not follows or follows in " ,;.:)" else f"{name} "
+
+    return re.sub(r"(?<![\w,='\"/.])([a-z]\w*)=(True\b)?", flag, text)
 
 
 def _fail(what: object, code: int, error: BaseException | None = None) -> int:
-    text = "; ".join([str(what), *getattr(error, "__notes__", ())])
+    text = "; ".join([as_flags(str(what)), *getattr(error, "__notes__", ())])
+    line = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
     with contextlib.suppress(OSError):  # a terminal that is gone, or a log on the full disk
-        print("error: " + " ".join(text.split()), file=sys.stderr)
+        print(f"error: {line[:_LONGEST]}", file=sys.stderr)
     return code
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process with an exit code.
-
-    After an interruption it ends at once: XLA may still be computing in a thread of its own, and
-    Python's clean-up would pull the memory away under it and crash.
-    """
-    if code in (INTERRUPTED, TERMINATED) or (code and _before_failing):
+    """Ends the process with an exit code, at once where Python's clean-up would wait for others."""
+    if code and _before_failing:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
@@ -103,9 +117,10 @@ class Bar:
         self._bar: Any = None
 
     def at(self, what: str, done: int, total: int) -> None:
-        """Shows that `done` of `total` is reached."""
+        """Shows that `done` of `total` is reached, and stops where a signal was received."""
         from tqdm import tqdm
 
+        signals.check()
         if what != self._what:
             self.close()
             self._bar = tqdm(total=total, desc=what, leave=False, disable=self._disable)
@@ -118,3 +133,74 @@ class Bar:
         if self._bar is not None:
             self._bar.close()
         self._what = self._bar = None
+
+
+def terminal(configs: Sequence[Config], quiet: bool) -> "Callback":
+    """What training prints: a bar inside the epoch and a line after it."""
+    from jaxnorm.training.trainer import Callback
+
+    config, total = configs[0], sum(len(each.nets) * each.epochs for each in configs)
+
+    class Terminal(Callback):
+        """A bar inside the epoch and a line after it, with the time that is left."""
+
+        def __init__(self) -> None:
+            self.what, self.steps, self.bar = "", 0, Bar(quiet)
+            self.before, self.done, self.clock = 0, 0, time.monotonic()
+
+        def on_start(self, norm, seeds, steps):
+            """Remembers what the bar is of."""
+            first, last = f"seed {seeds[0]}", f" to {seeds[-1]}" if len(seeds) > 1 else ""
+            self.what, self.steps = f"{norm} norm, {first}{last}", steps
+
+        def on_steps(self, epoch, done):
+            """Moves the bar."""
+            self.bar.at(f"{self.what}, epoch {epoch} of {config.epochs}", done, self.steps)
+
+        def on_resume(self, complete):
+            """Says from where a run resumes."""
+            self.before = complete
+            if not quiet:
+                print(f"resuming after {complete} of {total} epochs")
+
+        def on_warning(self, text):
+            """Prints it on standard error."""
+            print(f"warning: {as_flags(text)}", file=sys.stderr)
+
+        def on_epoch(self, config, epoch):
+            """Prints the epoch's line in the bar's place."""
+            self.bar.close()
+            self.done += 1
+            left = total - self.before - self.done
+            seconds = (time.monotonic() - self.clock) / self.done * left
+            if not quiet:
+                line = _epoch_line(epoch, config, len(configs) > 1)
+                print(line + _time_left(seconds), flush=True)
+            signals.check()
+
+    return Terminal()
+
+
+def _time_left(seconds: float) -> str:
+    if seconds == 0:
+        return ""
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return ", under a minute left"
+    hours = f"{minutes // 60} h " if minutes >= 60 else ""
+    return f", about {hours}{minutes % 60} min left"
+
+
+def _epoch_line(epoch: Any, config: Config, swept: bool) -> str:
+    seed = f"  seed {epoch.seed}" if config.seeds > 1 else ""
+    if swept:
+        seed = f"  batch {config.batch:>3}  rate {config.rate:<6g}{seed}"
+    held_out = ""
+    if epoch.validation_loss is not None:
+        held_out = f"validation accuracy {epoch.validation_accuracy:6.2%}  "
+    return (
+        f"{epoch.norm:>8}{seed}  epoch {epoch.epoch:>2}/{config.epochs}  "
+        f"train loss {epoch.train_loss:.4f}  accuracy {epoch.train_accuracy:6.2%}  {held_out}"
+        f"test loss {epoch.test_loss:.4f}  accuracy {epoch.test_accuracy:6.2%}  "
+        f"{epoch.train_seconds + epoch.test_seconds:.1f} s"
+    )

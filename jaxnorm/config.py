@@ -1,33 +1,84 @@
-"""The settings that decide a result, and nothing else: where data lies and where results go is not
+"""The settings that decide a result, and their checks. Where data lies and where results go is not
 among them.
+
+Errors name a setting as `name=value`; `cli.py` turns that into a flag.
 """
 
 import dataclasses
 import itertools
+import math
+import re
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-Norm = Literal["batch", "group", "layer", "instance", "rms", "none"]
-Arch = Literal["original", "matched"]
 Precision = Literal["float32", "tf32", "bfloat16"]
-ALL: tuple[Norm, ...] = ("batch", "group", "layer")
-"""The study's three norms, in its order: what `--norm all` trains."""
-LARGEST, MOST_SEEDS = 1_000_000, 10_000
-"""The most epochs and seeds of a run: a slip of the keyboard is not planned for years."""
-ADDED = {"seeds": 1, "validation": 0, "precision": "float32"}
-"""Settings younger than the first run directories, and what those were trained with."""
+ALL = ("batch", "group", "layer")
+"""The study's three norms, in its order: what norm=all trains."""
+MOST_EPOCHS, MOST_SEEDS = 1_000_000, 10_000
+DIGITS = {"batch_size": 32, "learning_rate": 0.01}
+"""What the digits are trained with where nothing else is asked for."""
+SWEPT = ("batch_size", "learning_rate")
+"""The settings of which a sweep takes several values, beside norms and seeds."""
+Net = tuple[str, int]
+"""A net of a run: its norm and seed."""
+T = TypeVar("T")
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend.
+    """A mistake that the user can mend. Its text is one line: what is wrong and what to do."""
 
-    Its text is one line: what is wrong, and what to do about it.
+
+def from_json(kind: type[T], values: Any) -> T:
+    """Builds a dataclass from JSON values, each checked against its type hint.
+
+    A field with a default may be missing. Raises `UserError` that names the field for anything
+    missing, unknown or of another type, and for a number that is not finite.
     """
+    if not isinstance(values, dict):
+        raise UserError("it is not a JSON object")
+    hints = get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(cast(Any, kind))}
+    if unknown := values.keys() - fields.keys():
+        raise UserError(f"unknown field: {', '.join(sorted(map(str, unknown)))}")
+    for name, field in fields.items():
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise UserError(f"field {name} is missing")
+    return kind(**{name: _typed(hints[name], values[name], name) for name in values})
 
 
-class Lost(RuntimeError):
-    """Another process of this one's job has ended, or cannot be reached."""
+def _typed(hint: Any, value: Any, name: str) -> Any:
+    """The value as its type hint asks for; raises `UserError`."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is float and type(value) in (int, float) and abs(value) < 1e300:
+        return float(value)
+    if dataclasses.is_dataclass(hint):
+        try:
+            return from_json(cast(Any, hint), value)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        (hint,) = (each for each in arguments if each is not type(None))
+        return _typed(hint, value, name)
+    if origin is Literal and isinstance(value, str) and value in arguments:
+        return value
+    if origin in (list, tuple) and isinstance(value, (list, tuple)):
+        fixed = origin is tuple and ... not in arguments
+        kinds = arguments if fixed else [arguments[0]] * len(value)
+        if len(kinds) == len(value):
+            return origin(_typed(k, v, name) for k, v in zip(kinds, value, strict=True))
+    if origin is dict and isinstance(value, dict):
+        return {key: _typed(arguments[1], each, name) for key, each in value.items()}
+    if hint in (int, str, bool) and type(value) is hint:
+        return value
+    wanted = (
+        getattr(hint, "__name__", str(hint)) if origin is not Literal else " or ".join(arguments)
+    )
+    raise UserError(f"field {name} is {str(value)[:40]!r}, which is no {wanted}")
 
 
 @dataclass(frozen=True)
@@ -39,13 +90,13 @@ class Config:
     Parameters
     ----------
     norm
-        The normalization; "all" trains batch, group and layer, one after the other. "instance",
-        "rms" and "none" need --arch matched.
+        batch, group, layer, instance, rms or none; or your own, as package.module:Class; all trains
+        batch, group and layer. In the original nets: batch, group and layer alone.
     arch
         "original": the study's own three nets. "matched": one net in which only the norm differs.
     dataset
-        "cifar10", "digits" (ships with scikit-learn, needs no download), or a prepared TFDS dataset
-        of 32x32x3 images.
+        "cifar10", "digits" (ships with scikit-learn, needs no download), a prepared TFDS dataset
+        of 32x32x3 images, or your own .npz file of arrays.
     epochs
         Passes over the training set.
     batch_size
@@ -74,12 +125,12 @@ class Config:
         Allow a net of more than 50,000 parameters.
     """
 
-    norm: Literal["batch", "group", "layer", "instance", "rms", "none", "all"] = "all"
-    arch: Arch = "original"
+    norm: str = "all"
+    arch: str = "original"
     dataset: str = "cifar10"
     epochs: int = 20
     batch_size: int | None = None
-    learning_rate: float = 0.01
+    learning_rate: float | None = None
     momentum: float = 0.9
     dropout: float = 0.1
     groups: int = 4
@@ -90,29 +141,33 @@ class Config:
     allow_large: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch_size is None:
-            object.__setattr__(self, "batch_size", 32 if self.dataset == "digits" else 128)
-        for field in dataclasses.fields(self):
-            self._check_type(field.name, get_type_hints(type(self))[field.name])
-        self._require(1 <= self.epochs <= LARGEST, "epochs", f"1 to {LARGEST:,}")
+        defaults = (
+            DIGITS if self.dataset == "digits" else {"batch_size": 128, "learning_rate": 0.01}
+        )
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        for name, hint in get_type_hints(type(self)).items():
+            try:
+                object.__setattr__(self, name, _typed(hint, getattr(self, name), name))
+            except UserError:
+                self._require(False, name, _described(hint))
+        self._require(bool(re.fullmatch(r"[\w.]+(:\w+)?", self.norm)), "norm", "the name of a norm")
+        self._require(bool(re.fullmatch(r"[\w-]+", self.arch)), "arch", "the name of a net")
+        self._require(self.dataset.strip() == self.dataset != "", "dataset", "a dataset's name")
+        self._require(1 <= self.epochs <= MOST_EPOCHS, "epochs", f"1 to {MOST_EPOCHS:,}")
         self._require(self.batch >= 1, "batch_size", "1 or more")
-        self._require(0 < self.learning_rate < 3e38, "learning_rate", "above 0 and below 3e38")
+        self._require(0 < self.rate < 3e38, "learning_rate", "above 0 and below 3e38")
         self._require(0 <= self.momentum < 1, "momentum", "at least 0 and below 1")
-        self._require(0 <= self.dropout < 1, "dropout", "at least 0 and below 1")
+        self._require(0 <= self.dropout <= 0.999, "dropout", "0 to 0.999")
         self._require(self.groups >= 1, "groups", "1 or more")
-        self._require(0 <= self.seed < 2**32, "seed", "at least 0 and below 2**32")
-        seeds = min(MOST_SEEDS, 2**32 - self.seed)
+        self._require(0 <= self.seed < 2**31, "seed", "at least 0 and below 2**31")
+        seeds = min(MOST_SEEDS, 2**31 - self.seed)
         self._require(1 <= self.seeds <= seeds, "seeds", f"1 to {seeds:,}")
         self._require(self.validation >= 0, "validation", "0 or more")
-        self._require(self.dataset.strip() == self.dataset != "", "dataset", "a dataset's name")
-        if self.arch == "original" and self.norm not in (*ALL, "all"):
-            raise UserError(
-                f"--norm {self.norm} has no net in the study: add --arch matched, or choose "
-                "batch, group or layer"
-            )
 
     @property
-    def norms(self) -> tuple[Norm, ...]:
+    def norms(self) -> tuple[str, ...]:
         """The norms to train, in order."""
         return ALL if self.norm == "all" else (self.norm,)
 
@@ -122,7 +177,7 @@ class Config:
         return range(self.seed, self.seed + self.seeds)
 
     @property
-    def nets(self) -> list[tuple[Norm, int]]:
+    def nets(self) -> list[Net]:
         """The norm and seed of every net to train, all norms of a seed before the next seed."""
         return [(norm, seed) for seed in self.seed_numbers for norm in self.norms]
 
@@ -132,51 +187,28 @@ class Config:
         assert self.batch_size is not None
         return self.batch_size
 
-    def to_json(self) -> dict[str, Any]:
-        """The settings as JSON values; `from_json` reads them back."""
-        return dataclasses.asdict(self)
+    @property
+    def rate(self) -> float:
+        """The learning rate, the default filled in."""
+        assert self.learning_rate is not None
+        return self.learning_rate
 
-    @classmethod
-    def from_json(cls, values: Any) -> "Config":
-        """Reads what `to_json` wrote.
-
-        A missing, unknown or wrong field raises `UserError` and is named. A field of `ADDED` may be
-        missing: runs are older than it.
-        """
-        if not isinstance(values, dict):
-            raise UserError("the settings are not a JSON object")
-        values = {**ADDED, **values}
-        names = {field.name for field in dataclasses.fields(cls)}
-        if wrong := names ^ values.keys():
-            raise UserError(
-                f"the settings have missing or unknown fields: {', '.join(sorted(map(str, wrong)))}"
-            )
-        return cls(**values)
-
-    def _check_type(self, name: str, kind: Any) -> None:
-        value = getattr(self, name)
-        if choices := [choice for choice in get_args(kind) if isinstance(choice, str)]:
-            self._require(value in choices, name, "one of " + ", ".join(choices))
-        elif kind is float:
-            self._require(type(value) in (int, float), name, "a number")
-            self._require(abs(value) < 1e300, name, "a finite number")
-            object.__setattr__(self, name, float(value))
-        elif kind in (int, int | None):
-            self._require(
-                isinstance(value, int) and not isinstance(value, bool), name, "a whole number"
-            )
-        else:
-            self._require(isinstance(value, kind), name, f"a {kind.__name__}")
+    def steps(self, train_count: int) -> int:
+        """Batches in an epoch, a ragged last one included, where there are so many images."""
+        return math.ceil((train_count - self.validation) / self.batch)
 
     def _require(self, holds: bool, name: str, wanted: str) -> None:
         if not holds:
-            raise UserError(
-                f"--{name.replace('_', '-')} is {getattr(self, name)!r}: it must be {wanted}"
-            )
+            value = str(getattr(self, name))[:80]
+            raise UserError(f"{name}={value} is wrong: it must be {wanted}")
 
 
-SWEPT = ("batch_size", "learning_rate")
-"""The settings of which a sweep takes several values, beside norms and seeds."""
+def _described(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(get_args(hint))
+    hint = next((each for each in get_args(hint) if each is not type(None)), hint)
+    names = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text"}
+    return names[hint]
 
 
 def product(base: Mapping[str, Any], swept: Mapping[str, Sequence[Any]]) -> list[Config]:
@@ -186,6 +218,6 @@ def product(base: Mapping[str, Any], swept: Mapping[str, Sequence[Any]]) -> list
     """
     for name, values in swept.items():
         if len(set(values)) < len(values):
-            raise UserError(f"--{name.replace('_', '-')} has a value twice")
+            raise UserError(f"{name}={values[0]} and more: a value is there twice")
     combinations = itertools.product(*swept.values())
-    return [Config(**base, **dict(zip(swept, each, strict=True))) for each in combinations]
+    return [Config(**base, **dict(zip(swept, values, strict=True))) for values in combinations]

@@ -9,8 +9,12 @@ _SCRATCH = Path(tempfile.mkdtemp(prefix="jaxnorm-tests-"))
 os.environ["XDG_CACHE_HOME"] = str(_SCRATCH / "cache")
 os.environ["TFDS_DATA_DIR"] = str(_SCRATCH / "tfds")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the processes of one session compile for each other
-    kept = os.environ.get("JAXNORM_TEST_COMPILED")  # by `mutate.py`, from one fault to the next
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = kept or str(_SCRATCH / "compiled")
+    from jaxnorm.data.cache import machine_name
+
+    # Kept for the next run of pytest; by `mutate.py` from one fault to the next.
+    kept = os.environ.get("JAXNORM_TEST_COMPILED")
+    cache = Path(__file__).resolve().parents[1] / ".pytest_cache" / "compiled" / machine_name()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = kept or str(cache)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -25,27 +29,24 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-settings.register_profile("hostile", max_examples=250)
+from jaxnorm.data.datasets import Dataset, channel_statistics, content_fingerprint
+from jaxnorm.model.cnn import ARCHS, Layer
 
-from jaxnorm.data import Dataset, channel_statistics, content_fingerprint
+settings.register_profile("fast", deadline=None, derandomize="CI" in os.environ)
+settings.register_profile("hostile", settings.get_profile("fast"), max_examples=2_000)
+settings.load_profile("fast")
 
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--record-faults", help="write a line for each try of the fault harness here")
 
 
-def pytest_collection_modifyitems(config, items) -> None:
-    """Takes one try of each kind of fault where `-m` asks for nothing."""
-    if config.option.markexpr:
-        return
-    left = [each for each in items if each.get_closest_marker("faults")]
-    left = [each for each in left if not each.get_closest_marker("sample")]
-    config.hook.pytest_deselected(items=left)
-    items[:] = [each for each in items if each not in left]
-
-
 def pytest_sessionfinish() -> None:
     shutil.rmtree(_SCRATCH, ignore_errors=True)
+
+
+THREE_LAYERS = (Layer("C1", "block", 4), Layer("GAP", "mean", window=30), Layer("c11", "head"))
+ARCHS["three-layers"] = lambda norm: THREE_LAYERS  # compiles in a fraction of the time
 
 
 @pytest.fixture
@@ -88,16 +89,17 @@ def tiny_run(tiny, tmp_path_factory):
 
 
 def _tiny_run(tiny, path):
-    from jaxnorm import effects, experiment
-    from jaxnorm.config import Config
-    from jaxnorm.records import RunDirectory
+    from helpers import run
 
-    if path.exists():
+    from jaxnorm.analysis import figures
+    from jaxnorm.analysis.results import Run
+    from jaxnorm.config import Config
+    from jaxnorm.storage.directory import RunDirectory
+
+    if (path / "examples.npz").exists():
         return RunDirectory(path)
-    directory = RunDirectory.create(path)
-    config = Config(dataset="tiny", epochs=2, batch_size=16, seed=3)
-    experiment.run(config, tiny, directory, "python -m jaxnorm.run --dataset tiny")
-    effects.record(directory, tiny)
+    directory = run(Config(dataset="tiny", epochs=2, batch_size=16, seed=3), tiny, path)
+    figures.save_examples(Run(directory), tiny)
     return directory
 
 
@@ -117,42 +119,44 @@ def sweep(tiny, scratch):
 
     Three norms, seeds 1 to 3, two epochs, with the accuracies above; the rest follows from them.
     """
-    from jaxnorm import figures, provenance, stats
+    from jaxnorm.analysis import figures, stats
+    from jaxnorm.analysis.results import Run
     from jaxnorm.config import Config
-    from jaxnorm.records import Epoch, RunDirectory
-    from jaxnorm.results import Run
+    from jaxnorm.runs import environment
+    from jaxnorm.storage.directory import RunDirectory
+    from jaxnorm.storage.schema import Epoch
 
     def write(name="sweep", accuracies=ACCURACIES, dataset=tiny, **settings):
         values = {"arch": "matched", "dataset": "tiny", "epochs": 2, "batch_size": 16, "seeds": 3}
         config = Config(**{**values, **settings})
         directory = RunDirectory.create(scratch / name)
         counts = dict.fromkeys(config.norms, 45_584)
-        directory.write_info(provenance.describe(config, dataset, counts, "python -m x"))
+        directory.write_info(environment.describe(config, dataset, counts, "python -m x"))
         for norm, seed in config.nets:
             rng = np.random.default_rng([seed, len(norm), ord(norm[0])])
             rights = accuracies[norm][seed - config.seed]
             losses = rng.uniform(0.1, 2, 5 * len(rights)).astype(np.float32)
-            directory.write_step_losses(norm, seed, losses)
+            directory.write_step_losses((norm, seed), losses)
             logits = rng.normal(size=(22, 4)).astype(np.float32)
             wrong = rng.permutation(22) >= rights[-1]
             logits[np.arange(22), (dataset.test_labels + wrong) % 4] = 5
-            directory.write_predictions(norm, seed, logits, dataset.test_labels)
+            directory.write_predictions((norm, seed), logits, dataset.test_labels)
             probabilities = stats.probabilities(logits)[np.arange(22), dataset.test_labels]
             last = float(-np.log(probabilities).mean())
             for epoch, right in enumerate(rights, 1):
                 train = (1.5 / epoch, (right - 1) / 22)
                 test = (last * len(rights) / epoch, right / 22)
-                directory.append_epoch(Epoch(norm, seed, epoch, *train, *test, 2, 1))
+                directory.append_epoch(Epoch(norm, seed, epoch, *train, *test, 2.0, 1.0))
             if seed == config.seed:
-                directory.write_effects(norm, seed, made_up_effects(rng))
+                directory.write_probes((norm, seed), made_up_probes(rng))
         figures.save_examples(Run(directory), dataset)
         return directory
 
     return write
 
 
-def made_up_effects(rng):
-    """What `effects.measure` would have written, of two layers and three kernels."""
+def made_up_probes(rng):
+    """What `probes.measure` would have written, of two layers and three kernels."""
     return {
         "layers": np.array(["C1", "C2"]),
         "before": rng.uniform(size=(2, 2)).astype(np.float32),

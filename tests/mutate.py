@@ -50,6 +50,12 @@ def read() -> list[Fault]:
     return faults
 
 
+def path_of(test: str) -> Path:
+    """The file of a test, by its name."""
+    (path,) = HERE.rglob(f"{test}.py")
+    return path
+
+
 def passes(tests: list[str], compiled: Path, fault: Fault | None = None) -> bool:
     """Whether these test files pass on a copy of the package, with a fault put into it."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -60,8 +66,8 @@ def passes(tests: list[str], compiled: Path, fault: Fault | None = None) -> bool
         if fault is not None:
             fault.put_into(root / "jaxnorm")
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-p", "no:cacheprovider"]
-            + [f"tests/{name}.py" for name in tests],
+            [sys.executable, "-m", "pytest", "-x", "-q", "-n0", "-m", "", "-p", "no:cacheprovider"]
+            + [str(path_of(name).relative_to(HERE.parent)) for name in tests],
             cwd=root,
             env={**os.environ, "PYTHONPATH": str(root), "JAXNORM_TEST_COMPILED": str(compiled)},
             capture_output=True,

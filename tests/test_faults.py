@@ -1,8 +1,8 @@
 """The fault harness: real processes are killed, starved of disk and fed damaged checkpoints, and
-what they leave goes on to the bits of an unbroken run.
+what they leave resumes to the bits of an unbroken run.
 
-The default test run takes one try of each kind, on a run of one net. `pytest -m faults` takes all
-of them, on a run of two nets with batch statistics; with `--record-faults FILE` it writes a line
+`pytest -m slow` takes one try of each kind, on a run of one net; `pytest -m faults` takes all of
+them, on a run of two nets with batch statistics; with `--record-faults FILE` it writes a line
 for each, from which the README's table is made. Every child runs on one core of its own, so that
 tries can run side by side.
 """
@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import difference
+from helpers import difference
 
-from jaxnorm import checkpoints
-from jaxnorm.records import RunDirectory
+from jaxnorm.storage import checkpoint
+from jaxnorm.storage.directory import RunDirectory
 
 PATIENCE = 300
 """Seconds after which a child is called hung."""
@@ -35,7 +35,7 @@ PLACES = ("start", "training", "training", "checkpoint", "report")
 
 
 def tries(kind):
-    """The tries of a kind; the first is in the default run, but for Ctrl-C, which is as SIGTERM."""
+    """The tries of a kind; the first is in the slow suite, but for Ctrl-C, which is as SIGTERM."""
     return pytest.mark.parametrize(
         "number",
         [
@@ -43,7 +43,7 @@ def tries(kind):
                 number,
                 marks=[
                     pytest.mark.faults,
-                    *([pytest.mark.sample] * (number == 0 and kind != "SIGINT")),
+                    *([pytest.mark.slow] * (number == 0 and kind != "SIGINT")),
                 ],
             )
             for number in range(TRIES[kind])
@@ -82,7 +82,7 @@ class Reference:
         assert process.returncode == 0, error
         return output + error
 
-    def go_on(self, path: Path) -> str:
+    def resume(self, path: Path) -> str:
         """Resumes a run, or where nothing of it was on disk yet starts it again."""
         if (path / "run.json").exists():
             return self.finish("--resume", path)
@@ -92,7 +92,7 @@ class Reference:
 @pytest.fixture(scope="module")
 def reference(request, tmp_path_factory, worker_id):
     """The unbroken run, which the processes of one session share."""
-    whole = "faults" in (request.config.option.markexpr or "")
+    whole = request.config.option.markexpr == "faults"
     nets = ["--norm", "batch", "--seeds", "2"] if whole else ["--norm", "layer"]
     arguments = [*nets, "--dataset", "digits", "--epochs", "2"]
     shared = tmp_path_factory.getbasetemp()
@@ -180,7 +180,7 @@ def kill(reference, number, path, kind):
     if where == "checkpoint":
         after = draw.randrange(total)
         wait_until(lambda: lines(path) == after, process)
-        wait_until(lambda: any(path.glob("checkpoints/*/*tmp*")), process)
+        wait_until(lambda: any(path.glob("checkpoints/*/.writing-*")), process)
         time.sleep(draw.uniform(0, 0.03))
     else:
         time.sleep(draw.uniform(0, reference.seconds[where]))
@@ -190,17 +190,17 @@ def kill(reference, number, path, kind):
 
 
 def kept_of(printed, complete, total):
-    """How many complete epochs a resumed run said that it goes on after; all where it had none."""
+    """How many complete epochs a resumed run said that it resumes after; all where it had none."""
     for line in printed.splitlines():
-        if line.startswith("going on after "):
-            return int(line.split()[3])
+        if line.startswith("resuming after "):
+            return int(line.split()[2])
     return complete
 
 
 def check(reference, record, kind, where, number, path):
     """Resumes what is left of a run and compares it with the unbroken one."""
     complete = lines(path)
-    printed = reference.go_on(path)
+    printed = reference.resume(path)
     kept = kept_of(printed, complete, None)
     different = difference(RunDirectory(path), reference.directory)
     record(kind, where, number, complete, kept, not different)
@@ -233,12 +233,12 @@ def stopped_politely(reference, record, path, number, kind, code):
 
 
 @tries("SIGTERM")
-def test_sigterm_says_how_to_go_on(reference, record, scratch, number):
+def test_sigterm_says_how_to_resume(reference, record, scratch, number):
     stopped_politely(reference, record, scratch / "run", number, "SIGTERM", 143)
 
 
 @tries("SIGINT")
-def test_ctrl_c_says_how_to_go_on(reference, record, scratch, number):
+def test_ctrl_c_says_how_to_resume(reference, record, scratch, number):
     stopped_politely(reference, record, scratch / "run", number, "SIGINT", 130)
 
 
@@ -263,7 +263,7 @@ cp -r "$disk/run" "$disk.kept" 2> /dev/null || true
 
 
 @tries("full disk")
-def test_a_full_disk_is_one_error_and_goes_on_when_there_is_room(
+def test_a_full_disk_is_one_error_and_resumes_when_there_is_room(
     reference, record, scratch, number
 ):
     if not can_mount():
@@ -305,14 +305,21 @@ def test_a_checkpoint_with_a_flipped_byte_is_made_again(reference, record, scrat
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:complete]))
     epochs = RunDirectory(path).epochs()
     hit = epochs[-1] if number % 2 else draw.choice([each for each in epochs if each.epoch == 2])
-    epoch, stored = hit.epoch, RunDirectory(path).checkpoints(hit.norm, hit.seed)
-    checkpoints.forget_after(stored, epoch)
-    files = sorted(each for each in (stored / str(epoch)).rglob("*") if each.is_file())
-    file = draw.choices(files, [each.stat().st_size for each in files])[0]
+    net, run = (hit.norm, hit.seed), RunDirectory(path)
+    for epoch in checkpoint.epochs(run, net):
+        if epoch > hit.epoch:
+            (path / f"checkpoints/{net[0]}-{net[1]}/epoch-{epoch}.msgpack").unlink()
+    file = path / f"checkpoints/{net[0]}-{net[1]}/epoch-{hit.epoch}.msgpack"
     content = np.fromfile(file, np.uint8)
     content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
     content.tofile(file)
     where = "training" if complete < total else "finished"
+    if where == "finished":  # a finished net needs no checkpoint; the bits are its records'
+        kept = kept_of(reference.resume(path), complete, None)
+        assert RunDirectory(path).epochs() == reference.directory.epochs()
+        record("flipped byte", where, number, complete, kept, True)
+        assert kept == complete
+        return
     _, kept, printed = check(reference, record, "flipped byte", where, number, path)
     assert "warning: " in printed
     assert kept == complete - 1
@@ -320,7 +327,8 @@ def test_a_checkpoint_with_a_flipped_byte_is_made_again(reference, record, scrat
 
 IMPORT = """
 import sys
-from jaxnorm import archive, data
+from jaxnorm.data import cifar10 as archive
+from jaxnorm.data import datasets as data
 archive._PER_FILE = int(sys.argv[3])
 data.CIFAR10_COUNTS = (5 * archive._PER_FILE, archive._PER_FILE)
 loaded = data.load("cifar10", sys.argv[1], sys.argv[2], allow_unverified=True)
@@ -334,7 +342,7 @@ def pictures(request, tmp_path_factory):
     import io
     import tarfile
 
-    per_file = 10_000 if "faults" in (request.config.option.markexpr or "") else 500
+    per_file = 10_000 if request.config.option.markexpr == "faults" else 500
     path = tmp_path_factory.mktemp("pictures") / "archive.tar.gz"
     rng = np.random.default_rng(1)
     with tarfile.open(path, "w:gz", compresslevel=1) as tar:

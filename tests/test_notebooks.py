@@ -8,7 +8,7 @@ import pytest
 from nbconvert.preprocessors import ExecutePreprocessor
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
+NAMES = sorted(path.stem for path in FOLDER.glob("*_norms.py"))
 
 
 def test_both_are_there():
@@ -20,13 +20,14 @@ SHORTER = {
         ('EPOCHS, SEEDS = "digits", 4, 2', 'EPOCHS, SEEDS = "digits", 1, 1'),
         ("learning_rate=0.02,", "learning_rate=0.02, batch_size=479,"),
     ],
-    "explore_norms": [("EPOCHS, SIZES = 3, effects.SIZES", "EPOCHS, SIZES = 1, (479,)")],
+    "explore_norms": [("EPOCHS, SIZES = 3, probes.SIZES", "EPOCHS, SIZES = 1, (479,)")],
 }
 """What says how long each trains, and in what batches (with 479, a third of the digits, none is
 ragged, and fewer programs are compiled), and another for the test; all else runs as it is.
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_from_a_clean_kernel(name, tmp_path):
     text = (FOLDER / f"{name}.py").read_text()

@@ -1,11 +1,9 @@
-"""The report command: reports, several runs side by side, merging, and the README's tables."""
-
-import json
+"""The report command: reports, and several runs side by side."""
 
 import pytest
 
-from jaxnorm import cli, data, figures, report
-from jaxnorm.records import RunDirectory
+from jaxnorm import cli, report
+from jaxnorm.analysis import figures
 
 
 def call(*arguments) -> int:
@@ -44,73 +42,13 @@ def test_several_runs_stand_side_by_side_and_a_damaged_one_is_named(
     assert call(bad) == 2
 
 
-def test_readme_tables_are_written_between_their_marks_and_nowhere_else(
-    sweep, scratch, capsys, undrawn
-):
-    path = sweep("tiny", arch="original").path
-    theirs = {"study": {n: {"test_accuracy": [0.5, 0.2]} for n in ("batch", "group", "layer")}}
-    (scratch / "r.json").write_text(json.dumps(theirs))
-    readme = scratch / "README.md"
-    names = ("tiny", "tiny finding", "tiny differences", "tiny values", "tiny beside others")
-    readme.write_text(
-        "before\n"
-        + "".join(f"<!-- table {each} -->\nold\n<!-- end -->\n" for each in names)
-        + "z\n"
-    )
-    arguments = (path, "--readme", readme, "--reference", scratch / "r.json")
-    assert call(*arguments) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n<!-- table tiny -->\n\n| norm |")
-    assert text.endswith("<!-- end -->\nz\n")
-    assert "old\n" not in text
-    for part in ("With the study", "| group \N{MINUS SIGN} layer |", "| seed |", "| study |"):
-        assert part in text
-    assert call(*arguments) == 0
-    assert readme.read_text() == text
-    readme.write_text("no marks")
-    assert call(*arguments) == 2
-    assert "<!-- table tiny -->" in capsys.readouterr().err
-    readme.write_text("<!-- table other -->\n<!-- end -->\n")
-    assert call(*arguments) == 2
-    assert "'other'" in capsys.readouterr().err
-    readme.write_text(text)
-    (path / "metrics.jsonl").write_text("rubbish\n")
-    assert call(path, "--readme", readme) == 2
-    assert "has a table 'tiny'" in capsys.readouterr().err
-    assert readme.read_text() == text
-
-
-def test_runs_made_apart_are_put_together_measured_and_reported(
-    tiny, scratch, monkeypatch, undrawn
-):
-    from jaxnorm import experiment
-    from jaxnorm.config import Config
-
-    monkeypatch.setattr(data, "load", lambda *_, **__: tiny)
-    paths = []
-    for seed in (3, 2):
-        config = Config("layer", "matched", "tiny", 1, 16, seed=seed)
-        directory = RunDirectory.create(scratch / str(seed))
-        experiment.run(config, tiny, directory, f"seed {seed}")
-        paths.append(directory.path)
-    assert call(*paths, "--merge", scratch / "both") == 0
-    both = RunDirectory(scratch / "both")
-    assert both.info().config.nets == [("layer", 2), ("layer", 3)]
-    assert both.effects("layer", 2)["layers"].size == 8
-    assert "n = 2" in (both.path / "report.md").read_text()
-    assert call(*paths, "--merge", scratch / "both") == 2
-    assert call(paths[0], paths[0], "--merge", scratch / "other") == 2
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
         (),
         ("nowhere",),
         ("--bogus",),
-        ("x", "--reference", "y"),
-        ("--merge", "x", "--bench", "y"),
-        ("--faults", "nowhere"),
+        ("x", "--merge", "y"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(arguments, capsys):

@@ -9,8 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxnorm import cli, data, experiment, ops, provenance, run
-from jaxnorm.records import RunDirectory
+from jaxnorm import cli, run
+from jaxnorm.data import datasets as data
+from jaxnorm.model import ops
+from jaxnorm.runs import environment, runner, signals
+from jaxnorm.storage.directory import RunDirectory
+from jaxnorm.storage.sweep import Sweep
 
 
 def call(*arguments) -> int:
@@ -24,6 +28,7 @@ def inside(scratch, monkeypatch):
     return scratch
 
 
+@pytest.mark.slow
 def test_help_names_every_setting_and_loads_no_jax():
     code = "import sys, jaxnorm.run; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -70,6 +75,13 @@ def test_summary_prints_the_layer_tables_and_trains_nothing(inside, capsys):
     "arguments",
     [
         ("--norm", "weight"),
+        ("--norm", "weight", "--arch", "matched"),
+        ("--norm", "json:loads", "--arch", "matched"),
+        ("--norm", "nowhere:Norm", "--arch", "matched"),
+        ("--arch", "resnet"),
+        ("--dataset", "none.npz"),
+        ("--seed", "2147483648"),
+        ("--dropout", "0.99999999999"),
         ("--norm", "rms"),
         ("--epochs", "0"),
         ("--epochs", "-1"),
@@ -129,35 +141,36 @@ def test_a_run_prints_a_line_an_epoch_and_the_table(inside, tiny_by_name, capsys
     assert lines[1].startswith("   layer  epoch  1/1  train loss ")
     for part in ("train loss", "test loss", "accuracy", "%", " s"):
         assert part in lines[1]
-    assert lines[2].startswith("measuring")
-    assert "46,220" in lines[4]
+    assert "46,220" in lines[3]
+    assert lines[4].startswith("tiny; original nets, 1 epochs, batch 35, seed 1, n = 1; cpu")
     assert lines[5].startswith("the report is a run/report.html; 11 figures")
     assert captured.err == ""
     (epoch,) = RunDirectory("a run").epochs()
-    assert f"{epoch.test_accuracy:.2%}" in lines[4]
+    assert f"{epoch.test_accuracy:.2%}" in lines[3]
     assert epoch.validation_loss is None
     assert call(*SMALL, "--out", "a run") == 2
 
 
 def test_several_seeds_say_which_and_how_long_it_takes(inside, tiny_by_name, capsys):
     assert call(*SMALL, "--seeds", "2", "--validation", "8", "--tensorboard", "--out", "x") == 0
-    lines = capsys.readouterr().out.splitlines()
+    captured = capsys.readouterr().out
+    lines = captured.splitlines()
     assert lines[1].startswith("   layer  seed 1  epoch  1/1  train loss ")
     assert "validation accuracy" in lines[1]
     assert lines[1].endswith(" min left") or lines[1].endswith("under a minute left")
     assert lines[2].startswith("   layer  seed 2  epoch  1/1")
     assert lines[2].endswith(" s")
-    assert "n = 2 seeds, mean +- deviation" in lines[4]
+    assert "n = 2 seeds (1 to 2), mean \N{PLUS-MINUS SIGN} standard deviation" in captured
     names = {path.name for path in (inside / "x" / "tensorboard").iterdir()}
     assert names == {"layer-1", "layer-2"}
     assert (inside / "x" / "report.html").exists()
 
 
 def test_the_time_left_in_words():
-    assert run._time_left(0) == ""
-    assert run._time_left(20) == ", under a minute left"
-    assert run._time_left(150) == ", about 2 min left"
-    assert run._time_left(3660) == ", about 1 h 1 min left"
+    assert cli._time_left(0) == ""
+    assert cli._time_left(20) == ", under a minute left"
+    assert cli._time_left(150) == ", about 2 min left"
+    assert cli._time_left(3660) == ", about 1 h 1 min left"
 
 
 def test_without_the_tensorboard_extra_nothing_is_begun(inside, tiny_by_name, capsys, monkeypatch):
@@ -170,7 +183,7 @@ def test_without_the_tensorboard_extra_nothing_is_begun(inside, tiny_by_name, ca
 def test_quiet_prints_the_table_alone(inside, tiny_by_name, capsys):
     assert call(*SMALL, "--quiet") == 0
     captured = capsys.readouterr()
-    assert len(captured.out.splitlines()) == 2
+    assert len(captured.out.splitlines()) == 3  # head, norm, conditions
     assert captured.err == ""
     (made,) = (inside / "runs").iterdir()
     assert made.name.endswith("-original-layer-tiny")
@@ -188,7 +201,9 @@ def test_a_loss_that_turns_nan_is_exit_code_1(inside, tiny_by_name, capsys):
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
-        (KeyboardInterrupt(), 130, "interrupted"),
+        (signals.Stopped(2), 130, "interrupted"),
+        (signals.Stopped(15), 143, "terminated"),
+        (ConnectionError("another process was lost"), 1, "another process was lost"),
         (OSError(28, "No space left on device", "x"), 1, "x: No space left on device"),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB"), 1, "the device failed: RESOURCE"),
     ],
@@ -199,11 +214,11 @@ def test_what_happens_to_a_run_has_its_exit_code(
     def stop(*_, **__):
         raise error
 
-    monkeypatch.setattr(experiment, "train_runs", stop)
+    monkeypatch.setattr(runner, "run", stop)
     assert call(*SMALL, "--out", "x") == code
     printed = capsys.readouterr().err
     assert text in printed
-    assert "go on with: python -m jaxnorm.run --resume x" in printed
+    assert "resume it with: python -m jaxnorm.run --resume x" in printed
     assert printed.count("\n") == 1
 
 
@@ -213,14 +228,14 @@ def test_a_wrong_operator_stops_it_unless_the_check_is_skipped(
     """One gradient with the wrong sign; the run that is trained all the same says so."""
     right = ops._kernel_gradient
     monkeypatch.setattr(ops, "_kernel_gradient", lambda *arguments: -right(*arguments))
-    wrong = (*SMALL, "--learning-rate", "0.013", "--out", "x")
+    wrong = (*SMALL, "--momentum", "0.913", "--out", "x")
     assert call(*wrong) == 1
     printed = capsys.readouterr().err
     assert printed.startswith("error: one training step of layer norm")
     assert printed.count("\n") == 1
     assert not (inside / "x").exists()
     assert call(*wrong, "--skip-self-check", "--quiet") == 0
-    assert RunDirectory("x").info().self_check == "skipped (--skip-self-check)"
+    assert RunDirectory("x").info().environment.self_check == "skipped (--skip-self-check)"
     assert "skipped" in (inside / "x" / "report.md").read_text()
 
 
@@ -229,10 +244,10 @@ def test_resume_takes_the_runs_settings_and_refuses_others(inside, tiny_by_name,
     (inside / "a run" / "metrics.jsonl").write_text("")
     capsys.readouterr()
     for flags, said in (
-        (("--epochs", "20"), "--epochs 20 conflicts with the run to resume, which has 1"),
+        (("--momentum", "0.8"), "--momentum 0.8 conflicts with the run in a run, which has 0.9"),
         (("--norm=batch",), "--norm batch conflicts"),
-        (("--out", "b"), "--out conflicts"),
-        (("--deterministic",), "--deterministic conflicts"),
+        (("--learning-rate", "0.1"), "--learning-rate 0.1 conflicts with the run to resume"),
+        (("--out", "b"), "--out conflicts with --resume"),
     ):
         assert call("--resume", "a run", *flags) == 2
         assert said in capsys.readouterr().err
@@ -240,24 +255,86 @@ def test_resume_takes_the_runs_settings_and_refuses_others(inside, tiny_by_name,
     assert "none/run.json is missing" in capsys.readouterr().err
     assert call("--resume", "a run", "--epochs", "1", "--skip-self-check") == 0
     captured = capsys.readouterr()
-    assert "going on after 0 of 1 epochs" in captured.out
+    assert "resuming after 0 of 1 epochs" in captured.out
     assert len(RunDirectory("a run").epochs()) == 1
-    assert call("--resume", "a run", "--quiet", "--skip-self-check") == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert call("--resume", "a run", "--seeds", "2", "--quiet", "--skip-self-check") == 0
+    assert [(e.seed, e.epoch) for e in RunDirectory("a run").epochs()] == [(1, 1), (2, 1)]
+    assert RunDirectory("a run").info().config.seeds == 2
 
 
 def test_resume_warns_of_what_is_damaged(inside, tiny_by_name, capsys):
     assert call(*SMALL, "--skip-self-check", "--out", "x") == 0
-    (inside / "x" / "step_losses" / "layer-1.npy").write_bytes(b"rubbish")
+    metrics = inside / "x" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("layer", "paper"))
     capsys.readouterr()
     assert call("--resume", "x", "--skip-self-check", "--quiet") == 0
-    assert capsys.readouterr().err.startswith("warning: layer norm, seed 1: what is on disk")
+    assert capsys.readouterr().err.startswith("warning: 1 damaged and 0 other lines")
 
 
-def test_how_to_go_on_names_where_the_data_is():
-    places = run.Places(data_dir=Path("my data"))
-    hint = run._how_to_go_on(Path("a run"), places)
+def test_how_to_resume_names_where_the_data_is():
+    hint = run._how_to_resume(Path("a run"), run.Options(data_dir=Path("my data")))
     assert hint.endswith("python -m jaxnorm.run --resume 'a run' --data-dir 'my data'")
+
+
+def test_settings_become_flags_in_errors():
+    for text, wanted in (
+        ("batch_size=71 is larger", "--batch-size 71 is larger"),
+        ("allow_large=True trains it", "--allow-large trains it"),
+        ("out= conflicts with resume=, which", "--out conflicts with --resume, which"),
+        ("mesh=seed=4,batch=2 takes 8", "--mesh seed=4,batch=2 takes 8"),
+        ("the form 'seed=4,batch=2'", "the form 'seed=4,batch=2'"),
+        ("archive=/a b/c.gz: no", "--archive /a b/c.gz: no"),
+    ):
+        assert cli.as_flags(text) == wanted
+
+
+FLAGS = ("--norm", "layer", "--dataset", "tiny", "--epochs", "2", "--skip-self-check")
+SWEPT = ("--batch-size", "35", "70", "--learning-rate", "0.01", "0.002")
+
+
+def test_a_sweep_is_planned_trained_and_resumed(inside, tiny_by_name, capsys, monkeypatch):
+    right, calls = runner.save_epoch, []
+
+    def fails_once(directory, *rest):
+        if directory.path.parent.name == "s":  # and not the plan's own
+            calls.append(1)
+            if len(calls) == 3:
+                raise signals.Stopped(2)
+        right(directory, *rest)
+
+    monkeypatch.setattr(runner, "save_epoch", fails_once)
+    assert call(*FLAGS, *SWEPT, "--out", "s") == 130
+    captured = capsys.readouterr()
+    assert "planning 4 nets" in captured.out
+    assert "layer     35     2        2  seed=2,batch=1" in captured.out
+    assert "4 nets on 2 devices: about" in captured.out
+    assert "resume it with: python -m jaxnorm.run --resume s" in captured.err
+    assert call("--resume", "s", "--batch-size", "35") == 2
+    assert "--batch-size 35 conflicts with the run to resume, which has 35 70" in (
+        capsys.readouterr().err
+    )
+    assert call("--resume", "s", "--skip-self-check", "--batch-size", "35", "70") == 0
+    captured = capsys.readouterr()
+    assert "resuming after 2 of 8 epochs" in captured.out
+    assert "planning" not in captured.out
+    table = (inside / "s" / "sweep.md").read_text()
+    for directory in Sweep.open("s").directories:
+        config, last = directory.info().config, directory.epochs()[-1]
+        row = f"| {config.batch} | {config.learning_rate:g} | {last.test_accuracy:.2%} |"
+        assert row in table
+    assert len(calls) == 9
+
+
+def test_a_plan_alone_trains_nothing(inside, tiny_by_name, capsys):
+    assert call(*FLAGS, *SWEPT, "--seeds", "2", "--plan", "--mesh", "seed=1,batch=1") == 0
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines() if line.split()[0] == "layer"]
+    assert [row[:5] for row in rows] == [
+        ["layer", "35", "4", "1", "seed=1,batch=1"],
+        ["layer", "70", "4", "1", "seed=1,batch=1"],
+    ]
+    assert [row[5:8] for row in rows] == [["4", "x", "4"], ["4", "x", "2"]]
+    assert list(inside.iterdir()) == []
 
 
 def test_deterministic_asks_xla_and_the_run_says_what_is_promised(
@@ -270,25 +347,8 @@ def test_deterministic_asks_xla_and_the_run_says_what_is_promised(
     info = RunDirectory("x").info()
     assert info.deterministic
     assert info.repeatable.startswith("bit for bit")
-    assert "not promised" in provenance.repeatable("gpu", True)
-    assert "--deterministic" in provenance.repeatable("gpu", False)
-
-
-def test_after_an_interruption_it_leaves_without_pythons_clean_up(monkeypatch):
-    """Which crashes where XLA still computes."""
-    left = []
-
-    def leave_at_once(code):
-        left.append(code)
-        raise SystemExit(-1)
-
-    monkeypatch.setattr(cli.os, "_exit", leave_at_once)
-    for code, at_once in ((0, False), (1, False), (2, False), (130, True), (143, True)):
-        with pytest.raises(SystemExit) as raised:
-            cli.leave(code)
-        assert (left == [code]) == at_once
-        assert raised.value.code == (-1 if at_once else code)
-        left.clear()
+    assert "not promised" in environment.repeatable("gpu", True)
+    assert "--deterministic" in environment.repeatable("gpu", False)
 
 
 def test_the_bar_shows_what_is_done_on_a_terminal_alone(capsys, monkeypatch):
@@ -306,6 +366,7 @@ def test_the_bar_shows_what_is_done_on_a_terminal_alone(capsys, monkeypatch):
     assert "decoding:  50%" in error
 
 
+@pytest.mark.slow
 def test_digits_from_the_shell_without_tensorflow_or_network_cold_and_warm(inside, monkeypatch):
     """A process of its own, as a user has it, twice: the second loads what the first compiled."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(inside / "cache"))
@@ -331,7 +392,9 @@ def test_digits_from_the_shell_without_tensorflow_or_network_cold_and_warm(insid
     first, second = cold.epochs()
     assert second.train_loss < first.train_loss
     assert second.test_accuracy > 0.5
-    losses = cold.step_losses("batch", 1)
+    losses = cold.step_losses(("batch", 1))
     assert losses.shape == (90,)
-    np.testing.assert_array_equal(losses, warm.step_losses("batch", 1))
-    np.testing.assert_array_equal(cold.predictions("batch", 1)[0], warm.predictions("batch", 1)[0])
+    np.testing.assert_array_equal(losses, warm.step_losses(("batch", 1)))
+    np.testing.assert_array_equal(
+        cold.predictions(("batch", 1))[0], warm.predictions(("batch", 1))[0]
+    )

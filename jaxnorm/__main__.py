@@ -1,0 +1,37 @@
+"""`jaxnorm run`, `jaxnorm report`, `jaxnorm bench`: also as `python -m jaxnorm`."""
+
+import importlib
+import importlib.metadata
+import os
+import sys
+
+from jaxnorm import cli
+
+COMMANDS = {"run": "jaxnorm.run", "report": "jaxnorm.report", "bench": "jaxnorm.bench.__main__"}
+USAGE = """usage: jaxnorm COMMAND [FLAGS]
+
+  run     train the nets of the study, or go on with a run
+  report  write the reports of run directories
+  bench   time our training against PyTorch's
+
+jaxnorm COMMAND --help lists the flags; jaxnorm --version says which version this is."""
+
+
+def main() -> None:
+    """Calls the command that is named first."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("--version", "-V"):
+        print(f"jaxnorm {importlib.metadata.version('jaxnorm')}")
+        sys.exit(0)
+    if name in ("--help", "-h"):
+        print(USAGE)
+        sys.exit(0)
+    if name not in COMMANDS:
+        print(f"error: there is no command {name!r}: choose {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(cli.MISTAKE)
+    sys.path.insert(0, os.getcwd())  # as `python -m` does: a norm of one's own may lie here
+    cli.leave(cli.run(importlib.import_module(COMMANDS[name]).app, arguments))
+
+
+if __name__ == "__main__":
+    main()

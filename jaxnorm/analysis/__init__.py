@@ -1,0 +1,1 @@
+"""Records become numbers, tables, figures and a page. Nothing here trains."""

@@ -1,0 +1,268 @@
+"""Numbers from records: what a table or a figure shows, computed from epochs and test logits, and
+nothing else.
+
+A seed is the unit: a net's accuracy is one value, and norms are compared by the differences between
+nets of the same seed, which start from the same kernels and see the same batches and masks in
+`matched`. SciPy does the tests that it has. A new number is one more function here.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from scipy import stats as scipy_stats
+
+from jaxnorm.storage.schema import Epoch
+
+TARGET = 0.70
+"""The test accuracy that the study's exercise asks for."""
+LEVEL = 0.05
+"""The level below which a p-value is called significant; intervals cover one minus it."""
+RESAMPLES = 9_999
+"""Of the bootstrap."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One net's training in a line. Accuracies are fractions of the test set."""
+
+    best: float
+    best_epoch: int
+    last: float
+    first_at_target: int | None
+    """The first epoch at `TARGET`, or None."""
+    chosen: float | None
+    """At the epoch with the best validation accuracy, or None where nothing was held out."""
+    train: float
+    """The last epoch's accuracy on the training batches."""
+
+
+def summarize(epochs: Sequence[Epoch]) -> Summary:
+    """Sums up the epochs of one net.
+
+    The best epoch, picked on the test set, is the study's rule; the first wins a tie.
+    """
+    best = max(epochs, key=lambda epoch: (epoch.test_accuracy, -epoch.epoch))
+    first = next((epoch.epoch for epoch in epochs if epoch.test_accuracy >= TARGET), None)
+    held_out = [epoch for epoch in epochs if epoch.validation_accuracy is not None]
+    chosen = max(held_out, key=lambda each: (each.validation_accuracy, -each.epoch), default=None)
+    return Summary(
+        best.test_accuracy,
+        best.epoch,
+        epochs[-1].test_accuracy,
+        first,
+        chosen and chosen.test_accuracy,
+        epochs[-1].train_accuracy,
+    )
+
+
+def by_seed(epochs: Iterable[Epoch], norm: str) -> dict[int, list[Epoch]]:
+    """The epochs of each net of a norm, by seed."""
+    found: dict[int, list[Epoch]] = {}
+    for epoch in epochs:
+        if epoch.norm == norm:
+            found.setdefault(epoch.seed, []).append(epoch)
+    return found
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The values of one quantity, one for each seed, and what they say of its mean."""
+
+    values: tuple[float, ...]
+
+    @property
+    def n(self) -> int:
+        """How many values there are."""
+        return len(self.values)
+
+    @property
+    def mean(self) -> float:
+        """The arithmetic mean."""
+        return float(np.mean(self.values))
+
+    @property
+    def deviation(self) -> float | None:
+        """The standard deviation (dividing by n - 1), or None for one value."""
+        return float(np.std(self.values, ddof=1)) if self.n > 1 else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Student's 95 % interval of the mean, or None for one value.
+
+        It takes the values for normally distributed.
+        """
+        if self.deviation is None:
+            return None
+        half = scipy_stats.t.ppf(1 - LEVEL / 2, self.n - 1) * self.deviation / math.sqrt(self.n)
+        return self.mean - float(half), self.mean + float(half)
+
+    @cached_property
+    def bootstrap_interval(self) -> tuple[float, float] | None:
+        """The percentile bootstrap's 95 % interval of the mean, or None for one value.
+
+        It takes nothing for granted, and with few values it is too narrow: it never leaves their
+        range.
+        """
+        if self.n == 1:
+            return None
+        found = scipy_stats.bootstrap(
+            (self.values,),
+            np.mean,
+            confidence_level=1 - LEVEL,
+            n_resamples=RESAMPLES,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+        return float(found.low), float(found.high)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One norm minus another, paired by seed."""
+
+    first: str
+    second: str
+    sample: Sample
+    p: float
+    """Of the exact sign-flip test."""
+    adjusted_p: float
+    """After Holm's correction for all pairs that are compared together."""
+
+
+def differences(values: Mapping[str, Mapping[int, float]], count: int) -> list[Difference]:
+    """Compares every pair of norms by the seeds that both have; pairs without any are left out.
+
+    values: for each norm, an accuracy for each seed, a fraction of `count` test images.
+    """
+    pairs = []
+    for first, second in itertools.combinations(values, 2):
+        if seeds := sorted(values[first].keys() & values[second].keys()):
+            correct = [[round(values[n][seed] * count) for seed in seeds] for n in (first, second)]
+            pairs.append((first, second, [a - b for a, b in zip(*correct, strict=True)]))
+    ps = [sign_flip_p(paired) for _, _, paired in pairs]
+    return [
+        Difference(first, second, Sample(tuple(d / count for d in paired)), p, adjusted)
+        for (first, second, paired), p, adjusted in zip(pairs, ps, holm(ps), strict=True)
+    ]
+
+
+def sign_flip_p(differences: Sequence[int]) -> float:
+    """The two-sided p-value of the sign-flip (paired permutation) test of a mean of zero: the share
+    of all 2**n ways to flip the signs whose sum is at least as far from zero.
+
+    Exact: whole numbers have no rounding that could hide a tie, and the distribution of the sum is
+    built up one pair at a time (its shares are multiples of 2**-n, exact in float64 to n = 52).
+    """
+    sizes = [abs(int(d)) for d in differences]
+    total = sum(sizes)
+    shares = np.zeros(2 * total + 1)  # of the sums -total to total
+    shares[total] = 1.0
+    for size in sizes:
+        shares = (np.roll(shares, size) + np.roll(shares, -size)) / 2
+    far = abs(int(sum(differences)))
+    return float(shares[: total - far + 1].sum() + shares[total + far :].sum()) if far else 1.0
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: p-values adjusted for all being looked at (Holm, 1979)."""
+    adjusted, largest = [0.0] * len(ps), 0.0
+    for rank, index in enumerate(np.argsort(ps, kind="stable")):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def smallest_p(n: int) -> float:
+    """The smallest p-value that the sign-flip test can give with n pairs: 2 of 2**n flips."""
+    return min(1.0, 2.0 ** (1 - n))
+
+
+def what_n_can_show(n: int, comparisons: int) -> str:
+    """A sentence on what so many pairs can show when so many comparisons are made at once."""
+    needed = next(n for n in itertools.count(1) if comparisons * smallest_p(n) < LEVEL)
+    if n == 1:
+        return (
+            "With one seed there is no telling a difference between norms from one between two "
+            f"runs of the same net; {needed} seeds are the fewest that can."
+        )
+    head = f"With {n} paired seeds no p-value under {smallest_p(n):.2g} exists"
+    if comparisons > 1:
+        head += f" (under {min(1.0, comparisons * smallest_p(n)):.2g} after Holm's correction)"
+    if n < needed:
+        return (
+            f"{head}: the sign-flip test cannot call any difference significant at {LEVEL:g}, "
+            f"however large it is; {needed} seeds are the fewest that can. The t intervals can, if "
+            "one grants them that differences between seeds are normally distributed."
+        )
+    return f"{head}: enough to call a difference significant at {LEVEL:g} that is there."
+
+
+def epochs_to_target(nets: Sequence[Summary]) -> str:
+    """When the nets of a norm first reached `TARGET`, in words."""
+    reached = sorted(net.first_at_target for net in nets if net.first_at_target)
+    if not reached:
+        return "never"
+    text = str(reached[0]) + (f" to {reached[-1]}" if reached[-1] != reached[0] else "")
+    never = len(nets) - len(reached)
+    return text + (f", never in {never} of {len(nets)}" if never else "")
+
+
+def accuracy_text(sample: Sample, plus_minus: str = "\N{PLUS-MINUS SIGN}") -> str:
+    """A mean accuracy and its deviation as a percentage."""
+    text = f"{sample.mean:.2%}"
+    if sample.deviation is not None:
+        text += f" {plus_minus} {100 * sample.deviation:.2f}"
+    return text
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Softmax over the last axis, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    exponentials = np.exp(shifted)
+    return exponentials / exponentials.sum(-1, keepdims=True)
+
+
+def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Counts i64[classes, classes]: row the true class, column the predicted one."""
+    classes = logits.shape[1]
+    return np.bincount(labels * classes + logits.argmax(1), minlength=classes**2).reshape(
+        classes, classes
+    )
+
+
+def class_accuracy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The fraction of each class classified rightly, f64[classes]; NaN for an empty class."""
+    matrix = confusion_matrix(logits, labels)
+    totals = matrix.sum(1)
+    return np.where(totals, matrix.diagonal() / np.maximum(totals, 1), np.nan)
+
+
+def mistakes(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The rows that were classified wrongly, in order."""
+    return np.flatnonzero(logits.argmax(1) != labels)
+
+
+def confident_mistakes(logits: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+    """The mistakes with the highest predicted probability, highest first."""
+    wrong = mistakes(logits, labels)
+    confidence = probabilities(logits[wrong]).max(1)
+    return wrong[np.argsort(-confidence, kind="stable")[:count]]
+
+
+def drawn_mistakes(logits: np.ndarray, labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Mistakes drawn without replacement, every one as likely, in order."""
+    wrong = mistakes(logits, labels)
+    return np.sort(np.random.default_rng(seed).choice(wrong, min(count, len(wrong)), replace=False))
+
+
+def common_mistakes(logits: Sequence[np.ndarray], labels: np.ndarray, count: int) -> np.ndarray:
+    """The images that every net gets wrong, those with the highest mean confidence in the wrong
+    classes first.
+    """
+    wrong = np.flatnonzero(np.all([each.argmax(1) != labels for each in logits], axis=0))
+    confidence = np.mean([probabilities(each[wrong]).max(1) for each in logits], axis=0)
+    return wrong[np.argsort(-confidence, kind="stable")[:count]]

@@ -1,0 +1,1 @@
+"""Our training against PyTorch's, in turns: `python -m jaxnorm.bench`."""

@@ -1,0 +1,263 @@
+"""What `jaxnorm.bench` times, each in a process of its own: our training, and PyTorch's.
+
+It reads a job from standard input, a line of JSON, prepares it (imports,
+compilation and warm-up, timed apart), and then answers each further line, a number of steps, with
+the seconds that they took. Both sides hold the same images as uint8 in memory, take the same
+batches, standardize them, and make the same step of SGD with momentum.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+IMAGES = 10_000
+Peer = Literal["jaxnorm", "jaxnorm-vmap", "flax", "torch", "torch-compile"]
+Stepper = Callable[[int], None]
+"""Makes a number of steps, and returns when they are done."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process is to time.
+
+    peer: "jaxnorm"; "jaxnorm-vmap", which trains its seeds in one program instead of one by one;
+    "flax" (our net from Flax's plain operators); "torch" or "torch-compile". layout: of PyTorch's
+    images. seeds: nets to train, a step of each. spawned: when the process was started, in seconds
+    since 1970.
+    """
+
+    peer: Peer
+    norm: str
+    arch: str
+    batch_size: int
+    layout: Literal["contiguous", "channels_last"] = "contiguous"
+    task: Literal["train", "evaluate"] = "train"
+    seeds: int = 1
+    compilation_cache: str | None = None
+    spawned: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """As tables name it."""
+        return f"{self.peer} {self.layout}" if self.peer.startswith("torch") else self.peer
+
+    def to_line(self) -> str:
+        """As a line of JSON."""
+        return json.dumps(asdict(self))
+
+
+def draw_data() -> tuple[np.ndarray, np.ndarray]:
+    """Random images u8[IMAGES, 32, 32, 3] and labels i32[IMAGES]."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (IMAGES, 32, 32, 3), np.uint8)
+    return images, rng.integers(0, 10, IMAGES).astype(np.int32)
+
+
+def batches_of(batch_size: int) -> np.ndarray:
+    """One epoch's batches, rows of the images, i32[IMAGES // batch_size, batch_size]."""
+    order = np.random.default_rng(1).permutation(IMAGES).astype(np.int32)
+    return order[: IMAGES // batch_size * batch_size].reshape(-1, batch_size)
+
+
+def jax_setup(job: Job) -> tuple[Any, list[tuple], Any, Any]:
+    """The program; for every call of `train_nets` that a step of all seeds takes, its arrays
+    (images, labels, batches, dropout keys, learning rates); states; and the images and labels.
+    """
+    import jax
+    import numpy as np
+
+    from jaxnorm.model.cnn import CNN
+    from jaxnorm.training import mesh as meshes
+    from jaxnorm.training.step import Program, derive_key, init_state
+
+    net = CNN(job.norm, job.arch, fast=job.peer != "flax")
+    mesh = meshes.choose(1, job.batch_size) if job.peer == "jaxnorm" else meshes.ONE
+    program = Program(net, 0.9, MEAN, DEVIATION, mesh)
+    images, labels = meshes.place(mesh, draw_data())
+    together = job.seeds if job.peer == "jaxnorm-vmap" else 1
+    calls, states = [], []
+    for first in range(0, job.seeds, together):
+        seeds = range(first, first + together)
+        batches = np.stack([batches_of(job.batch_size)] * together)
+        rates = np.full(together, 0.01, np.float32)
+        keys = jax.numpy.stack([derive_key(seed, "dropout", 1) for seed in seeds])
+        nets = [jax.device_get(init_state(program, seed)) for seed in seeds]
+        states.append(meshes.place(mesh, jax.tree.map(lambda *a: np.stack(a), *nets), by_net=True))
+        batches, rates = meshes.place(mesh, (batches, rates), by_net=True)
+        calls.append((images, labels, batches, keys, rates))
+    return program, calls, states, (images, labels)
+
+
+def jax_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
+    """Our training or evaluation, and what it runs on."""
+    import jax
+
+    from jaxnorm.training import epoch
+    from jaxnorm.training import mesh as meshes
+
+    meshes.use_all_cores()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if job.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", job.compilation_cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    program, calls, states, (images, labels) = jax_setup(job)
+
+    def steps(count: int) -> None:
+        """Trains every seed on so many batches."""
+        while count > 0:
+            stop = min(count, IMAGES // job.batch_size)
+            for i, call in enumerate(calls):
+                states[i], done = epoch.train_nets(program, states[i], *call, 0, 0, stop)
+            count -= stop
+        jax.block_until_ready(done.losses)
+
+    def evaluations(count: int) -> None:
+        """Evaluates all images so many times."""
+        for _ in range(count):
+            jax.block_until_ready(epoch.evaluate_nets(program, states[0], images, labels))
+
+    about = {
+        "jax": jax.__version__,
+        "device": f"{jax.devices()[0].device_kind} x{program.mesh.devices}",
+    }
+    return (steps if job.task == "train" else evaluations), about
+
+
+def torch_net(norm: str, arch: str) -> Any:
+    """The same net in PyTorch, from the same layer tables."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from torch import nn  # pyright: ignore[reportMissingImports]
+
+    from jaxnorm.model.cnn import CNN
+    from jaxnorm.model.summary import summarize
+
+    net = CNN(norm, arch)
+    modules: list[Any] = []
+    inputs = 3
+    for layer, row in zip(net.table, summarize(net), strict=True):
+        height, width, channels = row.shape
+        match layer.kind:
+            case "block":
+                modules.append(nn.Conv2d(inputs, channels, 3, padding=layer.padding, bias=False))
+                if norm == "batch":
+                    modules.append(nn.BatchNorm2d(channels))
+                elif norm == "layer" and arch == "original":
+                    modules.append(nn.LayerNorm([channels, height, width]))
+                else:
+                    modules.append(nn.GroupNorm({"group": 4, "layer": 1}[norm], channels))
+                modules += [nn.Dropout(0.1), nn.ReLU()]
+            case "squeeze":
+                modules.append(nn.Conv2d(inputs, channels, 1, padding=layer.padding, bias=False))
+                modules.append(nn.ReLU())
+            case "pool":
+                modules.append(nn.MaxPool2d(2, 2))
+            case "mean":
+                modules.append(nn.AvgPool2d(layer.window))
+            case "head":
+                modules += [nn.Conv2d(inputs, channels, 1, bias=False), nn.Flatten()]
+        inputs = channels
+    return torch.nn.Sequential(*modules)
+
+
+def torch_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
+    """PyTorch's training or evaluation, and what it runs on."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    torch.backends.cudnn.allow_tf32 = False  # ours is full float32
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    layout = getattr(torch, f"{job.layout}_format" if job.layout == "contiguous" else job.layout)
+    net = torch_net(job.norm, job.arch).to(device).to(memory_format=layout)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    images, labels = draw_data()
+    images = torch.tensor(images.transpose(0, 3, 1, 2).copy(), device=device)
+    images = images.contiguous(memory_format=layout)
+    labels = torch.tensor(labels, dtype=torch.int64, device=device)
+    batches = torch.tensor(batches_of(job.batch_size), dtype=torch.int64, device=device)
+    mean, deviation = (
+        torch.tensor(values, device=device).reshape(1, 3, 1, 1) for values in (MEAN, DEVIATION)
+    )
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    model = torch.compile(net, mode=mode) if job.peer == "torch-compile" else net
+
+    def standardized(rows: Any) -> Any:
+        """The images of these rows, as the net takes them."""
+        return (images[rows].float() / 255 - mean) / deviation
+
+    def done() -> None:
+        """Waits for the device."""
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def steps(count: int) -> None:
+        """Trains on so many batches."""
+        net.train()
+        for i in range(count):
+            rows = batches[i % len(batches)]
+            loss = torch.nn.functional.cross_entropy(model(standardized(rows)), labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        done()
+
+    @torch.no_grad()
+    def evaluations(count: int) -> None:
+        """Evaluates all images so many times."""
+        net.eval()
+        for _ in range(count):
+            for first in range(0, IMAGES, 500):
+                rows = slice(first, first + 500)
+                outputs = model(standardized(rows))
+                torch.nn.functional.cross_entropy(outputs, labels[rows], reduction="sum")
+        done()
+
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    about = {"torch": torch.__version__, "device": name, "threads": str(torch.get_num_threads())}
+    return (steps if job.task == "train" else evaluations), about
+
+
+def main() -> None:
+    """Prepares the job on the first line, then answers line by line until there are no more."""
+    began = time.perf_counter()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no answer
+
+    def answer(**values: Any) -> None:
+        """Writes a line of JSON to whoever asked."""
+        answers.write(json.dumps(values) + "\n")
+        answers.flush()
+
+    job = Job(**json.loads(sys.stdin.readline()))
+    try:
+        stepper, about = (torch_stepper if job.peer.startswith("torch") else jax_stepper)(job)
+        imported = time.perf_counter()
+        stepper(1)
+        first, first_step_seconds = time.perf_counter(), time.time() - job.spawned
+        stepper(3 if job.task == "train" else 1)
+    except Exception as error:  # a variant that does not work here is told, not hidden
+        answer(failed=f"{type(error).__name__}: {error}"[:300])
+        return
+    answer(
+        about=about,
+        start_seconds=imported - began,
+        compile_seconds=first - imported,
+        first_step_seconds=first_step_seconds,
+    )
+    for line in sys.stdin:
+        clock = time.perf_counter()
+        stepper(int(line))
+        seconds = time.perf_counter() - clock
+        answer(
+            seconds=seconds, peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A data set's name becomes uint8 arrays in memory, checked and cached. Knows nothing of JAX."""

@@ -1,0 +1,188 @@
+"""The CNN: three layer tables, and the norm chosen by a field.
+
+`original` is the study's three nets, one for each norm; `matched` is one net, the group net's, in
+which only the norm differs. The names of the layers do not depend on the norm, so one seed gives
+the same initial kernels and dropout masks under every norm.
+
+A new norm is one more `case` in `CNN.normalization`; a new net is one more entry in `ARCHS`.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxnorm.config import Precision, UserError
+from jaxnorm.model import layers
+
+EPSILON = 1e-5
+IMAGE = (-3, -2, -1)
+"""Height, width and channels: what layer norm and RMS norm take their statistics over."""
+
+
+class Layer(NamedTuple):
+    """A row of a layer table.
+
+    kind: "block" is a 3x3 convolution, norm, dropout and ReLU; "squeeze" a 1x1 convolution and
+    ReLU; "pool" 2x2 max pooling, stride 2; "mean" the average of the top-left `window` x `window`
+    pixels; "head" a 1x1 convolution to the classes. No convolution has a bias.
+    """
+
+    name: str
+    kind: Literal["block", "squeeze", "pool", "mean", "head"]
+    channels: int = 0
+    padding: int = 0
+    window: int = 0
+
+
+BATCH = (
+    Layer("C1", "block", 16, padding=1),
+    Layer("C2", "block", 32, padding=1),
+    Layer("c3", "squeeze", 8, padding=1),  # the study pads this 1x1 convolution too
+    Layer("P1", "pool"),
+    Layer("C4", "block", 16),
+    Layer("C5", "block", 32),
+    Layer("C6", "block", 64),
+    Layer("c7", "squeeze", 8),
+    Layer("P2", "pool"),
+    Layer("C8", "block", 16, padding=1),
+    Layer("C9", "block", 32, padding=1),
+    Layer("C10", "block", 32, padding=1),
+    Layer("GAP", "mean", window=4),  # of 5x5 pixels, as in the study
+    Layer("c11", "head"),
+)
+GROUP = (
+    Layer("C1", "block", 16),
+    Layer("C2", "block", 32),
+    Layer("c3", "squeeze", 8),
+    Layer("P1", "pool"),
+    Layer("C4", "block", 16, padding=1),
+    Layer("C5", "block", 32, padding=1),
+    Layer("C6", "block", 64, padding=1),
+    Layer("c7", "squeeze", 8),
+    Layer("P2", "pool"),
+    Layer("C8", "block", 16, padding=1),
+    Layer("C9", "block", 32, padding=1),
+    Layer("C10", "block", 32),
+    Layer("GAP", "mean", window=5),
+    Layer("c11", "head"),
+)
+LAYER = (
+    Layer("C1", "block", 4),
+    Layer("C2", "block", 4),
+    Layer("c3", "squeeze", 4),
+    Layer("P1", "pool"),
+    Layer("C4", "block", 8, padding=1),
+    Layer("C5", "block", 16, padding=1),
+    Layer("C6", "block", 16, padding=1),
+    Layer("c7", "squeeze", 8),
+    Layer("P2", "pool"),
+    Layer("C8", "block", 16, padding=1),
+    Layer("C9", "block", 16, padding=1),
+    Layer("C10", "block", 32),
+    Layer("GAP", "mean", window=5),
+    Layer("c11", "head"),
+)
+ARCHS: dict[str, Callable[[str], tuple[Layer, ...] | None]] = {
+    "original": {"batch": BATCH, "group": GROUP, "layer": LAYER}.get,
+    "matched": lambda norm: GROUP,
+}
+"""The layer table of each net, by the norm; None where it has no net for that norm."""
+
+
+class CNN(nn.Module):
+    """The study's small CNN: images f32[N, 32, 32, 3], standardized, to logits f32[N, num_classes].
+
+    In training it needs `rngs={"dropout": key}`, unless `dropout` is 0, and
+    `mutable=["batch_stats"]` for batch norm. `fast` layers have the same values as Flax's own.
+    """
+
+    norm: str = "batch"
+    arch: str = "original"
+    num_classes: int = 10
+    groups: int = 4
+    dropout: float = 0.1
+    precision: Precision = "float32"
+    fast: bool = True
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Logits f32[N, num_classes] of f32[N, 32, 32, 3]."""
+        chex.assert_shape(images, (None, 32, 32, 3))
+        chex.assert_type(images, jnp.float32)
+        L = layers if self.fast else layers.plain
+        key = self.make_rng("dropout") if train and self.dropout else None
+        dtype = jnp.bfloat16 if self.precision == "bfloat16" else jnp.float32
+        x = images.astype(dtype)
+        for number, layer in enumerate(self.table):
+            match layer.kind:
+                case "block":
+                    x = self.conv(layer, (3, 3), dtype)(x)
+                    x = self.normalization(train, f"{layer.name}_norm")(x.astype(jnp.float32))
+                    x = L.dropout_relu(x.astype(dtype), self.dropout, key, number)
+                case "squeeze":
+                    x = nn.relu(self.conv(layer, (1, 1), dtype)(x))
+                case "pool":
+                    x = L.max_pool(x, (2, 2), strides=(2, 2))
+                case "mean":
+                    x = x[:, : layer.window, : layer.window].mean((1, 2), keepdims=True)
+                case "head":
+                    x = self.conv(layer, (1, 1), dtype)(x)
+        return x.reshape(x.shape[0], self.num_classes).astype(jnp.float32)
+
+    @nn.nowrap
+    def normalization(self, train: bool, name: str | None = None) -> nn.Module:
+        """The norm after a 3x3 convolution: a module from f32[N, H, W, C] to the same shape."""
+        L = layers if self.fast else layers.plain
+        match self.norm:
+            case "batch":  # running averages keep 0.9 of the old value; PyTorch calls it 0.1
+                return L.BatchNorm(
+                    use_running_average=not train, momentum=0.9, epsilon=EPSILON,
+                    use_fast_variance=False, name=name,
+                )  # fmt: skip
+            case "group":
+                return L.GroupNorm(self.groups, epsilon=EPSILON, use_fast_variance=False, name=name)
+            case "layer":  # in the study's own net: a scale and a bias for each element
+                return L.LayerNorm(
+                    reduction_axes=IMAGE, feature_axes=IMAGE if self.arch == "original" else -1,
+                    epsilon=EPSILON, use_fast_variance=False, name=name,
+                )  # fmt: skip
+            case "instance":
+                return L.InstanceNorm(epsilon=EPSILON, use_fast_variance=False, name=name)
+            case "rms":
+                return L.RMSNorm(reduction_axes=IMAGE, feature_axes=-1, epsilon=EPSILON, name=name)
+            case "none":
+                return layers.Identity(name=name)
+        return layers.custom_norm(self.norm, train, name)
+
+    @nn.nowrap
+    def conv(self, layer: Layer, window: tuple[int, int], dtype: jnp.dtype) -> nn.Module:
+        """A convolution without a bias, its kernel drawn as in PyTorch: +-1/sqrt(fan_in)."""
+        L = layers if self.fast else layers.plain
+        return L.Conv(
+            layer.channels or self.num_classes,
+            window,
+            padding=layer.padding,
+            use_bias=False,
+            dtype=dtype,
+            # an accelerator's own default for float32 is less than float32
+            precision="tensorfloat32" if self.precision == "tf32" else "highest",
+            kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+            name=layer.name,
+        )
+
+    @property
+    def table(self) -> tuple[Layer, ...]:
+        """The layer table of this net; raises `UserError` where there is none."""
+        if self.arch not in ARCHS:
+            raise UserError(f"arch={self.arch} is wrong: choose {', '.join(ARCHS)}")
+        table = ARCHS[self.arch](self.norm)
+        if table is None:
+            raise UserError(
+                f"norm={self.norm} has no net in the study: choose arch=matched, or batch, group "
+                "or layer norm"
+            )
+        return table

@@ -1,0 +1,227 @@
+"""Fast layers under Flax's names, with Flax's fields, parameters and values.
+
+Each class is Flax's own with another `__call__`; `plain` holds the same layers by Flax's and XLA's
+own operators, the standard that the fast ones are compared with. Images are f32[N, H, W, C].
+"""
+
+import contextlib
+import importlib
+import math
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxnorm.config import UserError
+from jaxnorm.model import dropout, ops
+
+BUILT_IN = ("batch", "group", "layer", "instance", "rms", "none")
+
+
+class Part(NamedTuple):
+    """Which part of a batch a net is applied to: the number of its first image, and the mesh axis
+    along which devices share the batch, if they do.
+    """
+
+    first_image: int | jax.Array = 0
+    axis_name: str | None = None
+
+
+_WHOLE = Part()
+_part: ContextVar[Part] = ContextVar("part", default=_WHOLE)
+
+
+@contextlib.contextmanager
+def part_of_batch(first_image: int | jax.Array, axis_name: str | None = None) -> Iterator[None]:
+    """Nets applied inside see a part of a batch: dropout masks and batch norm's statistics are
+    those of the whole batch.
+    """
+    token = _part.set(Part(first_image, axis_name))
+    try:
+        yield
+    finally:
+        _part.reset(token)
+
+
+class UnbiasedBatchNorm(nn.BatchNorm):
+    """`nn.BatchNorm` whose running variance is the unbiased one (n / (n - 1)), as in PyTorch and in
+    the study.
+    """
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalizes f32[..., C], and in training updates the running averages."""
+        updates = not self.use_running_average and not self.is_initializing()
+        old = self.get_variable("batch_stats", "var") if updates else 0.0
+        outputs = super().__call__(x)
+        if updates:
+            count = math.prod(x.shape[:-1])
+            kept = self.momentum * old
+            biased = self.get_variable("batch_stats", "var") - kept
+            self.put_variable("batch_stats", "var", kept + biased * (count / max(count - 1, 1)))
+        return outputs
+
+
+class BatchNorm(UnbiasedBatchNorm):
+    """Batch norm over the whole batch, also where devices share it."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalizes, and in training updates the running averages."""
+        if self.use_running_average or self.is_initializing():
+            return super().__call__(x)
+        channels, axis_name = x.shape[-1:], _part.get().axis_name
+        mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
+        variance = self.variable("batch_stats", "var", jnp.ones, channels)
+        scale = self.param("scale", self.scale_init, channels)
+        bias = self.param("bias", self.bias_init, channels)
+        over = ops.Over(True, x.shape[-1], epsilon=self.epsilon, axis=axis_name)
+        outputs, statistics = ops.normalize(x, scale, bias, over)
+        devices = jax.lax.axis_size(axis_name) if axis_name else 1
+        count = devices * math.prod(x.shape[:-1])
+        unbiased = statistics.variance[0] * (count / max(count - 1, 1))
+        kept = self.momentum
+        mean.value = kept * mean.value + (1 - kept) * statistics.mean[0]
+        variance.value = kept * variance.value + (1 - kept) * unbiased
+        return outputs
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm: statistics over each image's neighbouring channels."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalizes; raises `UserError` where the groups do not divide the channels."""
+        channels = x.shape[-1]
+        groups = channels if self.num_groups is None else self.num_groups
+        if channels % groups:
+            raise UserError(
+                f"groups={groups} does not divide the {channels} channels of {self.name}: choose "
+                "1, 2, 4, 8 or 16"
+            )
+        return _normalize(self, x, ops.Over(False, groups, epsilon=self.epsilon))
+
+
+class InstanceNorm(nn.InstanceNorm):
+    """Instance norm: statistics over each channel of each image."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalizes."""
+        return _normalize(self, x, ops.Over(False, x.shape[-1], epsilon=self.epsilon))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm over height, width and channels, with a scale for each channel or each element."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalizes."""
+        over = ops.Over(False, 1, epsilon=self.epsilon)
+        if self.feature_axes == -1:
+            return _normalize(self, x, over)
+        scale = self.param("scale", self.scale_init, x.shape[1:])
+        bias = self.param("bias", self.bias_init, x.shape[1:])
+        ones, zeros = jnp.ones(x.shape[-1]), jnp.zeros(x.shape[-1])
+        return ops.normalize(x, ones, zeros, over)[0] * scale[None] + bias[None]
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMS norm over height, width and channels: no mean is subtracted, and there is no bias."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalizes."""
+        scale = self.param("scale", self.scale_init, x.shape[-1:])
+        over = ops.Over(False, 1, centered=False, epsilon=self.epsilon)
+        return ops.normalize(x, scale, jnp.zeros_like(scale), over)[0]
+
+
+class Identity(nn.Module):
+    """No norm: returns its input."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns x."""
+        return x
+
+
+class Conv(nn.Conv):
+    """`nn.Conv` of stride 1, with gradients that XLA runs fast on a CPU."""
+
+    conv_general_dilated: Any = ops.convolution
+
+
+def max_pool(x: jax.Array, window_shape: Sequence[int], strides: Sequence[int]) -> jax.Array:
+    """`nn.max_pool` of 2x2 windows and stride 2; ValueError for any other."""
+    if tuple(window_shape) != (2, 2) or tuple(strides) != (2, 2):
+        raise ValueError("max_pool: only 2x2 windows of stride 2 are supported; use nn.max_pool")
+    return ops.max_pool(x)
+
+
+def dropout_relu(x: jax.Array, rate: float, key: jax.Array | None, layer: int) -> jax.Array:
+    """Dropout and then ReLU; ReLU alone without a key. The mask depends on the key and the layer's
+    number alone (`dropout.keep_mask`).
+    """
+    if key is None:
+        return nn.relu(x)
+    mask = dropout.keep_mask(key, layer, x.shape, rate, _part.get().first_image)
+    return dropout.dropout_relu(x, mask, rate)
+
+
+def _plain_dropout_relu(x: jax.Array, rate: float, key: jax.Array | None, layer: int) -> jax.Array:
+    if key is None:
+        return nn.relu(x)
+    mask = dropout.keep_mask(key, layer, x.shape, rate, _part.get().first_image)
+    return nn.relu(jnp.where(mask, x / (1 - rate), 0))
+
+
+plain = SimpleNamespace(
+    BatchNorm=UnbiasedBatchNorm,
+    GroupNorm=nn.GroupNorm,
+    InstanceNorm=nn.InstanceNorm,
+    LayerNorm=nn.LayerNorm,
+    RMSNorm=nn.RMSNorm,
+    Conv=nn.Conv,
+    max_pool=nn.max_pool,
+    dropout_relu=_plain_dropout_relu,
+)
+
+
+def _normalize(module: Any, x: jax.Array, over: ops.Over) -> jax.Array:
+    """Normalizes with the module's scale and bias for each channel."""
+    scale = module.param("scale", module.scale_init, x.shape[-1:])
+    bias = module.param("bias", module.bias_init, x.shape[-1:])
+    return ops.normalize(x, scale, bias, over)[0]
+
+
+def custom_norm(path: str, train: bool, name: str | None) -> nn.Module:
+    """A norm of the user's own, "package.module:Class": a Flax module from f32[N, H, W, C] to the
+    same shape. A field `use_running_average` is set to False in training and True in evaluation.
+
+    Raises `UserError` where there is no such module.
+    """
+    module_name, _, class_name = path.partition(":")
+    if not class_name:
+        raise UserError(
+            f"norm={path} is wrong: choose {', '.join(BUILT_IN)}, or your own norm as "
+            "package.module:Class"
+        )
+    try:
+        kind = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"norm={path} cannot be imported: {error}") from None
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise UserError(f"norm={path} is no flax.linen.Module")
+    fields = (
+        {"use_running_average": not train} if "use_running_average" in kind.__annotations__ else {}
+    )
+    return kind(**fields, name=name)
+
+
+def is_custom(norm: str) -> bool:
+    """Whether a norm is the user's own, of which nothing is known but its variables."""
+    return ":" in norm

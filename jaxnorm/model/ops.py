@@ -1,0 +1,384 @@
+"""Convolution, norms and max pooling in the form that XLA runs fast on a CPU.
+
+Every function here has the same values and gradients, within float32 rounding, as the plain form
+that Flax or XLA would give (`tests/test_ops.py` compares each one). What differs is the work done:
+
+* `convolution` writes both of its gradients as plain convolutions, or matrix products for 1x1
+  kernels. XLA's own gradient falls to a naive loop inside `lax.scan` (jax-ml/jax#12868). Narrow
+  layers take neighbouring pixels as channels.
+* `normalize` is every norm, its gradient written out: two sums over all elements each way.
+* `max_pool` sends the gradient back by comparison instead of `select_and_scatter`.
+
+Arrays are NHWC and kernels HWIO, float32.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_NHWC = ("NHWC", "HWIO", "NHWC")
+Padding = tuple[tuple[int, int], tuple[int, int]]
+MICRO_BATCH_BYTES = 2_200_000
+"""The largest activation that a micro-batch may have, so that it stays in a core's cache."""
+
+
+def micro_batch_of(count: int, image_bytes: int) -> int:
+    """How many of `count` images to take at a time, where the largest activation of one takes
+    `image_bytes`: on a CPU a divisor near what `MICRO_BATCH_BYTES` holds, elsewhere all.
+    """
+    near = max(1, MICRO_BATCH_BYTES // image_bytes)
+    if not _on_cpu() or count <= near:
+        return count
+    divisors = [size for size in range(1, count + 1) if count % size == 0]
+    below = max(size for size in divisors if size <= near)
+    return below if below > near // 2 else min(size for size in divisors if size > near)
+
+
+def _on_cpu() -> bool:
+    """What is here to suit XLA's CPU compiler is left out on other devices."""
+    return jax.default_backend() == "cpu"
+
+
+def convolution(
+    images: jax.Array,  # f32[N, H, W, I]
+    kernel: jax.Array,  # f32[h, w, I, O]
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    **options: Any,
+) -> jax.Array:  # f32[N, H', W', O]
+    """Cross-correlates NHWC images with an HWIO kernel, stride 1: what `nn.Conv` asks of
+    `lax.conv_general_dilated`.
+
+    Pass it as `nn.Conv(conv_general_dilated=convolution)`. A stride, a dilation or feature groups
+    raise `ValueError`, because the gradients written here would be wrong for them.
+    """
+    chex.assert_rank([images, kernel], 4)
+    plain = all(stride == 1 for stride in window_strides)
+    plain &= all(d == 1 for key in ("lhs_dilation", "rhs_dilation") for d in options.get(key) or ())
+    plain &= options.get("feature_group_count", 1) == 1
+    if not plain:
+        raise ValueError(
+            "convolution: only stride 1, without dilation or feature groups, is supported; use "
+            "nn.Conv as it is"
+        )
+    if not _on_cpu() or images.dtype != jnp.float32:
+        precision = options.get("precision")
+        return lax.conv_general_dilated(
+            images, kernel, (1, 1), padding, dimension_numbers=_NHWC, precision=precision
+        )
+    low_high = tuple((int(low), int(high)) for low, high in padding)
+    assert len(low_high) == 2
+    return _convolution(images, kernel, low_high)
+
+
+def _pad(images: jax.Array, padding: Padding) -> jax.Array:
+    """Pads height and width with zeros; a negative width crops."""
+    if padding == ((0, 0), (0, 0)):
+        return images
+    edges = ((0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0))
+    # XLA would move a pad with a known zero into the convolution behind it, and its fast kernels
+    # take "valid" convolutions alone.
+    return lax.pad(images, lax.optimization_barrier(jnp.zeros((), images.dtype)), edges)
+
+
+def _correlate(images: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
+    images = _pad(images, padding)
+    fold = _fold_of(kernel)
+    if fold > 1:
+        return _correlate_folded(images, kernel, fold)
+    return lax.conv_general_dilated(images, kernel, (1, 1), "VALID", dimension_numbers=_NHWC)
+
+
+def _fold_of(kernel: jax.Array) -> int:
+    """How many neighbouring pixels to take as one, so that channels fill vectors (as measured)."""
+    products = kernel.shape[2] * kernel.shape[3]
+    return 4 if products < 48 else 2 if products <= 256 else 1
+
+
+def _correlate_folded(images: jax.Array, kernel: jax.Array, fold: int) -> jax.Array:
+    """A "valid" correlation of few channels, which takes `fold` neighbouring pixels as channels.
+
+    f32[N, H, W, I] is read as f32[N, H, W / fold, fold I], and the kernel is spread with zeros so
+    that one place of it makes `fold` pixels: more arithmetic, in vectors that are full.
+    """
+    n, height, width, inputs = images.shape
+    tall, wide, _, outputs = kernel.shape
+    pixels = width - wide + 1
+    places, blocks = -(-pixels // fold), -(-(fold + wide - 1) // fold)
+    images = _pad(images, ((0, 0), (0, (places + blocks - 1) * fold - width)))
+    # joins[p, q, j]: the kernel's column j joins input pixel p of the blocks to output pixel q.
+    joins = np.zeros((blocks * fold, fold, wide), np.float32)
+    for q in range(fold):
+        for j in range(wide):
+            joins[q + j, q, j] = 1
+    spread = jnp.einsum("pqj,hjio->hpiqo", joins, kernel)
+    folded = lax.conv_general_dilated(
+        images.reshape(n, height, -1, fold * inputs),
+        spread.reshape(tall, blocks, fold * inputs, fold * outputs),
+        (1, 1),
+        "VALID",
+        dimension_numbers=_NHWC,
+    )
+    return folded.reshape(n, height - tall + 1, places * fold, outputs)[:, :, :pixels]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolution(images: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
+    if kernel.shape[:2] == (1, 1):
+        # Padding adds zeros to a product without a bias: the few channels behind it are cheaper.
+        return _pad(jnp.einsum("nhwi,io->nhwo", images, kernel[0, 0]), padding)
+    return _correlate(images, kernel, padding)
+
+
+def _convolution_forward(images: jax.Array, kernel: jax.Array, padding: Padding):
+    return _convolution(images, kernel, padding), (images, kernel)
+
+
+def _convolution_backward(
+    padding: Padding, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+):
+    images, kernel = saved
+    height, width = kernel.shape[:2]
+    (top, bottom), (left, right) = padding
+    if (height, width) == (1, 1):
+        inner = _pad(gradient, ((-top, -bottom), (-left, -right)))
+        to_images = jnp.einsum("nhwo,io->nhwi", inner, kernel[0, 0])
+        # XLA transposes the first factor: let that be the smaller one, image by image.
+        by_image = jnp.einsum("nhwo,nhwi->noi", inner, images)
+        to_kernel = _over_images(by_image.reshape(images.shape[0], -1))
+        return to_images, to_kernel.reshape(by_image.shape[1:]).T[None, None]
+    # An output's gradient goes back through the kernel turned by 180 degrees, channels swapped.
+    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    outer = ((height - 1 - top, height - 1 - bottom), (width - 1 - left, width - 1 - right))
+    to_images = _correlate(gradient, flipped, outer)
+    return to_images, _kernel_gradient(images, gradient, padding)
+
+
+def _kernel_gradient(images: jax.Array, gradient: jax.Array, padding: Padding) -> jax.Array:
+    """The kernel's gradient is a convolution too, with the batch in the role of the channels.
+
+    It needs both arrays transposed, which is cheap in micro-batches that a core's cache holds.
+    """
+
+    def of_part(images, gradient):
+        """The gradient from a few images."""
+        return lax.conv_general_dilated(
+            images.transpose(3, 1, 2, 0),
+            gradient.transpose(1, 2, 0, 3),
+            (1, 1),
+            padding,
+            dimension_numbers=_NHWC,
+        ).transpose(1, 2, 0, 3)
+
+    count = images.shape[0]
+    size = micro_batch_of(count, 4 * max(images[0].size, gradient[0].size))
+    if size == count:
+        return of_part(images, gradient)
+
+    def body(i, total):
+        """Adds one micro-batch."""
+        cut = (lax.dynamic_slice_in_dim(a, i * size, size) for a in (images, gradient))
+        return total + of_part(*cut)
+
+    zeros = jax.eval_shape(of_part, images[:1], gradient[:1])
+    return lax.fori_loop(0, count // size, body, jnp.zeros(zeros.shape, zeros.dtype))
+
+
+_convolution.defvjp(_convolution_forward, _convolution_backward)
+
+
+@jax.custom_vjp
+def max_pool(images: jax.Array) -> jax.Array:  # f32[N, H, W, C] -> f32[N, H // 2, W // 2, C]
+    """Takes the maximum of each 2x2 window, stride 2; an odd last row or column is left out, as in
+    PyTorch.
+
+    In a tie the gradient goes to the first maximum in row order, as in PyTorch and in XLA.
+    """
+    chex.assert_rank(images, 4)
+    return _windows(images).max(axis=(2, 4))
+
+
+def _windows(images: jax.Array) -> jax.Array:
+    n, height, width, channels = images.shape
+    even = images[:, : height // 2 * 2, : width // 2 * 2]
+    return even.reshape(n, height // 2, 2, width // 2, 2, channels)
+
+
+def _max_pool_forward(images: jax.Array):
+    windows, pooled = _windows(images), max_pool(images)
+    first = jnp.full(pooled.shape, 3, jnp.uint8)
+    for corner in (2, 1, 0):
+        hit = windows[:, :, corner // 2, :, corner % 2] == pooled
+        first = jnp.where(hit, jnp.uint8(corner), first)
+    return pooled, (first, images)
+
+
+def _max_pool_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array):
+    first, images = saved
+    corner = jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 2, 1, 2, 1)
+    windows = jnp.where(
+        first[:, :, None, :, None] == corner,
+        gradient[:, :, None, :, None],
+        jnp.zeros((), gradient.dtype),
+    )
+    n, height, width, channels = images.shape
+    even = windows.reshape(n, height // 2 * 2, width // 2 * 2, channels)
+    return (jnp.pad(even, ((0, 0), (0, height % 2), (0, width % 2), (0, 0))),)
+
+
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+@dataclass(frozen=True)
+class Over:
+    """What statistics are taken over: all positions of `channels / groups` neighbouring channels,
+    of each image or of the whole batch; `centered` is False for RMS norm.
+
+    `axis` names the mesh axis along which devices share a batch, if they do.
+    """
+
+    batch: bool
+    groups: int
+    centered: bool = True
+    epsilon: float = 1e-5
+    axis: str | None = None
+
+
+class Statistics(NamedTuple):
+    """What `normalize` subtracted and divided by; its gradient is never asked for."""
+
+    mean: jax.Array  # f32[1 or N, groups]
+    variance: jax.Array  # f32[1 or N, groups], over all elements (divided by n)
+
+
+def normalize(
+    inputs: jax.Array,  # f32[N, H, W, C]
+    scale: jax.Array,  # f32[C]
+    bias: jax.Array,  # f32[C]
+    over: Over,
+) -> tuple[jax.Array, Statistics]:  # f32[N, H, W, C]
+    """Subtracts the mean, divides by sqrt(variance + epsilon), scales and shifts: batch, group,
+    layer, instance and RMS norm, by what they average `over`.
+
+    The variance is that of the centered values. Sums go over the height first, which leaves whole
+    rows as vectors; XLA's own reduction to few channels takes several times as long.
+    """
+    chex.assert_rank(inputs, 4)
+    chex.assert_shape([scale, bias], inputs.shape[-1:])
+    return _normalize(inputs, scale, bias, over)
+
+
+def _by_channel(values: jax.Array) -> jax.Array:
+    """Sums f32[N, H, W, C] over height and width: f32[N, C].
+
+    Over up to 8 rows by a reduction (more, a power of two apart, evict each other from a cache),
+    then over the rest and the width by a product with zeros and ones. Two reductions in a row can
+    come out wrong on a CPU: jaxlib 0.10.1 fuses them, and where the second does not divide into its
+    windows (28 x 32 values, say) leaves some out.
+    """
+    n, height, width, channels = values.shape
+    tall = max(tall for tall in range(1, 9) if height % tall == 0)
+    tall = tall if tall > 1 else height  # a prime height is no power of two
+    rows = values.reshape(n, height // tall, tall, width * channels).sum(2)
+    rows = lax.optimization_barrier(rows.reshape(n, height // tall * width * channels))
+    same_channel = np.tile(np.eye(channels, dtype=np.float32), (height // tall * width, 1))
+    return _product(rows, same_channel)
+
+
+def _pool(sums: jax.Array, over: Over) -> jax.Array:
+    """Sums f32[N, C] over what shares a statistic: f32[1 or N, groups]."""
+    if over.batch:
+        sums = _over_images(sums)[None]
+        if over.axis is not None:
+            sums = lax.psum(sums, over.axis)
+    if over.groups == sums.shape[1]:
+        return sums
+    return sums.reshape(sums.shape[0], over.groups, -1).sum(2)
+
+
+def _over_images(sums: jax.Array) -> jax.Array:
+    """Sums f32[N, C] over the images: f32[C].
+
+    By no product with ones: XLA takes a product in front of it into the same loop, and rounds there
+    once or twice by whether it knows that the ones are ones, which it does in programs for one
+    device. The bits of a net would depend on how many devices train other nets.
+    """
+    return sums.sum(0)
+
+
+def _product(a: jax.Array | np.ndarray, b: jax.Array | np.ndarray) -> jax.Array:
+    """A matrix product in full float32, on every device."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def _spread(statistic: jax.Array, inputs: jax.Array) -> jax.Array:
+    """A statistic f32[1 or N, groups] at each element it is for: f32[1 or N, 1, 1, C]."""
+    return jnp.repeat(statistic, inputs.shape[-1] // statistic.shape[1], 1)[:, None, None, :]
+
+
+def _count(inputs: jax.Array, over: Over) -> int:
+    """How many elements share a statistic."""
+    n, height, width, channels = inputs.shape
+    images = n * (lax.axis_size(over.axis) if over.axis else 1) if over.batch else 1
+    return images * height * width * channels // over.groups
+
+
+def _statistics(inputs: jax.Array, over: Over) -> Statistics:
+    count = _count(inputs, over)
+    if over.centered:
+        mean = _pool(_by_channel(inputs), over) / count
+    else:
+        mean = jnp.zeros((1 if over.batch else inputs.shape[0], over.groups), inputs.dtype)
+    squares = jnp.square(inputs - _spread(mean, inputs))
+    return Statistics(mean, _pool(_by_channel(squares), over) / count)
+
+
+def _normalize_plainly(
+    inputs: jax.Array, scale: jax.Array, bias: jax.Array, over: Over
+) -> tuple[jax.Array, Statistics]:
+    statistics = _statistics(inputs, over)
+    factor = lax.rsqrt(statistics.variance + over.epsilon)
+    centered = inputs - _spread(statistics.mean, inputs)
+    scale, bias = scale[None, None, None], bias[None, None, None]
+    return centered * (_spread(factor, inputs) * scale) + bias, statistics
+
+
+_normalize = jax.custom_vjp(_normalize_plainly, nondiff_argnums=(3,))
+
+
+def _normalize_forward(inputs: jax.Array, scale: jax.Array, bias: jax.Array, over: Over):
+    outputs, statistics = _normalize(inputs, scale, bias, over)
+    return (outputs, statistics), (inputs, scale, statistics)
+
+
+def _normalize_backward(over: Over, saved, gradients):
+    inputs, scale, statistics = saved
+    gradient, _ = gradients
+    # With x the centered input, r = 1 / sqrt(variance + epsilon) and g = gradient * scale:
+    # to_inputs = r * (g - mean(g) - x * r^2 * mean(g x)). Two sums over all elements serve
+    # everything.
+    count = _count(inputs, over)
+    factor = lax.rsqrt(statistics.variance + over.epsilon)
+    centered = inputs - _spread(statistics.mean, inputs)
+    to_bias, to_scale = _by_channel(gradient), _by_channel(gradient * centered)
+    mean_gradient = _pool(to_bias * scale[None], over) / count * factor
+    if not over.centered:
+        mean_gradient = jnp.zeros_like(mean_gradient)
+    mean_product = _pool(to_scale * scale[None], over) / count * factor**3
+    to_inputs = (
+        gradient * (_spread(factor, inputs) * scale[None, None, None])
+        - centered * _spread(mean_product, inputs)
+        - _spread(mean_gradient, inputs)
+    )
+    to_scale = to_scale * _spread(factor, inputs)[:, 0, 0, :]
+    return to_inputs, _over_images(to_scale), _over_images(to_bias)
+
+
+_normalize.defvjp(_normalize_forward, _normalize_backward)

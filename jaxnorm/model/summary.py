@@ -1,0 +1,113 @@
+"""What a net is made of, without computing any of it: parameters, output shapes, memory."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxnorm.config import Config, UserError
+from jaxnorm.model import layers
+from jaxnorm.model.cnn import CNN
+
+CAP = 50_000
+"""The study's cap on parameters."""
+
+
+class Row(NamedTuple):
+    """A layer, its output (height, width, channels), the side of the input square that one output
+    pixel sees, and the parameters of its kernel and of its norm.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    receptive_field: int
+    kernel: int
+    norm: int
+
+
+def net_of(config: Config, norm: str, num_classes: int) -> CNN:
+    """The net of one norm under a configuration."""
+    return CNN(
+        norm, config.arch, num_classes, config.groups, config.dropout, precision=config.precision
+    )
+
+
+def parameter_shapes(net: CNN) -> dict[str, Any]:
+    """The shapes of a net's parameters by layer name; raises `UserError` for no such net."""
+    try:
+        images = jnp.zeros((1, 32, 32, 3))
+        return jax.eval_shape(net.init, jax.random.key(0), images).get("params", {})
+    except UserError:
+        raise
+    except Exception as error:
+        if not layers.is_custom(net.norm):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"norm={net.norm} cannot be applied: it must map f32[N, H, W, C] to the same shape "
+            f"({type(error).__name__}: {reason})"
+        ) from None
+
+
+def count_parameters(net: CNN) -> int:
+    """The number of trained parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(net)))
+
+
+def check_nets(config: Config, num_classes: int) -> dict[str, int]:
+    """The parameters of each norm's net.
+
+    Raises `UserError` for a net that cannot be built, and for more than 50,000 parameters.
+    """
+    counts = {}
+    for norm in config.norms:
+        counts[norm] = count_parameters(net_of(config, norm, num_classes))
+        if counts[norm] > CAP and not config.allow_large:
+            raise UserError(
+                f"the {norm} net has {counts[norm]:,} parameters, more than {CAP:,}: "
+                "allow_large=True trains it all the same"
+            )
+    return counts
+
+
+def summarize(net: CNN) -> list[Row]:
+    """The layers of a net on 32x32x3 images."""
+    params = parameter_shapes(net)
+    side, channels, field, jump, rows = 32, 3, 1, 1, []
+    for layer in net.table:
+        match layer.kind:
+            case "block" | "squeeze" | "head":
+                window = 3 if layer.kind == "block" else 1
+                side += 2 * layer.padding - window + 1
+                channels = layer.channels or net.num_classes
+                field += (window - 1) * jump
+            case "pool":
+                side, field, jump = side // 2, field + jump, jump * 2
+            case "mean":
+                side, field = 1, field + (layer.window - 1) * jump
+        kernel, norm = (
+            sum(leaf.size for leaf in jax.tree.leaves(params.get(name, {})))
+            for name in (layer.name, f"{layer.name}_norm")
+        )
+        rows.append(Row(layer.name, (side, side, channels), field, kernel, norm))
+    return rows
+
+
+def activation_bytes(net: CNN) -> list[int]:
+    """The bytes of one image's output of each layer, in float32."""
+    return [4 * math.prod(row.shape) for row in summarize(net)]
+
+
+_LINE = "{:<7}{:>10}{:>17}{:>9}{:>8}{:>9}"
+
+
+def describe(net: CNN) -> str:
+    """The layers of a net as a table for a terminal."""
+    lines = [_LINE.format("layer", "output", "receptive field", "kernel", "norm", "total")]
+    for row in summarize(net):
+        shape = "x".join(map(str, row.shape))
+        numbers = (f"{count:,}" for count in (row.kernel, row.norm, row.kernel + row.norm))
+        lines.append(_LINE.format(row.name, shape, row.receptive_field, *numbers))
+    lines.append(_LINE.format("total", "", "", "", "", f"{count_parameters(net):,}"))
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Trains to disk, resumes what was cut off, on one host or many."""

@@ -1,0 +1,114 @@
+"""What code and devices a run is trained with, for its `run.json`."""
+
+import datetime
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import jax
+
+from jaxnorm.config import Config
+from jaxnorm.data.datasets import Dataset
+from jaxnorm.storage.schema import DatasetInfo, Environment, RunInfo
+
+_ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("jaxnorm", "jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets")
+
+
+def describe(
+    config: Config,
+    dataset: Dataset,
+    parameters: dict[str, int],
+    command: str,
+    self_check: str = "not made",
+    deterministic: bool = False,
+    mesh: str = "seed=1,batch=1",
+) -> RunInfo:
+    """All that `run.json` says of a run that starts now."""
+    platform_name = jax.devices()[0].platform
+    return RunInfo(
+        config,
+        parameters,
+        dataset_info(dataset),
+        environment(command, mesh, self_check),
+        repeatable(platform_name, deterministic),
+        deterministic,
+    )
+
+
+def dataset_info(dataset: Dataset) -> DatasetInfo:
+    """What a run records of its data."""
+    return DatasetInfo(
+        dataset.name,
+        dataset.caption,
+        dataset.fingerprint,
+        dataset.source,
+        dataset.verified,
+        list(dataset.class_names),
+        dataset.mean,
+        dataset.deviation,
+        len(dataset.train_labels),
+        len(dataset.test_labels),
+    )
+
+
+def environment(command: str, mesh: str, self_check: str) -> Environment:
+    """The environment now."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    device = jax.devices()[0]
+    hosts = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    hardware = f"{device.device_kind} x{jax.device_count()}{hosts}"
+    if device.platform == "cpu":
+        hardware += f" ({processor()})"
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return Environment(started, command, hardware, mesh, versions, git_revision(), self_check)
+
+
+def repeatable(platform_name: str, deterministic: bool) -> str:
+    """What of a run the same command gives again, and what is not promised."""
+    if platform_name == "cpu":
+        return "bit for bit but for the times, on as many cores of this kind with these versions"
+    if deterministic:
+        return (
+            "on this kind of device with these versions, as far as XLA's deterministic operations "
+            "reach; not promised: the same bits on another device, or where compiled code was "
+            "tuned anew"
+        )
+    return "within rounding; not promised: the same bits (--deterministic asks for them)"
+
+
+def processor() -> str:
+    """The processor's name and number of cores."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        return f"{names[0]}, {len(names)} cores"
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def git_revision() -> str | None:
+    """The revision of the checkout that this package lies in, with "+changes" where its files
+    differ from it; None where it is installed.
+    """
+    if not (_ROOT / "pyproject.toml").exists():
+        return None
+    try:
+        answers = [
+            subprocess.run(
+                ["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, timeout=5
+            )
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "jaxnorm"])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    revision, changes = (answer.stdout.strip() for answer in answers)
+    if answers[0].returncode or not revision:
+        return None
+    return revision + ("+changes" if changes else "")

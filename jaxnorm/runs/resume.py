@@ -1,0 +1,119 @@
+"""How far an unfinished run is, and bringing its records back to exactly that.
+
+An epoch of a net is complete when its line is in `metrics.jsonl`; what a killed process wrote of
+the next one is written again. A record that cannot be read raises OSError. A record that is wrong
+is set aside, never deleted, and the epoch before it counts.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from jaxnorm.config import Config, Net, UserError
+from jaxnorm.storage import checkpoint
+from jaxnorm.storage.directory import RunDirectory
+from jaxnorm.storage.schema import Epoch, RunInfo, belongs
+from jaxnorm.training.step import TrainState, init_state
+from jaxnorm.training.trainer import NetProgress, program_of
+
+
+def find_progress(
+    run: RunDirectory, info: RunInfo, config: Config, warn: Callable[[str], None]
+) -> dict[Net, NetProgress]:
+    """Finds how far each net of a run is, and makes the lines of `metrics.jsonl` be just that.
+
+    `config` may have more epochs or seeds than the run had. `warn` is told of what is set aside.
+    """
+    lines, wrong = run.read_epochs()
+    kept: dict[Net, list[Epoch]] = {net: [] for net in config.nets}
+    for line in sorted(lines, key=lambda line: line.epoch):
+        own = kept.get((line.norm, line.seed))
+        if own is not None and line.epoch == len(own) + 1 <= config.epochs:
+            own.append(line)
+    strays = len(lines) - sum(map(len, kept.values()))
+    if wrong or strays:
+        aside = run.set_aside("metrics.jsonl")
+        warn(
+            f"{len(wrong)} damaged and {strays} other lines of metrics.jsonl do not follow on one; "
+            f"they are kept in {aside}"
+        )
+    progress = {
+        net: _progress_of(run, info, config, net, epochs, warn) for net, epochs in kept.items()
+    }
+    if any(progress[net].epochs < len(epochs) for net, epochs in kept.items()):
+        run.set_aside("metrics.jsonl")
+    for net, epochs in kept.items():
+        complete = progress[net].epochs
+        if complete < len(epochs):
+            text = f"resumes after epoch {complete}" if complete else "starts again"
+            warn(
+                f"{net[0]} norm, seed {net[1]}: a record of epoch {len(epochs)} is damaged; {text}"
+            )
+        del epochs[complete:]
+    run.write_epochs(in_order(config, [line for epochs in kept.values() for line in epochs]))
+    return progress
+
+
+def in_order(config: Config, epochs: Sequence[Epoch]) -> list[Epoch]:
+    """Lines in one order, whichever nets trained at the same time: all norms of a seed before the
+    next seed, and each net's epochs one after the other.
+    """
+    place = {net: number for number, net in enumerate(config.nets)}
+    return sorted(epochs, key=lambda line: (place[line.norm, line.seed], line.epoch))
+
+
+def _progress_of(
+    run: RunDirectory,
+    info: RunInfo,
+    config: Config,
+    net: Net,
+    lines: Sequence[Epoch],
+    warn: Callable[[str], None],
+) -> NetProgress:
+    """The newest epoch of a net of which everything is whole."""
+    if lines and len(lines) == config.epochs:
+        losses = _finished_losses(run, config, info, net, lines[-1])
+        if losses is not None:
+            return NetProgress(len(lines), None, losses)
+    for epoch in reversed(checkpoint.epochs(run, net)):
+        if epoch > len(lines):
+            continue
+        try:
+            values = checkpoint.restore(run, net, epoch, checkpoint_shapes(info, net))
+        except checkpoint.Damaged as error:
+            warn(f"{error}; it is kept as {checkpoint.set_aside(run, net, epoch)}")
+            continue
+        logits, labels = values["logits"], values["labels"]
+        if belongs(logits, labels, lines[epoch - 1]):
+            run.write_step_losses(net, values["losses"])
+            run.write_predictions(net, logits, labels)
+            return NetProgress(epoch, values["state"], values["losses"])
+    if lines and len(lines) == info.config.epochs < config.epochs:
+        raise UserError(
+            f"epochs={config.epochs}: {net[0]} norm, seed {net[1]}, of {run.path} is finished and "
+            "has no whole checkpoint to go on from; start a new run"
+        )
+    return NetProgress()
+
+
+def _finished_losses(
+    run: RunDirectory, config: Config, info: RunInfo, net: Net, last: Epoch
+) -> np.ndarray | None:
+    """The losses of a finished net, which needs no checkpoint; None where a record is damaged."""
+    try:
+        losses = run.step_losses(net)
+        whole = len(losses) == config.epochs * config.steps(info.dataset.train_count)
+        return losses if whole and belongs(*run.predictions(net), last) else None
+    except UserError:
+        return None
+
+
+def checkpoint_shapes(info: RunInfo, net: Net) -> dict:
+    """A tree like what a net's checkpoint holds."""
+    program = program_of(info.config, info.dataset, net[0])
+    shapes = init_state.eval_shape(program, net[1])
+    state: TrainState = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    empty = np.zeros((info.dataset.test_count, len(info.dataset.class_names)), np.float32)
+    labels = np.zeros(info.dataset.test_count, np.int32)
+    return {"state": state, "losses": np.zeros(0, np.float32), "logits": empty, "labels": labels}

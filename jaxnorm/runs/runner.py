@@ -1,0 +1,201 @@
+"""Trains the runs of a sweep to disk, or resumes them: one path, for one net or many.
+
+After each epoch a net's checkpoint, predictions and losses are written, and then the epoch's line,
+which makes it complete.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxnorm.config import Config, Net, UserError
+from jaxnorm.data.datasets import Dataset
+from jaxnorm.runs import environment, multihost
+from jaxnorm.runs.resume import checkpoint_shapes, find_progress, in_order
+from jaxnorm.storage import checkpoint
+from jaxnorm.storage.directory import RunDirectory
+from jaxnorm.storage.sweep import Sweep
+from jaxnorm.training import probes, trainer
+from jaxnorm.training.mesh import MeshShape
+from jaxnorm.training.step import Program, TrainState
+from jaxnorm.training.trainer import Callback, NetProgress, SweptNet, Trained
+
+
+def run(
+    sweep: Sweep,
+    dataset: Dataset,
+    command: str = "",
+    callback: Callback | None = None,
+    mesh: MeshShape | None = None,
+    self_check: str = "not made",
+    deterministic: bool = False,
+) -> None:
+    """Trains every net of a sweep that is not there yet, to its last epoch, and measures the first
+    seed's. A run that has begun resumes; one whose settings ask for more epochs or seeds grows.
+
+    On a CPU what comes out equals an unbroken run on the same mesh bit for bit, but for the times.
+    In a job of several processes all of them call it, and process 0 alone touches the disk.
+    Raises `UserError`, `NonFiniteLoss` where no net's loss stays finite, and OSError.
+    """
+    callback = callback or Callback()
+    for config in sweep.configs:
+        trainer.check(config, dataset)
+    with contextlib.ExitStack() as stack:
+        progress: dict[SweptNet, NetProgress] = {}
+
+        def begin() -> tuple[bool, list[int]]:
+            """Readies the directories; whether any had begun, and the epochs of every net."""
+            stack.enter_context(sweep.locked())
+            begun = any(directory.exists() for directory in sweep.directories)
+            for i, (config, directory) in enumerate(
+                zip(sweep.configs, sweep.directories, strict=True)
+            ):
+                shape = trainer.mesh_for(sweep.configs, config.batch, mesh)
+                about = (command, self_check, deterministic, str(shape))
+                found = _begin(config, dataset, directory, callback, *about)
+                progress.update({(i, *net): at for net, at in found.items()})
+            return begun, [progress[net].epochs for net in _nets(sweep.configs)]
+
+        begun, complete = multihost.from_process_0(begin)
+        for net, epochs in zip(_nets(sweep.configs), complete, strict=True):
+            progress.setdefault(net, NetProgress(epochs))
+        if begun:
+            callback.on_resume(sum(complete))
+        share = multihost.arrays_from_process_0
+        losses = {net: at.losses for net, at in progress.items()}
+        for done in trainer.train(sweep.configs, dataset, callback, mesh, progress, share):
+            if multihost.is_process_0():
+                losses[done.net] = np.concatenate([losses[done.net], done.losses])
+                save_epoch(sweep.directories[done.run], done, losses[done.net], dataset)
+            callback.on_epoch(sweep.configs[done.run], done.record)
+        if multihost.is_process_0():
+            for config, directory in zip(sweep.configs, sweep.directories, strict=True):
+                directory.write_epochs(in_order(config, directory.epochs()))
+                measure_nets(directory, dataset, callback)
+
+
+def _nets(configs: Sequence[Config]) -> list[SweptNet]:
+    return [(i, norm, seed) for i, config in enumerate(configs) for norm, seed in config.nets]
+
+
+def _begin(
+    config: Config,
+    dataset: Dataset,
+    directory: RunDirectory,
+    callback: Callback,
+    command: str,
+    self_check: str,
+    deterministic: bool,
+    mesh: str,
+) -> dict[Net, NetProgress]:
+    """Writes a new run's `run.json`, or finds how far a run is."""
+    counts = trainer.check(config, dataset)
+    now = environment.describe(config, dataset, counts, command, self_check, deterministic, mesh)
+    if not directory.exists():
+        RunDirectory.check_unused(directory.path)
+        directory.write_info(now)
+        return {net: NetProgress() for net in config.nets}
+    info = directory.info()
+    check_grown(info.config, config, directory.path)
+    if dataset.fingerprint != info.dataset.fingerprint:
+        raise UserError(
+            f"the data found is not what {directory.path} was trained on: give its data_dir="
+        )
+    directory.remove_half_written()
+    progress = find_progress(directory, info, config, callback.on_warning)
+    if all(at.epochs == config.epochs for at in progress.values()):
+        return progress
+    if (now.environment.code, now.environment.device) != (
+        info.environment.code,
+        info.environment.device,
+    ):
+        callback.on_warning(
+            "the run began with other code or on other devices (compare its run.json): it resumes, "
+            "but not bit for bit as it would have there"
+        )
+    resumed = [*info.resumed, now.environment]
+    directory.write_info(dataclasses.replace(info, config=config, resumed=resumed))
+    return progress
+
+
+def check_grown(had: Config, asked: Config, path: Path) -> None:
+    """Raises `UserError` where a run's settings are not those that it had, but for more epochs or
+    more seeds.
+    """
+    for field in dataclasses.fields(Config):
+        before, now = getattr(had, field.name), getattr(asked, field.name)
+        grows = field.name in ("epochs", "seeds")
+        if now != before and not (grows and now > before):
+            more = " or more" if grows else ""
+            raise UserError(
+                f"{field.name}={now} conflicts with the run in {path}, which has {before}: give "
+                f"that{more}, or start a new run"
+            )
+
+
+def save_epoch(
+    directory: RunDirectory, done: Trained, losses: np.ndarray, dataset: Dataset
+) -> None:
+    """Writes a net's epoch; the line, which makes it complete, is the last."""
+    net = done.record.norm, done.record.seed
+    labels = dataset.test_labels
+    values = {"state": done.state, "losses": losses, "logits": done.logits, "labels": labels}
+    checkpoint.save(directory, net, done.record.epoch, values)
+    directory.write_predictions(net, done.logits, labels)
+    directory.write_step_losses(net, losses)
+    directory.append_epoch(done.record)
+
+
+def measure_nets(directory: RunDirectory, dataset: Dataset, callback: Callback) -> None:
+    """Writes the probes of the finished nets of a run's first seed, where a checkpoint is whole."""
+    info, last = directory.info(), {}
+    for epoch in directory.epochs():
+        last[epoch.norm, epoch.seed] = epoch
+    for norm in info.config.norms:
+        net = norm, info.config.seed
+        finished = net in last and last[net].epoch == info.config.epochs
+        if finished and info.config.epochs in checkpoint.epochs(directory, net):
+            try:
+                program, state = load_state(directory.path, *net)
+            except UserError as error:
+                callback.on_warning(f"{norm} norm is not measured inside: {error}")
+                continue
+            logits, _ = directory.predictions(net)
+            directory.write_probes(net, probes.measure(program, state, dataset, logits))
+
+
+def load_state(path: Path | str, norm: str, seed: int) -> tuple[Program, TrainState]:
+    """The program and the state of a net of a run after its newest complete epoch.
+
+    Raises `UserError` where the run has no checkpoint of that norm and seed, or a damaged one.
+    """
+    directory, net = RunDirectory(path), (norm, seed)
+    info = directory.info()
+    complete = sum((each.norm, each.seed) == net for each in directory.epochs())
+    if net not in info.config.nets or complete not in checkpoint.epochs(directory, net):
+        raise UserError(f"{path} has no checkpoint of {norm} norm, seed {seed}")
+    try:
+        values = checkpoint.restore(directory, net, complete, checkpoint_shapes(info, net))
+    except checkpoint.Damaged as error:
+        raise UserError(str(error)) from None
+    return trainer.program_of(info.config, info.dataset, norm), values["state"]
+
+
+def load_model(path: Path | str, norm: str, seed: int) -> Any:
+    """The trained net of a run: a pure `predict(images u8[N, 32, 32, 3]) -> probabilities f32[N,
+    classes]`.
+
+    Raises `UserError` where the run has no checkpoint of that norm and seed.
+    """
+    program, state = load_state(path, norm, seed)
+
+    def predict(images: Any) -> jax.Array:
+        """Probabilities f32[N, classes] of u8[N, 32, 32, 3] images; ValueError for any other."""
+        return trainer.predict(program, state, images)
+
+    return predict

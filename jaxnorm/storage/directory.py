@@ -1,0 +1,345 @@
+"""A run directory: what its files are called, how they are written, and how they are read back.
+
+Every file but `metrics.jsonl` is written to a temporary name, synced and renamed; `metrics.jsonl`
+gains one line an epoch. A half line at its end, of a killed process, is dropped. What is read may
+come from anybody: links are refused, sizes are bounded, and every value is checked.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import stat
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+
+from jaxnorm.config import Net, UserError, from_json
+from jaxnorm.storage.schema import Epoch, RunInfo
+
+_LOCK, _TEMPORARY = ".lock", ".writing-"
+_LARGEST = 2**28
+"""The most bytes of a record, also of what a compressed one unpacks to."""
+_PREDICTIONS = {"logits": ("f", 2), "labels": ("iu", 1)}
+_PROBES = {
+    "layers": ("U", 1),
+    "before": ("f", 2),
+    "after": ("f", 2),
+    "kernels": ("U", 1),
+    "gradients": ("f", 1),
+    "sizes": ("iu", 1),
+    "batch_accuracy": ("f", 1),
+    "running_accuracy": ("f", 0),
+    "tested": ("iu", 0),
+}
+_EXAMPLES = {
+    "test_rows": ("iu", 1),
+    "test_images": ("u", 4),
+    "train_rows": ("iu", 1),
+    "train_images": ("u", 4),
+    "train_labels": ("iu", 1),
+}
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Has an OSError of the block name this file: a failed write names none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+
+
+class RunDirectory:
+    """Reads and writes the files of one run, or of the folder of a sweep."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._lock = filelock.FileLock(self.path / _LOCK, timeout=0)
+
+    @staticmethod
+    def check_unused(path: Path) -> None:
+        """Raises `UserError` where `create` is known to fail, and makes nothing."""
+        try:
+            if path.exists():
+                names = [each.name for each in path.iterdir()] if path.is_dir() else ["x"]
+                if [name for name in names if not name.startswith((_LOCK, _TEMPORARY))]:
+                    raise UserError(f"out={path} is already used: choose another directory")
+            nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
+        except OSError as error:
+            raise UserError(f"out={path} cannot be used: {error.strerror}") from None
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"out={path} cannot be written to: {nearest} is no writable folder")
+
+    @classmethod
+    def create(cls, path: Path) -> "RunDirectory":
+        """Makes a new run directory, private to the user. Raises `UserError` where it cannot."""
+        cls.check_unused(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            path.chmod(0o700)
+        except OSError as error:
+            raise UserError(f"out={path} cannot be written to: {error.strerror}") from None
+        return cls(path)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from writing here; a process that has ended holds no lock, and who
+        has it may take it again.
+
+        Raises `UserError` where another process holds it, and OSError where there can be none.
+        """
+        self.path_of(_LOCK)
+        try:
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise UserError(
+                f"{self.path} is being written to by another process: wait until it ends, or stop "
+                "it"
+            ) from None
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def path_of(self, name: Path | str) -> Path:
+        """A file or folder of the run. Raises `UserError` where it, or a folder on the way to it,
+        is a link: it could lie anywhere.
+        """
+        path = self.path
+        for part in Path(name).parts:
+            path = path / part
+            if part == ".." or path.is_symlink():
+                raise UserError(f"{path} is a link out of the run directory: it is not followed")
+        return path
+
+    # reading
+
+    def exists(self) -> bool:
+        """Whether anything was recorded here yet."""
+        return self.path_of("run.json").exists()
+
+    def info(self) -> RunInfo:
+        """Reads `run.json`; raises `UserError` where it, or a field of it, is missing or wrong."""
+        return self.read_json("run.json", RunInfo)
+
+    def read_json(self, name: str, kind: type) -> Any:
+        """Reads a JSON file as a dataclass; raises `UserError`."""
+        path = self.path_of(name)
+        try:
+            return from_json(kind, json.loads(self.read_bytes(name)))
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing: {self.path} is not a run directory") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        except (UserError, ValueError, RecursionError) as error:
+            raise UserError(f"{path} cannot be read: {str(error)[:200]}") from None
+
+    def epochs(self) -> list[Epoch]:
+        """Reads `metrics.jsonl`, in order; a half line at its end is dropped.
+
+        Raises `UserError` for a line that is not as it was written.
+        """
+        epochs, wrong = self.read_epochs()
+        if wrong:
+            raise UserError(f"{self.path / 'metrics.jsonl'} {wrong[0]}")
+        return epochs
+
+    def read_epochs(self) -> tuple[list[Epoch], list[str]]:
+        """The epochs of the lines that are whole, and what is wrong with each of the others."""
+        try:
+            lines = self.read_bytes("metrics.jsonl").decode(errors="replace").split("\n")
+        except FileNotFoundError:
+            return [], []
+        epochs, wrong = [], []
+        for number, line in enumerate(lines[:-1], 1):
+            try:
+                epochs.append(Epoch.from_line(line))
+            except UserError as error:
+                wrong.append(f"line {number} is damaged: {error}")
+        return epochs, wrong
+
+    def step_losses(self, net: Net) -> np.ndarray:
+        """The training loss of every batch so far: f32[epochs * steps]."""
+        name = f"step_losses/{net[0]}-{net[1]}.npy"
+        losses = self._load(name)
+        if not (isinstance(losses, np.ndarray) and losses.ndim == 1 and _finite(losses, "f")):
+            raise UserError(f"{self.path / name} is damaged: it has no loss for each batch")
+        return losses
+
+    def predictions(self, net: Net) -> tuple[np.ndarray, np.ndarray]:
+        """Logits f32[N, classes] of the test images after the newest epoch, and their labels
+        i32[N].
+        """
+        name = f"predictions/{net[0]}-{net[1]}.npz"
+        stored = self._arrays(name, _PREDICTIONS)
+        logits, labels = stored["logits"], stored["labels"]
+        fits = labels.size > 0 and labels.shape == logits.shape[:1]
+        if not fits or labels.min() < 0 or labels.max() >= logits.shape[1]:
+            raise UserError(f"{self.path / name} is damaged: its logits and labels do not fit")
+        return logits, labels
+
+    def probes(self, net: Net) -> dict[str, np.ndarray]:
+        """What was measured inside a trained net, by name (see `training.probes`)."""
+        name = f"probes/{net[0]}-{net[1]}.npz"
+        stored = self._arrays(name, _PROBES)
+        lengths = {"before": "layers", "after": "layers", "gradients": "kernels"}
+        lengths["batch_accuracy"] = "sizes"
+        fits = all(len(stored[a]) == len(stored[b]) for a, b in lengths.items())
+        if not fits or stored["before"].shape[1] != 2 or stored["after"].shape[1] != 2:
+            raise UserError(f"{self.path / name} is damaged: its arrays do not fit together")
+        return stored
+
+    def examples(self) -> dict[str, np.ndarray]:
+        """The images kept for figures: arrays by name (see `analysis.figures.save_examples`)."""
+        stored = self._arrays("examples.npz", _EXAMPLES)
+        fits = all(len(stored[k]) == len(stored[f"{k.partition('_')[0]}_rows"]) for k in stored)
+        images = (stored["test_images"], stored["train_images"])
+        if not fits or any(i.shape[1:] != (32, 32, 3) or i.dtype != np.uint8 for i in images):
+            raise UserError(f"{self.path / 'examples.npz'} is damaged: its arrays do not fit")
+        return stored
+
+    def read_bytes(self, name: Path | str, largest: int = _LARGEST) -> bytes:
+        """A regular file of at most so many bytes; raises `UserError` for any other."""
+        path = self.path_of(name)
+        with open(path, "rb", opener=_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size > largest:
+                raise UserError(f"{path} is damaged: it is no file of up to {largest:,} bytes")
+            return file.read()
+
+    def _load(self, name: str) -> Any:
+        path = self.path_of(name)
+        try:
+            content = self.read_bytes(name)
+            if content.startswith(b"PK"):
+                with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                    if sum(each.file_size for each in archive.infolist()) > _LARGEST:
+                        raise ValueError("it unpacks to too much")
+            stored: Any = np.load(io.BytesIO(content), allow_pickle=False)
+            if isinstance(stored, np.ndarray):
+                return stored
+            return {key: stored[key] for key in stored.files}
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing") from None
+        except OSError as error:
+            if error.errno is None:
+                raise UserError(f"{path} is damaged: {type(error).__name__}") from None
+            raise
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file can fail in any way
+            raise UserError(f"{path} is damaged: {type(error).__name__}") from None
+
+    def _arrays(self, name: str, wanted: Mapping[str, tuple[str, int]]) -> dict[str, np.ndarray]:
+        """The arrays of an .npz, each of the kind and rank that is wanted."""
+        stored = self._load(name)
+        stored = stored if isinstance(stored, dict) else {}
+        fits = stored.keys() == wanted.keys() and all(
+            _finite(stored[key], kind) and stored[key].ndim == rank
+            for key, (kind, rank) in wanted.items()
+        )
+        if not fits:
+            raise UserError(f"{self.path / name} is damaged: it does not hold {', '.join(wanted)}")
+        return stored
+
+    # writing
+
+    def write_info(self, info: RunInfo) -> None:
+        """Writes `run.json`."""
+        self.write_bytes("run.json", info.to_json().encode())
+
+    def append_epoch(self, epoch: Epoch) -> None:
+        """Adds a line to `metrics.jsonl` and waits until it is on disk."""
+        path = self.path_of("metrics.jsonl")
+        with _naming(path), path.open("a") as file:
+            file.write(epoch.to_line())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_epochs(self, epochs: Sequence[Epoch]) -> None:
+        """Makes these all the lines of `metrics.jsonl`."""
+        content = "".join(epoch.to_line() for epoch in epochs).encode()
+        path = self.path_of("metrics.jsonl")
+        if content != (path.read_bytes() if path.exists() else b""):
+            self.write_bytes(path.name, content)
+
+    def set_aside(self, name: str) -> Path:
+        """Keeps a copy of a record that is damaged, for a person to look at; returns its path."""
+        number = sum(1 for path in self.path.iterdir() if path.name.startswith(f"{name}.damaged"))
+        aside = f"{name}.damaged-{number + 1}"
+        self.write_bytes(aside, self.read_bytes(name))
+        return self.path / aside
+
+    def write_step_losses(self, net: Net, losses: np.ndarray) -> None:
+        """Writes the losses of every batch so far."""
+        buffer = io.BytesIO()
+        np.save(buffer, losses)
+        self.write_bytes(f"step_losses/{net[0]}-{net[1]}.npy", buffer.getvalue())
+
+    def write_predictions(self, net: Net, logits: np.ndarray, labels: np.ndarray) -> None:
+        """Writes the newest test logits."""
+        self.write_arrays(
+            f"predictions/{net[0]}-{net[1]}.npz", {"logits": logits, "labels": labels}
+        )
+
+    def write_probes(self, net: Net, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes what was measured inside a trained net."""
+        self.write_arrays(f"probes/{net[0]}-{net[1]}.npz", arrays)
+
+    def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes a compressed .npz."""
+        buffer = io.BytesIO()
+        values: dict[str, Any] = dict(arrays)  # NumPy's stub takes any name for `allow_pickle`
+        np.savez_compressed(buffer, **values)
+        self.write_bytes(name, buffer.getvalue())
+
+    def write_bytes(self, name: Path | str, content: bytes) -> None:
+        """Writes a file of the run, whole or not at all."""
+        target = self.path_of(name)
+        with _naming(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=_TEMPORARY)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, target)
+                _sync(target.parent)
+            except BaseException:
+                Path(temporary).unlink(missing_ok=True)
+                raise
+
+    def remove_half_written(self) -> None:
+        """Removes what a killed process left half written. To be called under the lock."""
+        for path in self.path.rglob(f"{_TEMPORARY}*"):
+            if re.fullmatch(rf"{re.escape(_TEMPORARY)}\w+", path.name):
+                path.unlink(missing_ok=True)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a file: one that is a pipe must not wait for a writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _sync(folder: Path) -> None:
+    """Waits until the names in a folder are on disk, where the system has that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _finite(array: Any, kinds: str) -> bool:
+    """Whether an array is of one of NumPy's kinds, and finite if it is of floats."""
+    fits = isinstance(array, np.ndarray) and array.dtype.kind in kinds
+    return fits and (array.dtype.kind != "f" or bool(np.isfinite(array).all()))

@@ -1,0 +1,141 @@
+"""What a run's records hold, as typed values."""
+
+import dataclasses
+import json
+import math
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jaxnorm.config import Config, UserError, from_json
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """A line of `metrics.jsonl`. Accuracies are fractions; epochs count from 1; the first epoch's
+    time holds compilation.
+
+    `train_loss` and `train_accuracy` are over the epoch's batches as they were trained on, with
+    dropout, while the net changes. Nets that train in one program each have an equal share of its
+    time. Raises `UserError` for numbers out of range.
+    """
+
+    norm: str
+    seed: int
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    test_loss: float
+    test_accuracy: float
+    train_seconds: float
+    test_seconds: float
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
+
+    def __post_init__(self) -> None:
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, float)}
+        accuracies = [value for name, value in numbers.items() if name.endswith("_accuracy")]
+        if min(self.epoch, *numbers.values()) < 0 or max(accuracies) > 1 or self.epoch == 0:
+            raise UserError("a number is out of range")
+        if (self.validation_loss is None) != (self.validation_accuracy is None):
+            raise UserError("half of a validation is missing")
+
+    def to_line(self) -> str:
+        """A line of JSON that ends with a checksum of the rest; `from_line` reads it back."""
+        values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return json.dumps(values | {"crc32": _crc32(values)}) + "\n"
+
+    @classmethod
+    def from_line(cls, line: str) -> "Epoch":
+        """Reads a line; raises `UserError` where anything in it is not as it was written."""
+        try:
+            values = json.loads(line)
+            crc32 = values.pop("crc32")
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+            raise UserError("it is not an epoch's record") from None
+        if crc32 != _crc32(values):
+            raise UserError("its checksum does not fit")
+        return from_json(cls, values)
+
+
+def _crc32(values: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
+
+
+def belongs(logits: np.ndarray, labels: np.ndarray, epoch: Epoch) -> bool:
+    """Whether test logits f32[N, classes] have the test accuracy and, within rounding, the mean
+    cross-entropy of an epoch's record.
+    """
+    exact = logits.astype(np.float64)
+    of_label = exact[np.arange(len(labels)), labels]
+    loss = float((np.logaddexp.reduce(exact, axis=1) - of_label).mean())
+    close = math.isclose(loss, epoch.test_loss, rel_tol=1e-4, abs_tol=1e-6)
+    return close and bool((logits.argmax(1) == labels).mean() == epoch.test_accuracy)
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What a run knows of its data; `verified` as in `data.datasets.Dataset`."""
+
+    name: str
+    caption: str
+    fingerprint: str
+    source: str
+    verified: bool | None
+    class_names: list[str]
+    mean: tuple[float, float, float]
+    deviation: tuple[float, float, float]
+    train_count: int
+    test_count: int
+
+    def __post_init__(self) -> None:
+        if not self.class_names or min(self.train_count, self.test_count) < 1:
+            raise UserError("it has no classes or no images")
+        if min(self.deviation) <= 0:
+            raise UserError("its deviation is not above 0")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """When, by what command, on what code and on what devices nets were trained."""
+
+    started: str
+    command: str
+    device: str
+    mesh: str
+    versions: dict[str, str]
+    git_revision: str | None
+    self_check: str
+    """Whether the arithmetic was checked before training (see `training.selfcheck`)."""
+
+    @property
+    def code(self) -> dict[str, str]:
+        """What code ran: the versions, with our own given by its git revision where it has one."""
+        return {**self.versions, **({"jaxnorm": self.git_revision} if self.git_revision else {})}
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """`run.json`: the settings, and all that is known of the data and the machine."""
+
+    config: Config
+    parameters: dict[str, int]
+    """Of each norm's net."""
+    dataset: DatasetInfo
+    environment: Environment
+    repeatable: str = "not known"
+    """What of the run the same command gives again."""
+    deterministic: bool = False
+    """Whether the accelerator was asked for operations that repeat."""
+    resumed: list[Environment] = field(default_factory=list)
+    """One entry for each time that the run was resumed."""
+
+    def __post_init__(self) -> None:
+        if not set(self.config.norms) <= self.parameters.keys():
+            raise UserError("parameters are missing")
+
+    def to_json(self) -> str:
+        """As JSON; `from_json(RunInfo, ...)` reads it back."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

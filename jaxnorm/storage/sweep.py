@@ -1,0 +1,78 @@
+"""A sweep: the runs of one command, which differ in batch size and learning rate alone.
+
+On disk it is a folder with `sweep.json` and a run directory for each run, each a run like any
+other. A run alone is a sweep of one, whose folder is the run directory itself.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxnorm.config import SWEPT, Config, UserError
+from jaxnorm.storage.directory import RunDirectory
+
+_FILE = "sweep.json"
+
+
+@dataclass(frozen=True)
+class SweepInfo:
+    """`sweep.json`; raises `UserError` where these are not the runs of one sweep."""
+
+    command: str
+    runs: list[Config]
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise UserError("it holds no runs")
+        first = {name: getattr(self.runs[0], name) for name in SWEPT}
+        same = all(dataclasses.replace(run, **first) == self.runs[0] for run in self.runs)
+        if not same or len({name_of(run) for run in self.runs}) < len(self.runs):
+            raise UserError("these are not the runs of one sweep")
+
+
+def name_of(config: Config) -> str:
+    """The folder of a run of a sweep."""
+    return f"batch-{config.batch}-rate-{config.rate:g}"
+
+
+class Sweep:
+    """The runs in a folder: `directories[i]` holds the run of `configs[i]`."""
+
+    def __init__(self, path: Path | str, configs: Sequence[Config]) -> None:
+        self.folder = RunDirectory(path)
+        self.configs = list(configs)
+        self.directories = [self.folder]
+        if len(configs) > 1:
+            self.directories = [RunDirectory(self.folder.path / name_of(c)) for c in configs]
+
+    @classmethod
+    def create(cls, path: Path, configs: Sequence[Config], command: str) -> "Sweep":
+        """Makes the folder, private to the user. Raises `UserError`."""
+        info = SweepInfo(command, list(configs))
+        folder = RunDirectory.create(path)
+        if len(configs) > 1:
+            folder.write_bytes(
+                _FILE, (json.dumps(dataclasses.asdict(info), indent=2) + "\n").encode()
+            )
+        return cls(path, configs)
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Sweep":
+        """Opens a sweep, or a run; raises `UserError` where it is neither."""
+        folder = RunDirectory(path)
+        if folder.path_of(_FILE).exists():
+            return cls(path, folder.read_json(_FILE, SweepInfo).runs)
+        return cls(path, [folder.info().config])
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from training it (see `RunDirectory.locked`)."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.folder.locked())
+            for directory in self.directories:
+                directory.path.mkdir(mode=0o700, exist_ok=True)
+                stack.enter_context(directory.locked())
+            yield

@@ -1,0 +1,247 @@
+"""An epoch of K nets as one compiled loop, and their evaluation.
+
+The data stays on the device as uint8. Nets that differ in their seed and learning rate alone train
+in one program, spread over the rows of the mesh; the bits of a net depend neither on its row nor on
+the others. An epoch is a `lax.fori_loop` with bounds given at run time, so that a caller who shows
+progress runs it in chunks without compiling twice, and gets the same bits. The ragged last batch is
+trained on, as in the study.
+"""
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from jaxnorm.model.summary import activation_bytes
+from jaxnorm.training.mesh import BATCH, SEED, MeshShape
+from jaxnorm.training.step import Program, TrainState, derive_key, standardize, train_step
+
+EVALUATION_BATCH = 100
+
+
+class Steps(NamedTuple):
+    """What a chunk of an epoch did: the mean loss of each batch, and the number of correct
+    predictions.
+    """
+
+    losses: jax.Array  # f32[K, S], 0 outside the chunk
+    correct: jax.Array  # i32[K]
+
+
+class Evaluation(NamedTuple):
+    """K nets on a whole set of N images."""
+
+    logits: jax.Array  # f32[K, N, classes]
+    loss: jax.Array  # f32[K], mean cross-entropy
+    accuracy: jax.Array  # f32[K], a fraction
+
+
+class Chunk(NamedTuple):
+    """A part of an epoch, ready for `train_nets`: all full batches share one array, so all their
+    chunks share one compilation.
+    """
+
+    batches: jax.Array  # i32[K, S, B]
+    first_step: int
+    """The step's number in the epoch at batches[:, 0]."""
+    start: int
+    stop: int
+
+
+def epoch_order(
+    seed: int | jax.Array, epoch: int | jax.Array, count: int
+) -> jax.Array:  # i32[count]
+    """The order in which an epoch (from 1) takes the training images: a fresh shuffle for each."""
+    return jax.random.permutation(derive_key(seed, "order", epoch), count).astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def _batches(
+    program: Program, seeds: jax.Array, epoch: int | jax.Array, rows: jax.Array, batch_size: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # i32[K, S, B], i32[K, 1, ragged], [K]
+    def of_net(epoch, seed, rows):
+        """One net's full batches, ragged batch and dropout key."""
+        order = rows[epoch_order(seed, epoch, rows.shape[0])]
+        full = rows.shape[0] // batch_size * batch_size
+        batches = order[:full].reshape(-1, batch_size)
+        return batches, order[full:][None], derive_key(seed, "dropout", epoch)
+
+    return _for_each_net(program.mesh, of_net, (epoch,), (seeds, rows))
+
+
+def epoch_chunks(
+    program: Program,
+    seeds: jax.Array,  # u32[K]
+    epoch: int | jax.Array,
+    rows: jax.Array,  # i32[K, N], the images to train each net on
+    batch_size: int,
+    chunks: int = 1,
+) -> tuple[list[Chunk], jax.Array]:
+    """Cuts an epoch of K nets into about `chunks` chunks of full batches, and one of the ragged
+    last batch if there is one. Also returns the epoch's dropout keys [K].
+    """
+    full, ragged, keys = _batches(program, seeds, epoch, rows, batch_size)
+    count = full.shape[1]
+    edges = sorted({round(count * i / chunks) for i in range(chunks + 1)})
+    cut = [Chunk(full, 0, start, stop) for start, stop in itertools.pairwise(edges)]
+    return ([*cut, Chunk(ragged, count, 0, 1)] if ragged.shape[2] else cut), keys
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def train_nets(
+    program: Program,
+    states: TrainState,  # every array with a leading axis K, a multiple of the mesh's rows
+    images: jax.Array,  # u8[N, 32, 32, 3]
+    labels: jax.Array,  # i32[N]
+    batches: jax.Array,  # i32[K, S, B], rows of `images`
+    dropout_keys: jax.Array,  # [K], of the epoch
+    learning_rates: jax.Array,  # f32[K]
+    first_step: int | jax.Array,
+    start: int | jax.Array,
+    stop: int | jax.Array,
+) -> tuple[TrainState, Steps]:
+    """Trains K nets on their batches[:, start:stop] in one compiled loop.
+
+    `states` is consumed: its memory is used again.
+    """
+    chex.assert_equal_shape_prefix([images, labels], 1)
+    chex.assert_equal_shape_prefix([batches, dropout_keys, learning_rates], 1)
+    chex.assert_rank(batches, 3)
+    chex.assert_type([labels, batches], jnp.int32)
+    share = batches.shape[2] // program.mesh.batch
+    shared = program.mesh.batch > 1 and batches.shape[2] % program.mesh.batch == 0
+
+    def train_net(images, labels, first_step, start, stop, state, batches, dropout_key, rate):
+        """What each device does for one net."""
+
+        def train_batch(i, carry):
+            """One batch."""
+            state, losses, correct = carry
+            rows = batches[i]
+            if shared:
+                rows = lax.dynamic_slice_in_dim(rows, lax.axis_index(BATCH) * share, share)
+            key = jax.random.fold_in(dropout_key, first_step + i)
+            axis = BATCH if shared else None
+            state, loss, hits = train_step(
+                program, state, images[rows], labels[rows], key, rate, axis
+            )
+            return state, losses.at[i].set(loss), correct + hits
+
+        nothing = (jnp.zeros(batches.shape[0], jnp.float32), jnp.zeros((), jnp.int32))
+        return lax.fori_loop(start, stop, train_batch, (state, *nothing))
+
+    state, losses, correct = _for_each_net(
+        program.mesh,
+        train_net,
+        (images, labels, first_step, start, stop),
+        (states, batches, dropout_keys, learning_rates),
+    )
+    return state, Steps(losses, correct)
+
+
+def _for_each_net(mesh: MeshShape, function: Callable, common: tuple, per_net: tuple) -> Any:
+    """Calls `function(*common, *per_net)` for each net, whose arrays lie along the leading axis of
+    `per_net`; each row of the mesh takes as many nets. The results have that axis too.
+    """
+
+    def on_row(common, per_net):
+        """What one row of devices does: a single net without `vmap`, as if it were alone."""
+        if jax.tree.leaves(per_net)[0].shape[0] > 1:
+            axes = (*[None] * len(common), *[0] * len(per_net))
+            return jax.vmap(function, axes)(*common, *per_net)
+        result = function(*common, *jax.tree.map(lambda leaf: leaf[0], per_net))
+        return jax.tree.map(lambda leaf: leaf[None], result)
+
+    if mesh.devices > 1:
+        specs = {"in_specs": (P(), P(SEED)), "out_specs": P(SEED)}
+        on_row = jax.shard_map(on_row, mesh=mesh.mesh, **specs, check_vma=False)
+    return on_row(common, per_net)
+
+
+def nets_at_once(program: Program, batch_size: int) -> int:
+    """How many nets a row of devices trains at the same time: one on a CPU, where one after the
+    other is faster, elsewhere what half of a device's memory holds.
+    """
+    if jax.default_backend() == "cpu":
+        return 1
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    # Forward and backward keep some six arrays of the size of each layer's output.
+    images = max(batch_size, EVALUATION_BATCH)
+    return max(1, memory // 2 // (6 * images * sum(activation_bytes(program.model))))
+
+
+def _logits(program: Program, images: jax.Array, params: Any, norm_state: Any) -> jax.Array:
+    """What each device does for one net: its share of the images, and all logits of the row."""
+
+    def of_batch(batch):
+        """One batch, standardized, through the net."""
+        variables = {"params": params, **norm_state}
+        return program.model.apply(variables, standardize(program, batch))
+
+    def of_part(images):
+        """Any number of images, a batch at a time."""
+        count = images.shape[0]
+        size = -(-count // -(-count // EVALUATION_BATCH))
+        full = count // size * size
+        parts = []
+        if full:
+            batches = images[:full].reshape(-1, size, *images.shape[1:])
+            parts.append(lax.map(of_batch, batches).reshape(full, -1))
+        if full < count:
+            parts.append(of_batch(images[full:]))
+        return jnp.concatenate(parts)
+
+    count, devices = images.shape[0], program.mesh.batch
+    if count == 0:
+        return jnp.zeros((0, program.model.num_classes))
+    share, parts = count // devices, []
+    if share and devices > 1:
+        mine = lax.dynamic_slice_in_dim(images, lax.axis_index(BATCH) * share, share)
+        parts.append(lax.all_gather(of_part(mine), BATCH, tiled=True))
+        images = images[share * devices :]
+    if images.shape[0]:
+        parts.append(of_part(images))
+    return jnp.concatenate(parts)
+
+
+@partial(jax.jit, static_argnums=0)
+def predict_logits(
+    program: Program,
+    states: TrainState,  # every array with a leading axis K
+    images: jax.Array,  # u8[N, 32, 32, 3]
+) -> jax.Array:  # f32[K, N, classes]
+    """Logits of any number of images, with running averages and without dropout."""
+    per_net = (states.params, states.norm_state)
+    return _for_each_net(program.mesh, partial(_logits, program), (images,), per_net)
+
+
+@partial(jax.jit, static_argnums=0)
+def evaluate_nets(
+    program: Program,
+    states: TrainState,  # every array with a leading axis K
+    images: jax.Array,  # u8[N, 32, 32, 3]
+    labels: jax.Array,  # i32[N]
+    rows: jax.Array | None = None,  # i32[K, M]
+) -> Evaluation:
+    """Loss and accuracy of K nets over exactly these N images, or each over its own rows of them:
+    summed over all, divided once.
+    """
+    chex.assert_equal_shape_prefix([images, labels], 1)
+
+    def of_net(images, labels, params, norm_state, *rows):
+        """One net."""
+        if rows:
+            images, labels = images[rows[0]], labels[rows[0]]
+        logits, count = _logits(program, images, params, norm_state), labels.shape[0]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return Evaluation(logits, losses.sum() / count, (logits.argmax(-1) == labels).sum() / count)
+
+    per_net = (states.params, states.norm_state, *([] if rows is None else [rows]))
+    return _for_each_net(program.mesh, of_net, (images, labels), per_net)

@@ -1,0 +1,170 @@
+"""One training step as a pure function: arrays in, arrays out.
+
+Random keys are derived and never carried: the seed, then the purpose, the epoch and the step. So
+epoch 7 of a resumed run sees the images in the same order, under the same dropout masks, as epoch 7
+of an unbroken one; and none of it depends on the norm.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from jaxnorm.model import layers, ops
+from jaxnorm.model.cnn import CNN
+from jaxnorm.model.summary import activation_bytes
+from jaxnorm.training.mesh import ONE, MeshShape
+
+_PURPOSES = {"init": 0, "order": 1, "dropout": 2}
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a compiled step depends on besides its arrays; hashable, so that JAX traces it once.
+
+    `mean` and `deviation` standardize each of the three channels of an image scaled to [0, 1].
+    """
+
+    model: CNN
+    momentum: float
+    mean: tuple[float, float, float]
+    deviation: tuple[float, float, float]
+    mesh: MeshShape = ONE
+
+    def optimizer(self, learning_rate: float | jax.Array) -> optax.GradientTransformation:
+        """SGD with momentum; its state is one array for each parameter."""
+        return optax.sgd(learning_rate, self.momentum)
+
+
+class TrainState(NamedTuple):
+    """All that training carries from step to step: arrays alone."""
+
+    params: Any
+    norm_state: Any
+    """The collections of variables that norms keep, such as `batch_stats`; empty without any."""
+    opt_state: Any
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What `CNN.apply` takes."""
+        return {"params": self.params, **self.norm_state}
+
+
+def derive_key(
+    seed: int | jax.Array, purpose: Literal["init", "order", "dropout"], *numbers: int | jax.Array
+) -> jax.Array:
+    """The random key of a purpose; for "order" and "dropout" `numbers` is the epoch (from 1), for
+    "dropout" then the step (from 0).
+    """
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), _PURPOSES[purpose])
+    for number in numbers:
+        key = jax.random.fold_in(key, number)
+    return key
+
+
+def standardize(
+    program: Program, images: jax.Array
+) -> jax.Array:  # u8[N, 32, 32, 3] -> f32[N, 32, 32, 3]
+    """Scales images to [0, 1], subtracts the mean and divides by the deviation of each channel.
+
+    Written as a difference and then a product, which round alike in every program: a product and
+    then a difference are rounded once or twice, as XLA joins them or not.
+    """
+    chex.assert_shape(images, (None, 32, 32, 3))
+    chex.assert_type(images, jnp.uint8)
+    mean, deviation = (
+        255 * np.reshape(values, (1, 1, 1, 3)) for values in (program.mean, program.deviation)
+    )
+    return (images.astype(jnp.float32) - jnp.float32(mean)) * jnp.float32(1 / deviation)
+
+
+# Runs once, and XLA's optimizer takes four seconds over the random bits, for the same values.
+@partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+def init_state(program: Program, seed: int | jax.Array) -> TrainState:
+    """The state before the first step.
+
+    Kernels depend on the seed and the layer's name alone, not on the norm.
+    """
+    variables = dict(program.model.init(derive_key(seed, "init"), jnp.zeros((1, 32, 32, 3))))
+    params = variables.pop("params")
+    return TrainState(params, variables, program.optimizer(0.0).init(params))
+
+
+def train_step(
+    program: Program,
+    state: TrainState,
+    images: jax.Array,  # u8[B, 32, 32, 3]
+    labels: jax.Array,  # i32[B]
+    key: jax.Array,  # decides the dropout masks
+    learning_rate: float | jax.Array,
+    axis: str | None = None,
+) -> tuple[TrainState, jax.Array, jax.Array]:
+    """One step of SGD on the mean cross-entropy of a batch.
+
+    Returns the new state, the loss f32[] before it, and the number of correct predictions i32[].
+    With `axis`, the images are this device's part of a batch that all devices along that mesh axis
+    share.
+    """
+    chex.assert_equal_shape_prefix([images, labels], 1)
+    net, count = program.model, labels.shape[0]
+    batch_size, first_image = count, jnp.zeros((), jnp.int32)
+    if axis is not None:
+        batch_size, first_image = count * lax.axis_size(axis), count * lax.axis_index(axis)
+
+    def objective(params, images, labels, first_image):
+        """These images' share of the mean cross-entropy; correct predictions and norm state."""
+        with layers.part_of_batch(first_image, axis):
+            logits, norm_state = net.apply(
+                {"params": params, **state.norm_state},
+                standardize(program, images),
+                train=True,
+                rngs={"dropout": key},
+                mutable=list(state.norm_state),
+            )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        correct = (logits.argmax(-1) == labels).sum(dtype=jnp.int32)
+        return losses.sum() / batch_size, (correct, norm_state)
+
+    differentiate = jax.value_and_grad(objective, has_aux=True)
+    micro_batch = micro_batch_size(net, state, count)
+    if micro_batch == count:
+        (loss, (correct, norm_state)), gradients = differentiate(
+            state.params, images, labels, first_image
+        )
+        total = loss, correct, gradients
+    else:
+        norm_state = state.norm_state
+
+        def add_micro_batch(i, total):
+            """Adds what the images of one micro-batch give; they know nothing of the others."""
+            start = i * micro_batch
+            part = (lax.dynamic_slice_in_dim(a, start, micro_batch) for a in (images, labels))
+            (loss, (correct, _)), gradients = differentiate(
+                state.params, *part, first_image + start
+            )
+            return jax.tree.map(jnp.add, total, (loss, correct, gradients))
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        nothing = (jnp.zeros(()), jnp.zeros((), jnp.int32), zeros)
+        total = lax.fori_loop(0, count // micro_batch, add_micro_batch, nothing)
+    loss, correct, gradients = total if axis is None else lax.psum(total, axis)
+    optimizer = program.optimizer(learning_rate)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(params, norm_state, opt_state), loss, correct
+
+
+def micro_batch_size(net: CNN, state: TrainState, count: int) -> int:
+    """How many of `count` images to take at a time: all of them where a norm keeps state, as batch
+    norm does, or is the user's own, because its images may know of each other.
+    """
+    keeps_state = bool(jax.tree.leaves(state.norm_state))
+    if keeps_state or layers.is_custom(net.norm) or not net.fast:
+        return count
+    return ops.micro_batch_of(count, max(activation_bytes(net)))

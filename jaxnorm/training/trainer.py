@@ -1,0 +1,426 @@
+"""Trains the nets of runs epoch by epoch, in memory: `fit` keeps them, `runs.runner` writes them
+down. Both take what `train` yields.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnorm.config import Config, Net, UserError
+from jaxnorm.data.datasets import Dataset, hold_out
+from jaxnorm.model import layers
+from jaxnorm.model.summary import check_nets, net_of
+from jaxnorm.storage.schema import Epoch
+from jaxnorm.training import epoch as epochs
+from jaxnorm.training import mesh as meshes
+from jaxnorm.training.epoch import Chunk, Evaluation, Steps
+from jaxnorm.training.mesh import ONE, MeshShape
+from jaxnorm.training.step import Program, TrainState, init_state
+
+CHUNKS = 20
+"""Chunks in which an epoch is run, so that progress shows and a loss that is not finite is found
+soon.
+"""
+SweptNet = tuple[int, str, int]
+"""A net of a sweep: the number of its run, its norm and its seed."""
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss of a net turned NaN or infinite.
+
+    Names the run's number, norm, seed, epoch (from 1) and the step in it (from 1); the step is None
+    where it is the loss of the evaluation after the epoch.
+    """
+
+    def __init__(self, net: SweptNet, epoch: int, step: int | None, loss: float) -> None:
+        which, where = ("evaluation", "") if step is None else ("training", f", step {step}")
+        super().__init__(
+            f"the {which} loss of {net[1]} norm, seed {net[2]}, is {loss} at epoch {epoch}{where}: "
+            "try a smaller learning_rate=; the epochs before it are kept"
+        )
+        self.net, self.epoch, self.step = net, epoch, step
+
+
+class Callback:
+    """Hears what happens while nets train. Every method does nothing unless overridden."""
+
+    def on_start(self, norm: str, seeds: list[int], steps: int) -> None:
+        """The nets of a norm and these seeds start to train together; `steps` is the number of
+        batches in an epoch. In a sweep a seed may be there for several learning rates.
+        """
+
+    def on_steps(self, epoch: int, done: int) -> None:
+        """So many batches of the epoch are done. May raise, to stop training."""
+
+    def on_epoch(self, config: Config, epoch: Epoch) -> None:
+        """A net of this run has finished an epoch, which is on disk where there is one."""
+
+    def on_resume(self, complete: int) -> None:
+        """A run resumes; so many epochs of all its nets are complete."""
+
+    def on_warning(self, text: str) -> None:
+        """Something is damaged and set aside, or a net is left out."""
+
+
+class NetProgress(NamedTuple):
+    """How far a net is."""
+
+    epochs: int = 0
+    """Epochs that are complete."""
+    state: TrainState | None = None
+    """After them; None for the initial one, and for that of a finished net without checkpoints."""
+    losses: np.ndarray = np.zeros(0, np.float32)
+    """f32[epochs * steps]"""
+
+
+class Trained(NamedTuple):
+    """What an epoch made of one net, in NumPy's arrays."""
+
+    run: int
+    record: Epoch
+    state: TrainState
+    losses: np.ndarray  # f32[steps], of this epoch
+    logits: np.ndarray  # f32[M, classes], of the test set after it
+
+    @property
+    def net(self) -> SweptNet:
+        """Which net it is."""
+        return self.run, self.record.norm, self.record.seed
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One trained net, in memory."""
+
+    norm: str
+    seed: int
+    parameters: int
+    epochs: list[Epoch]
+    step_losses: np.ndarray  # f32[epochs * steps]
+    logits: np.ndarray  # f32[M, classes], of the test set after the last epoch
+    state: TrainState
+    program: Program
+
+    def predict(self, images: jax.Array | np.ndarray) -> jax.Array:
+        """Probabilities f32[N, classes] of u8[N, 32, 32, 3] images; ValueError for any other."""
+        return predict(self.program, self.state, images)
+
+
+def fit(
+    config: Config,
+    dataset: Dataset,
+    callback: Callback | None = None,
+    mesh: MeshShape | None = None,
+) -> dict[Net, Fit]:
+    """Trains every net of `config` on `dataset` without touching the disk.
+
+    Returns a `Fit` for each (norm, seed) whose loss stayed finite. Raises `UserError`, and
+    `NonFiniteLoss` where no net's did.
+    """
+    counts = check(config, dataset)
+    callback = callback or Callback()
+    history: dict[Net, list[Trained]] = {net: [] for net in config.nets}
+    for trained in train([config], dataset, callback, mesh):
+        history[trained.net[1:]].append(trained)
+        callback.on_epoch(config, trained.record)
+    return {
+        (norm, seed): Fit(
+            norm,
+            seed,
+            counts[norm],
+            [each.record for each in done],
+            np.concatenate([each.losses for each in done]),
+            done[-1].logits,
+            done[-1].state,
+            program_of(config, dataset, norm),
+        )
+        for (norm, seed), done in history.items()
+        if len(done) == config.epochs
+    }
+
+
+def program_of(config: Config, dataset: Any, norm: str, mesh: MeshShape = ONE) -> Program:
+    """The program that trains a norm's nets; `dataset` is a `Dataset` or a `DatasetInfo`."""
+    net = net_of(config, norm, len(dataset.class_names))
+    return Program(net, config.momentum, tuple(dataset.mean), tuple(dataset.deviation), mesh)
+
+
+def predict(program: Program, state: TrainState, images: Any) -> jax.Array:
+    """Probabilities f32[N, classes] of u8[N, 32, 32, 3] images; ValueError for any other."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3):
+        raise ValueError(
+            f"predict takes images u8[N, 32, 32, 3], not {images.dtype}{list(images.shape)}"
+        )
+    program = dataclasses.replace(program, mesh=ONE)
+    states = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], state)
+    return jax.nn.softmax(epochs.predict_logits(program, states, jnp.asarray(images))[0])
+
+
+def check(config: Config, dataset: Dataset) -> dict[str, int]:
+    """The parameters of each norm's net.
+
+    Raises `UserError` for what can be known to fail before training starts.
+    """
+    if config.precision == "tf32" and jax.default_backend() != "gpu":
+        raise UserError(
+            "precision=tf32 needs an NVIDIA GPU, and there is none: choose float32 or bfloat16"
+        )
+    count = len(dataset.train_labels)
+    if config.validation >= count:
+        raise UserError(
+            f"validation={config.validation} leaves none of the {count} training images of "
+            f"{dataset.name} to train on"
+        )
+    if config.batch > count - config.validation:
+        held = f", of which {config.validation} are held out" if config.validation else ""
+        raise UserError(
+            f"batch_size={config.batch} is larger than the {count} training images of "
+            f"{dataset.name}{held}"
+        )
+    return check_nets(config, len(dataset.class_names))
+
+
+def mesh_for(configs: Sequence[Config], batch_size: int, mesh: MeshShape | None) -> MeshShape:
+    """The mesh for the nets of that batch size: the given one, or one chosen for as many.
+
+    Raises `UserError` where the given one cannot be had.
+    """
+    custom = any(layers.is_custom(norm) for norm in configs[0].norms)
+    if mesh is None:
+        nets = sum(config.seeds for config in configs if config.batch == batch_size)
+        return meshes.choose(nets, 1 if custom else batch_size)
+    if custom and mesh.batch > 1:
+        raise UserError(f"mesh={mesh} shares batches, which your own norm may not allow: batch=1")
+    mesh.check(batch_size)
+    return mesh
+
+
+@dataclass(frozen=True)
+class Group:
+    """Nets that train in one program: of one norm and batch size."""
+
+    nets: tuple[SweptNet, ...]
+    mesh: MeshShape
+    size: int
+    """How many nets the program trains, a multiple of the mesh's rows. Where there are fewer, the
+    last one fills the rest, and its copies are left out.
+    """
+
+    @property
+    def norm(self) -> str:
+        """Of its nets."""
+        return self.nets[0][1]
+
+    @property
+    def filled(self) -> tuple[SweptNet, ...]:
+        """As many nets as the program trains."""
+        return self.nets + self.nets[-1:] * (self.size - len(self.nets))
+
+
+def groups(
+    configs: Sequence[Config], dataset: Dataset, mesh: MeshShape | None = None
+) -> Iterator[Group]:
+    """All nets of a sweep, in the order in which they train: by batch size; then as many as train
+    in one program together, run by run; and all norms of these before the next.
+    """
+    for batch_size in dict.fromkeys(config.batch for config in configs):
+        same = [(i, config) for i, config in enumerate(configs) if config.batch == batch_size]
+        shape, norms = mesh_for(configs, batch_size, mesh), same[0][1].norms
+        programs = [program_of(same[0][1], dataset, norm, shape) for norm in norms]
+        at_once = min(epochs.nets_at_once(program, batch_size) for program in programs)
+        nets = [(i, seed) for i, config in same for seed in config.seed_numbers]
+        count = math.ceil(len(nets) / (at_once * shape.seed))
+        size = math.ceil(len(nets) / count / shape.seed) * shape.seed
+        for part in np.array_split(np.array(nets), count):
+            for norm in norms:
+                yield Group(tuple((i, norm, seed) for i, seed in part.tolist()), shape, size)
+
+
+class Nets:
+    """The nets of a group, with all that they train on, on the mesh."""
+
+    def __init__(self, configs: Sequence[Config], dataset: Dataset, group: Group) -> None:
+        self.group, self.config = group, configs[group.nets[0][0]]
+        self.program = program_of(self.config, dataset, group.norm, group.mesh)
+        self.images, self.labels, self.test_images, self.test_labels = meshes.place(
+            group.mesh,
+            (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels),
+        )
+        seeds = [seed for _, _, seed in group.filled]
+        splits = [hold_out(dataset.train_labels, self.config.validation, seed) for seed in seeds]
+        self.seeds, self.rates, self.rows, self.held_out = self.place(
+            (
+                np.array(seeds, np.uint32),
+                np.array([configs[run].rate for run, _, _ in group.filled], np.float32),
+                np.stack([rows for rows, _ in splits]),
+                np.stack([held_out for _, held_out in splits]),
+            )
+        )
+        self.count = len(dataset.train_labels) - self.config.validation
+        self.steps = self.config.steps(len(dataset.train_labels))
+
+    def place(self, arrays: Any) -> Any:
+        """Puts each net's arrays on its devices."""
+        return meshes.place(self.group.mesh, arrays, by_net=True)
+
+    def states(self, start: Sequence[TrainState | None]) -> TrainState:
+        """Stacks the states of the group's nets, the initial one for None, on the mesh."""
+        states = [
+            jax.device_get(init_state(self.program, seed)) if state is None else state
+            for state, (_, _, seed) in zip(start, self.group.nets, strict=True)
+        ]
+        states += [states[-1]] * (self.group.size - len(states))
+        return self.place(jax.tree.map(lambda *leaves: np.stack(leaves), *states))
+
+    def chunks(self, epoch: int) -> tuple[list[Chunk], jax.Array]:
+        """What the nets train on in an epoch, and its dropout keys."""
+        return epochs.epoch_chunks(
+            self.program, self.seeds, epoch, self.rows, self.config.batch, CHUNKS
+        )
+
+    def arguments(self, state: TrainState, chunk: Chunk, keys: jax.Array) -> tuple:
+        """What `train_nets` takes for a chunk."""
+        batches, *bounds = chunk
+        return self.program, state, self.images, self.labels, batches, keys, self.rates, *bounds
+
+    def train_chunk(
+        self, state: TrainState, chunk: Chunk, keys: jax.Array
+    ) -> tuple[TrainState, Steps]:
+        """Trains on one chunk of an epoch. `state` is consumed."""
+        return epochs.train_nets(*self.arguments(state, chunk, keys))
+
+    def evaluate(self, state: TrainState) -> tuple[Evaluation, Evaluation | None]:
+        """On the test images and, if any are, on the held-out ones; in NumPy's arrays."""
+        test = epochs.evaluate_nets(self.program, state, self.test_images, self.test_labels)
+        if not self.config.validation:
+            return meshes.fetch(test), None
+        validation = epochs.evaluate_nets(
+            self.program, state, self.images, self.labels, self.held_out
+        )
+        return meshes.fetch(test), meshes.fetch(validation)
+
+
+def train(
+    configs: Sequence[Config],
+    dataset: Dataset,
+    callback: Callback,
+    mesh: MeshShape | None = None,
+    progress: Mapping[SweptNet, NetProgress] | None = None,
+    share: Callable[[Any], Any] = lambda arrays: arrays,
+) -> Iterator[Trained]:
+    """Trains the nets of a sweep to their last epoch, each from where it is; yields every epoch.
+
+    A net whose loss is not finite is left out with a warning, and the others go on; where that
+    leaves none, `NonFiniteLoss` is raised. `share` gives every process of a job the first one's
+    arrays.
+    """
+    progress, failed, all_groups = progress or {}, [], list(groups(configs, dataset, mesh))
+    total = sum(len(group.nets) for group in all_groups)
+    for group in all_groups:
+        at = {net: progress.get(net, NetProgress()) for net in group.nets}
+        last_epoch, left = configs[group.nets[0][0]].epochs, list(group.nets)
+        # Nets that were cut off between their lines are an epoch apart: those behind catch up.
+        while left and (start := min(at[net].epochs for net in left)) < last_epoch:
+            behind = tuple(net for net in left if at[net].epochs == start)
+            stop = min({at[net].epochs for net in left} - {start}, default=last_epoch)
+            nets = Nets(configs, dataset, dataclasses.replace(group, nets=behind))
+            states = nets.states([share_state(nets, at[net].state, start, share) for net in behind])
+            callback.on_start(group.norm, [seed for _, _, seed in behind], nets.steps)
+            try:
+                for epoch in range(start + 1, stop + 1):
+                    states, done = _train_epoch(nets, states, epoch, callback, dataset)
+                    for trained in done:
+                        at[trained.net] = NetProgress(epoch, trained.state)
+                        yield trained
+            except NonFiniteLoss as error:
+                failed.append(error)
+                left.remove(error.net)
+                config = configs[error.net[0]]
+                if total > 1:
+                    callback.on_warning(
+                        f"batch size {config.batch}, learning rate {config.rate:g}: {error}; the "
+                        "others go on without this net"
+                    )
+    if failed and len(failed) == total:
+        raise failed[0]
+
+
+def share_state(
+    nets: Nets, state: TrainState | None, epoch: int, share: Callable[[Any], Any]
+) -> TrainState | None:
+    """The first process's state of a net; None for the initial one, which every process makes."""
+    if epoch == 0:
+        return None
+    if state is None:
+        shapes = init_state.eval_shape(nets.program, 0)
+        state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    return share(jax.tree.map(np.asarray, state))
+
+
+def _train_epoch(
+    nets: Nets, state: TrainState, epoch: int, callback: Callback, dataset: Dataset
+) -> tuple[TrainState, list[Trained]]:
+    """One epoch of all nets and their evaluation."""
+    clock = time.perf_counter()
+    losses = np.zeros((nets.group.size, 0), np.float32)
+    correct = np.zeros(nets.group.size, int)
+    chunks, keys = nets.chunks(epoch)
+    for chunk in chunks:
+        state, steps = nets.train_chunk(state, chunk, keys)
+        done = meshes.fetch(steps)
+        losses = np.concatenate([losses, done.losses[:, chunk.start : chunk.stop]], axis=1)
+        correct += done.correct
+        if not np.isfinite(losses).all():
+            i, step = np.argwhere(~np.isfinite(losses))[0]
+            raise NonFiniteLoss(nets.group.filled[i], epoch, int(step) + 1, float(losses[i, step]))
+        callback.on_steps(epoch, losses.shape[1])
+    trained = time.perf_counter()
+    test, validation = nets.evaluate(state)
+    tested = time.perf_counter()
+    for evaluation in (test, validation):
+        if evaluation is not None and not np.isfinite(evaluation.logits).all():
+            i = np.argwhere(~np.isfinite(evaluation.logits))[0][0]
+            raise NonFiniteLoss(nets.group.filled[i], epoch, None, float(evaluation.loss[i]))
+    share = len(nets.group.nets)
+    seconds = round((trained - clock) / share, 3), round((tested - trained) / share, 3)
+    whole, results = meshes.fetch(state), []
+    for i, (run, norm, seed) in enumerate(nets.group.nets):
+        held_out = {}
+        if validation is not None:
+            held_out = {
+                "validation_loss": float(validation.loss[i]),
+                "validation_accuracy": _fraction(validation.accuracy[i], nets.config.validation),
+            }
+        record = Epoch(
+            norm,
+            seed,
+            epoch,
+            _mean_loss(losses[i], nets.count, nets.config.batch),
+            int(correct[i]) / nets.count,
+            float(test.loss[i]),
+            _fraction(test.accuracy[i], len(dataset.test_labels)),
+            *seconds,
+            **held_out,
+        )
+        net_state = jax.tree.map(lambda leaf, i=i: leaf[i], whole)
+        results.append(Trained(run, record, net_state, losses[i], np.asarray(test.logits[i])))
+    return state, results
+
+
+def _mean_loss(losses: np.ndarray, count: int, batch_size: int) -> float:
+    """The mean over an epoch's images of the mean losses of its batches, the last one ragged."""
+    sizes = np.full(len(losses), batch_size)
+    sizes[-1] = count - batch_size * (len(losses) - 1)
+    return float(np.average(losses.astype(np.float64), weights=sizes))
+
+
+def _fraction(accuracy: Any, count: int) -> float:
+    """An accuracy in float32 as the double nearest to the fraction that it is."""
+    return round(float(accuracy) * count) / count

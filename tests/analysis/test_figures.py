@@ -1,0 +1,197 @@
+"""Figures from a run directory alone: all are there, from the right rows, in the right colours."""
+
+import shutil
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from jaxnorm.analysis import figures, stats
+from jaxnorm.analysis.results import Run
+
+NORMS = ("batch", "group", "layer")
+NAMES = {f"{kind}-{norm}" for norm in NORMS for kind in ("curves", "confusion")}
+NAMES |= {f"mistakes-{rule}-{norm}" for norm in NORMS for rule in ("confident", "drawn")}
+NAMES |= {"mistakes-common", "loss", "accuracy", "class-accuracy", "training-images", "seeds"}
+NAMES |= {"activations", "gradients", "batch-statistics"}
+
+
+def test_every_figure_of_every_norm_is_drawn(sweep):
+    run = Run(sweep())
+    titles, missing = figures.draw(run)
+    assert missing == []
+    drawn = {path.stem: path for path in (run.directory.path / "figures").iterdir()}
+    assert set(drawn) == NAMES == {name.removesuffix(".png") for name in titles}
+    assert titles["curves-batch.png"] == "batch norm: 45,584 parameters; mean and range of 3 seeds"
+    for path in drawn.values():
+        height, width = imread(path).shape[:2]
+        assert 900 <= width <= 1300, path
+        assert 350 <= height <= 1300, path
+
+
+def shown(figure):
+    """The pictures in a figure, and the titles above them."""
+    tiles = [axes for axes in figure.axes if axes.images]
+    return [np.asarray(a.images[0].get_array()) for a in tiles], [a.get_title() for a in tiles]
+
+
+def test_mistakes_show_the_right_images_as_they_are_with_class_and_confidence(sweep, tiny):
+    run = Run(sweep())
+    for name, figure in figures.mistakes(run):
+        images, titles = shown(figure)
+        rows = run.rows()[name]
+        assert len(images) == len(rows) <= 10
+        for image, title, row in zip(images, titles, rows, strict=True):
+            np.testing.assert_array_equal(image, tiny.test_images[row])
+            assert title.startswith(f"true: {tiny.class_names[tiny.test_labels[row]]}\n")
+            for norm in [name.split("-")[2]] if name.count("-") == 2 else NORMS:
+                logits, _ = run.directory.predictions((norm, 1))
+                probability = stats.probabilities(logits[row])
+                assert probability.argmax() != tiny.test_labels[row]
+                said = f"{tiny.class_names[probability.argmax()]} {probability.max():.0%}"
+                assert said in title
+        assert run.info.dataset.caption in figure.get_supxlabel()
+
+
+def test_curves_hold_the_records(sweep):
+    run = Run(sweep(seeds=1))
+    for name, figure in figures.curves(run):
+        norm = name.split("-")[1]
+        batch, *by_epoch = figure.axes
+        losses = run.directory.step_losses((norm, 1))
+        np.testing.assert_array_equal(batch.lines[0].get_ydata(), losses)
+        fields = ("train_accuracy", "test_loss", "test_accuracy")
+        for axes, field in zip(by_epoch, fields, strict=True):
+            wanted = [getattr(epoch, field) for epoch in run.epochs[norm, 1]]
+            np.testing.assert_array_equal(axes.lines[0].get_ydata(), wanted)
+            assert not axes.collections
+
+
+def test_curves_of_several_seeds_are_their_mean_and_range(sweep):
+    run = Run(sweep())
+    _, figure = list(figures.curves(run))[1]
+    test = figure.axes[3]
+    means = [(9 + 12 + 11) / 66, (15 + 16 + 15) / 66]
+    np.testing.assert_allclose(test.lines[0].get_ydata(), means)
+    (band,) = test.collections
+    edges = band.get_paths()[0].vertices
+    for epoch, wanted in ((1, (9, 12)), (2, (15, 16))):
+        heights = edges[edges[:, 0] == epoch][:, 1]
+        np.testing.assert_allclose((heights.min(), heights.max()), np.array(wanted) / 22)
+    assert len(figure.axes[0].lines) == 1 + 3  # each batch of the first seed, a mean of each
+
+
+def test_the_norms_stand_together_on_one_graph_each_told_apart(sweep):
+    for _, figure in figures.together(Run(sweep())):
+        lines = figure.axes[0].lines
+        assert len(lines) == 6
+        assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 6
+        assert len({line.get_marker() for line in lines}) == 3
+
+
+def test_the_seeds_figure_shows_every_value_and_every_paired_difference(sweep):
+    ((_, figure),) = figures.seeds(Run(sweep()))
+    left, right = figure.axes
+    pairs = [line for line in left.lines if line.get_color() == "#999999"]
+    np.testing.assert_allclose(
+        [line.get_ydata() for line in pairs],
+        np.array([[16, 15, 12], [18, 16, 11], [14, 15, 13]]) / 22,
+    )
+    points = [line for line in right.lines if line.get_color() == "#999999"]
+    np.testing.assert_allclose(
+        [line.get_xdata() for line in points],
+        np.array([[1, 2, -1], [4, 7, 1], [3, 5, 2]]) / 0.22,
+    )
+    assert [tick.get_text() for tick in right.get_yticklabels()] == [
+        *("batch - group", "batch - layer", "group - layer")
+    ]
+    assert list(figures.seeds(Run(sweep("one", seeds=1)))) == []
+    ((_, alone),) = figures.seeds(Run(sweep("alone", norm="group")))
+    assert len(alone.axes) == 1  # no norm to compare it with
+
+
+def test_confusion_is_the_mean_of_the_seeds(sweep, tiny):
+    run = Run(sweep())
+    figure = dict(figures.confusion(run))["confusion-layer"]
+    counts = np.array([float(text.get_text()) for text in figure.axes[0].texts]).reshape(4, 4)
+    nets = [run.directory.predictions(("layer", seed))[0].argmax(1) for seed in (1, 2, 3)]
+    wanted = np.zeros((4, 4))
+    for predicted in nets:
+        for true, said in zip(tiny.test_labels, predicted, strict=True):
+            wanted[true, said] += 1 / 3
+    np.testing.assert_allclose(counts, wanted.round())
+
+
+def test_inside_shows_what_was_measured(sweep):
+    run = Run(sweep())
+    drawn = dict(figures.inside(run))
+    panels = drawn["activations"].axes
+    for line, norm in zip(panels[3].lines, NORMS, strict=True):
+        measured = run.directory.probes((norm, 1))
+        np.testing.assert_array_equal(line.get_ydata(), measured["after"][:, 1])
+    batch = drawn["batch-statistics"].axes[0].lines
+    np.testing.assert_array_equal(
+        batch[0].get_ydata(), run.directory.probes(("batch", 1))["batch_accuracy"]
+    )
+    assert list(batch[1].get_ydata()) == [0.5, 0.5]  # running averages
+
+
+def test_batch_sizes_are_in_order_with_the_range_of_the_seeds():
+    values = {"batch": {16: [0.5, 0.7], 4: [0.2, 0.4]}, "group": {16: [0.6]}}
+    _, figure = figures.batch_sizes(values, "x")
+    (axes,) = figure.axes
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4", "16"]
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.3, 0.6])
+    assert list(axes.lines[1].get_xdata()) == [1]
+
+
+def test_names_are_no_formulas(sweep, tiny):
+    import dataclasses
+
+    names = ("$\\frac$", "a_b^c", "$", "d")
+    run = Run(sweep(dataset=dataclasses.replace(tiny, class_names=names)))
+    titles, missing = figures.draw(run)
+    assert missing == []
+    assert set(titles) == {f"{name}.png" for name in NAMES}
+
+
+def test_training_images_are_the_sets_own(sweep, tiny):
+    ((_, figure),) = figures.training_images(Run(sweep()))
+    images, titles = shown(figure)
+    originals = {
+        image.tobytes(): label
+        for image, label in zip(tiny.train_images, tiny.train_labels, strict=True)
+    }
+    assert len(images) == 20
+    for image, title in zip(images, titles, strict=True):
+        assert tiny.class_names[originals[image.tobytes()]] == title
+
+
+@pytest.mark.parametrize(
+    "gone", ["examples.npz", "predictions/group-3.npz", "step_losses", "probes/batch-1.npz"]
+)
+def test_what_is_missing_is_named_and_the_rest_is_drawn(sweep, gone, monkeypatch):
+    monkeypatch.setattr(figures, "png", lambda figure: b"")  # drawing takes the time
+    directory = sweep()
+    path = directory.path / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    drawn, missing = figures.draw(Run(directory))
+    assert {"loss.png", "accuracy.png", "seeds.png"} <= set(drawn)
+    assert missing
+    assert all(gone in line for line in missing)
+
+
+def test_a_long_class_name_is_cut():
+    assert figures._label("x" * 24) == "x" * 24
+    assert figures._label("x" * 25) == "x" * 23 + "\N{HORIZONTAL ELLIPSIS}"
+    assert figures._label("$1") == r"\$1"
+
+
+def test_what_notebooks_draw_has_a_panel_for_each_norm():
+    masks = {norm: np.ones((2, 3, 3, 4), bool) for norm in ("batch", "layer")}
+    name, figure = figures.averaged(masks)
+    assert name == "averaged"
+    assert [axes.get_title() for axes in figure.axes] == ["batch norm", "layer norm"]
+    name, figure = figures.example_gradients({"batch": np.eye(3), "layer": np.eye(3)}, "a caption")
+    assert name == "example-gradients"
+    assert len(figure.axes) == 3  # and the scale

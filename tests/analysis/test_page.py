@@ -1,0 +1,130 @@
+"""The report: one file, valid, escaped, complete, and as far as the records go."""
+
+import dataclasses
+import re
+import shutil
+
+import html5lib
+import pytest
+
+from jaxnorm.analysis import figures, page
+from jaxnorm.analysis.results import Run
+
+
+def parse(text):
+    """The page as a tree; raises at the first error of HTML."""
+    return html5lib.HTMLParser(strict=True, namespaceHTMLElements=False).parse(text)
+
+
+def test_the_page_is_one_valid_file_with_every_part(sweep):
+    directory = sweep()
+    part = page.write(directory)
+    assert part.missing == []
+    text = (directory.path / "report.html").read_text()
+    tree = parse(text)
+    addresses = [image.get("src") for image in tree.iter("img")]
+    assert all(address.startswith("data:image/png;base64,") for address in addresses)
+    assert all(image.get("alt") for image in tree.iter("img"))
+    assert not re.findall(r"https?:|<script|<link|@import|url\(|srcset", text)
+    assert "default-src 'none'" in text
+    headings = [each.text for each in tree.iter("h3")]
+    assert headings == [
+        *("Results", "All norms together", "Batch norm", "Group norm", "Layer norm"),
+        "How it was made",
+    ]
+    captions = [each.text for each in tree.iter("caption")]
+    assert len(captions) == 9
+    names = {each.get("id") for each in tree.iter() if each.get("id")}
+    links = [each.get("href") for each in tree.iter("a")]
+    assert all(link[0] == "#" and link[1:] in names for link in links)
+    assert all(
+        each.get("tabindex") == "0" for each in tree.iter("div") if each.get("class") == "scroll"
+    )
+    said = [each.text for each in tree.iter("span")]
+    wrong = sum(min(10, 22 - right) for right in (16, 15, 12)) * 2 + len(part.grids[-1].tiles)
+    assert sum(each.startswith("true: ") for each in said) == wrong
+
+
+@pytest.fixture
+def unpainted(monkeypatch):
+    """Figures without pixels, which take the time."""
+    monkeypatch.setattr(figures, "png", lambda figure: b"")
+
+
+def test_the_markdown_names_every_figure(sweep, unpainted):
+    directory = sweep()
+    part = page.write(directory)
+    text = (directory.path / "report.md").read_text()
+    assert text.startswith("# sweep\n\nWith one net in which only the norm differs, ")
+    assert text.count("](figures/") == len(part.charts) == 21
+    for name in re.findall(r"\(figures/(.+?)\)", text):
+        assert (directory.path / "figures" / name).exists()
+
+
+HOSTILE = ('<script>alert("x")</script>', "a\" onerror='b", "{{ 7 * 7 }} &amp;", "\u202e\u00fc|`")
+
+
+def test_names_are_text_and_never_mark_up(sweep, tiny, unpainted):
+    hostile = dataclasses.replace(tiny, class_names=HOSTILE, source=HOSTILE[0], name=HOSTILE[1])
+    directory = sweep("<img src=x>", dataset=hostile)
+    page.write(directory)
+    text = (directory.path / "report.html").read_text()
+    tree = parse(text)
+    assert not list(tree.iter("script"))
+    assert {image.get("src")[:5] for image in tree.iter("img")} == {"data:"}
+    assert not [each for each in tree.iter() if each.get("onerror")]
+    heads = {each.text for each in tree.iter("th")}
+    assert set(HOSTILE) <= heads
+    assert "<script" not in (directory.path / "report.md").read_text().replace("\\<", "")
+
+
+def test_an_unfinished_run_is_reported_as_far_as_it_goes(sweep, unpainted):
+    directory = sweep()
+    metrics = directory.path / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(lines[:7]) + lines[7][:20])
+    (directory.path / "examples.npz").unlink()
+    part = page.write(directory)
+    assert "batch norm, seed 2: 1 of 2 epochs are missing" in part.missing
+    assert "group norm, seed 2: 2 of 2 epochs are missing" in part.missing
+    assert not any("seed 1:" in line for line in part.missing)
+    assert any("examples.npz is missing" in line for line in part.missing)
+    tree = parse((directory.path / "report.html").read_text())
+    items = [each.text for each in tree.iter("li")]
+    assert set(part.missing) <= set(items)
+    assert "batch norm ends at 72.7%" in part.finding  # 16 of 22, of seed 1 alone
+    assert "- group norm, seed 2: 2 of 2 epochs are" in (directory.path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "gone", ["metrics.jsonl", "predictions", "step_losses", "probes", "examples.npz"]
+)
+def test_whatever_is_missing_or_damaged_there_is_a_page(sweep, gone, unpainted):
+    directory = sweep()
+    path = directory.path / gone
+    if path.is_dir():
+        for each in path.iterdir():
+            each.write_bytes(b"rubbish")
+    else:
+        path.write_bytes(b"rubbish\n")
+    assert any(gone.split(".")[0] in line for line in page.write(directory).missing)
+    parse((directory.path / "report.html").read_text())
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert page.write(directory).missing
+    parse((directory.path / "report.html").read_text())
+
+
+def test_runs_of_several_batch_sizes_show_its_effect(sweep, scratch, unpainted):
+    runs = [Run(sweep(f"b{size}", batch_size=size, seeds=2)) for size in (4, 16)]
+    effect = page.batch_size_effect(runs)
+    assert effect["batch"] == {4: [16 / 22, 18 / 22], 16: [16 / 22, 18 / 22]}
+    other = Run(sweep("other", batch_size=64, learning_rate=0.02))
+    assert page.batch_size_effect([*runs, other]) == {}
+    assert page.batch_size_effect(runs[:1]) == {}
+    parts = [page.read(run.directory) for run in runs]
+    page.write_together(scratch / "both.html", parts, ["x <y> is missing"])
+    text = (scratch / "both.html").read_text()
+    tree = parse(text)
+    assert "Last test accuracy, side by side" in {each.text for each in tree.iter("caption")}
+    assert any("batch size" in image.get("alt") for image in tree.iter("img"))
+    assert "x <y> is missing" in {each.text for each in tree.iter("li")}

@@ -1,0 +1,73 @@
+"""A run's records read once, and the numbers made from them."""
+
+import numpy as np
+import pytest
+
+from jaxnorm.analysis.results import Run
+from jaxnorm.config import UserError
+
+
+def test_nets_are_found_by_norm_and_seed(sweep):
+    run = Run(sweep())
+    assert run.norms == ["batch", "group", "layer"]
+    assert run.seeds("group") == [1, 2, 3]
+    assert [epoch.test_accuracy for epoch in run.epochs["layer", 2]] == [6 / 22, 11 / 22]
+    assert run.sample("batch").values == (16 / 22, 18 / 22, 14 / 22)
+    assert run.sample("batch", "train").values == (15 / 22, 17 / 22, 13 / 22)
+    assert run.seeds_text == "n = 3 seeds (1 to 3)"
+    assert "matched nets, n = 3" in run.caption
+
+
+def test_only_finished_nets_count(sweep):
+    run = Run(sweep(accuracies=dict.fromkeys(("group",), ((9, 9), (9,), (9, 9))), norm="group"))
+    assert list(run.finished) == [("group", 1), ("group", 3)]
+    assert list(run.summaries["group"]) == [1, 3]
+    assert run.sample("group").n == 2
+    assert run.seeds("group") == [1, 2, 3]
+
+
+def test_differences_are_of_the_last_test_accuracies(sweep):
+    first = Run(sweep()).differences[0]
+    assert (first.first, first.second) == ("batch", "group")
+    np.testing.assert_allclose(first.sample.values, np.array([1, 2, -1]) / 22)
+
+
+def test_accuracies_of_the_classes_are_each_seeds_own(sweep):
+    run = Run(sweep())
+    accuracies = run.class_accuracies("group")
+    assert accuracies.shape == (3, 4)
+    totals = np.bincount(run.labels)
+    np.testing.assert_allclose(accuracies @ totals, [15, 16, 15])
+    np.testing.assert_allclose(run.confusion("group").diagonal().sum(), (15 + 16 + 15) / 3)
+
+
+def test_images_that_were_not_kept_are_named(sweep, tiny):
+    run = Run(sweep())
+    rows = run.rows()["mistakes-common"]
+    assert len(rows)
+    for row, image in zip(rows, run.images(rows), strict=True):
+        np.testing.assert_array_equal(image, tiny.test_images[row])
+    with pytest.raises(UserError, match="lacks 1 of the test images"):
+        run.images(np.array([1000]))
+
+
+def test_predictions_of_another_epoch_or_another_net_are_refused(sweep):
+    directory = sweep()
+    logits, labels = directory.predictions(("group", 2))
+    for wrong in (logits * 2, logits[:, ::-1], logits[:-1], logits[:, :3]):
+        kept = labels[: len(wrong)] % wrong.shape[1]
+        directory.write_predictions(("group", 2), wrong, kept)
+        with pytest.raises(UserError, match="of group norm, seed 2, are not those of its epoch 2"):
+            _ = Run(directory).predictions
+    directory.write_predictions(("group", 2), logits, labels)
+    assert len(Run(directory).predictions) == 9
+
+
+@pytest.mark.parametrize("lines", [[1, 0], [0, 0], [1], [0, 1, 1]], ids=str)
+def test_epochs_out_of_order_are_refused(sweep, lines):
+    directory = sweep(norm="batch", seeds=1)
+    path = directory.path / "metrics.jsonl"
+    own = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(own[each] for each in lines))
+    with pytest.raises(UserError, match="are not 1, 2, 3"):
+        _ = Run(directory).epochs

@@ -1,0 +1,196 @@
+"""Numbers from records, each pinned by a case worked out by hand."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from jaxnorm.analysis import stats
+from jaxnorm.storage.schema import Epoch
+
+
+def epochs(*accuracies: float) -> list[Epoch]:
+    return [Epoch("batch", 1, i, 1.0, 0.5, 1.0, a, 1.0, 1.0) for i, a in enumerate(accuracies, 1)]
+
+
+def test_best_is_the_first_of_the_highest_and_target_the_first_that_reaches_it():
+    assert stats.summarize(epochs(0.5, 0.7, 0.8, 0.8, 0.6)) == stats.Summary(
+        best=0.8, best_epoch=3, last=0.6, first_at_target=2, chosen=None, train=0.5
+    )
+    assert stats.summarize(epochs(0.5, 0.6999)).first_at_target is None
+
+
+def test_the_validation_chooses_an_epoch_without_a_look_at_the_test_set():
+    history = [
+        dataclasses.replace(epoch, validation_loss=1.0, validation_accuracy=accuracy)
+        for epoch, accuracy in zip(epochs(0.5, 0.7, 0.9), (0.6, 0.6, 0.4), strict=True)
+    ]
+    assert stats.summarize(history).chosen == 0.5
+
+
+def test_epochs_are_sorted_by_seed():
+    both = [dataclasses.replace(epoch, seed=seed) for epoch in epochs(0.5, 0.6) for seed in (2, 1)]
+    found = stats.by_seed([*both, dataclasses.replace(both[0], norm="rms")], both[0].norm)
+    assert {seed: [each.epoch for each in mine] for seed, mine in found.items()} == {
+        2: [1, 2],
+        1: [1, 2],
+    }
+
+
+def test_mean_deviation_and_students_interval_by_hand():
+    # 1, 2, 6: squares of -2, -1, 3 add up to 14; t for 2 degrees of freedom is 4.302653
+    sample = stats.Sample((1.0, 2.0, 6.0))
+    assert (sample.n, sample.mean) == (3, 3.0)
+    assert sample.deviation == pytest.approx(7**0.5)
+    half = 4.302653 * (7 / 3) ** 0.5
+    assert sample.interval == pytest.approx((3 - half, 3 + half), rel=1e-6)
+    one = stats.Sample((0.7,))
+    assert (one.mean, one.deviation, one.interval, one.bootstrap_interval) == (0.7, *3 * [None])
+
+
+def test_the_bootstrap_interval_by_hand():
+    # Of the 27 resamples of three values, one is the lowest thrice: 3.7 %, more than 2.5 %.
+    assert stats.Sample((1.0, 2.0, 6.0)).bootstrap_interval == (1.0, 6.0)
+    # One of five is 1: k ones in a resample is binomial; P(k = 0) = 32.8 %, P(k > 2) = 5.8 %,
+    # P(k > 3) = 0.7 %. So 2.5 % lie at the top within k = 3.
+    low, high = stats.Sample((0.0, 0.0, 0.0, 0.0, 1.0)).bootstrap_interval
+    assert (low, high) == pytest.approx((0, 0.6))
+
+
+@pytest.mark.parametrize(
+    ("values", "extreme", "flips"),
+    [
+        ((1, 2, 3), 2, 8),  # +6 and -6 alone
+        ((-1, -2, -3), 2, 8),
+        ((1, -1, 3), 6, 8),  # sums 5, 3, 3, 1 and their negatives: six reach 3
+        ((1, 1, 1, -1), 10, 16),  # 2 or more: 4 once, 2 four times, and negatives
+        ((0, 0), 4, 4),
+        ((5,), 2, 2),
+        ((1,) * 8, 2, 256),
+    ],
+)
+def test_the_sign_flip_p_value_by_hand(values, extreme, flips):
+    assert stats.sign_flip_p(values) == pytest.approx(extreme / flips)
+
+
+BATCH = (6902, 6911, 6906, 6905, 6925, 6916, 6856)
+GROUP = (6894, 6918, 6902, 6884, 6915, 6909, 6828)
+
+
+def test_the_sign_flip_p_value_counts_ties_that_rounding_would_hide():
+    """Right of 10,000 under two norms: as fractions, SciPy gives 0.046875."""
+    values = {
+        name: {seed: count / 10_000 for seed, count in enumerate(counts)}
+        for name, counts in (("batch", BATCH), ("group", GROUP))
+    }
+    (found,) = stats.differences(values, 10_000)
+    assert found.p == 0.0625
+
+
+def test_the_sign_flip_p_value_is_exact_for_many_seeds():
+    assert stats.sign_flip_p([1] * 32) == stats.smallest_p(32) == 2**-31
+    tail = sum(math.comb(32, k) for k in range(12)) / 2**31  # 11 or fewer of one sign
+    assert stats.sign_flip_p([1] * 21 + [-1] * 11) == pytest.approx(tail, rel=1e-12)
+
+
+def test_holms_correction_by_hand():
+    # 3 x 0.01; then 2 x 0.03; then 0.04, but never below the one before
+    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert stats.holm([0.5, 0.9]) == [1.0, 1.0]
+    assert stats.holm([]) == []
+
+
+def test_differences_pair_by_seed_and_correct_for_all_pairs():
+    values = {
+        "batch": {1: 0.5, 2: 0.6, 3: 0.7, 4: 0.1},
+        "group": {3: 0.4, 2: 0.4, 1: 0.4},
+        "layer": {1: 0.5, 2: 0.4, 3: 0.6},
+        "rms": {9: 0.5},
+    }
+    found = stats.differences(values, 10)
+    assert [(each.first, each.second) for each in found] == [
+        ("batch", "group"),
+        ("batch", "layer"),
+        ("group", "layer"),
+    ]
+    assert found[0].sample.values == pytest.approx((0.1, 0.2, 0.3))
+    assert found[1].sample.values == pytest.approx((0.0, 0.2, 0.1))
+    assert found[2].sample.values == pytest.approx((-0.1, 0.0, -0.2))
+    # All of one sign: 2 of 8 flips; a zero's two flips are the same, so 4 of 8.
+    assert [each.p for each in found] == pytest.approx([0.25, 0.5, 0.5])
+    assert [each.adjusted_p for each in found] == pytest.approx([0.75, 1, 1])
+
+
+def test_what_so_many_seeds_can_show():
+    assert [stats.smallest_p(n) for n in (1, 2, 3, 8)] == [1, 0.5, 0.25, 2 / 256]
+    assert "7 seeds are the fewest" in stats.what_n_can_show(1, 3)  # 3 x 2/64 > 0.05 > 3 x 2/128
+    three = stats.what_n_can_show(3, 3)
+    assert "no p-value under 0.25 exists (under 0.75 after Holm" in three
+    assert "cannot call any difference significant" in three
+    assert "6 seeds are the fewest" in stats.what_n_can_show(3, 1)
+    assert "enough" in stats.what_n_can_show(7, 3)
+
+
+def test_when_the_target_was_reached_in_words():
+    def nets(*firsts):
+        return [stats.Summary(0.8, 1, 0.8, first, None, 0.8) for first in firsts]
+
+    assert stats.epochs_to_target(nets(18, 13, 15)) == "13 to 18"
+    assert stats.epochs_to_target(nets(13)) == "13"
+    assert stats.epochs_to_target(nets(13, None, 13)) == "13, never in 1 of 3"
+    assert stats.epochs_to_target(nets(None, None)) == "never"
+
+
+def test_an_accuracy_in_words():
+    assert stats.accuracy_text(stats.Sample((0.5,))) == "50.00%"
+    assert stats.accuracy_text(stats.Sample((0.5, 0.6)), "+-") == "55.00% +- 7.07"
+
+
+# Four images of three classes, by hand. Predicted: 0, 2, 1, 2; true: 0, 1, 1, 0.
+LOGITS = np.log(
+    np.array([[0.8, 0.1, 0.1], [0.2, 0.2, 0.6], [0.1, 0.6, 0.3], [0.05, 0.05, 0.9]], np.float32)
+)
+LABELS = np.array([0, 1, 1, 0], np.int32)
+
+
+def test_probabilities_are_softmax_even_of_large_logits():
+    np.testing.assert_allclose(stats.probabilities(LOGITS), np.exp(LOGITS), rtol=1e-6)
+    large = stats.probabilities(np.array([1e4, 0.0], np.float32))
+    np.testing.assert_array_equal(large, [1, 0])
+
+
+def test_confusion_has_a_row_for_each_true_class():
+    matrix = stats.confusion_matrix(LOGITS, LABELS)
+    np.testing.assert_array_equal(matrix, [[1, 0, 1], [0, 1, 1], [0, 0, 0]])
+    np.testing.assert_array_equal(stats.class_accuracy(LOGITS, LABELS), [0.5, 0.5, np.nan])
+
+
+def test_mistakes_by_each_rule():
+    np.testing.assert_array_equal(stats.mistakes(LOGITS, LABELS), [1, 3])
+    np.testing.assert_array_equal(stats.confident_mistakes(LOGITS, LABELS, 10), [3, 1])
+    np.testing.assert_array_equal(stats.confident_mistakes(LOGITS, LABELS, 1), [3])
+    other = LOGITS[:, [1, 0, 2]]  # right about none of 0 and 2; wrong on 1 and 3 too
+    np.testing.assert_array_equal(stats.common_mistakes([LOGITS, other], LABELS, 10), [3, 1])
+    right = np.eye(3, dtype=np.float32)[LABELS]
+    assert len(stats.common_mistakes([LOGITS, right], LABELS, 10)) == 0
+
+
+def test_drawn_mistakes_are_a_fair_draw_by_the_seed_from_the_whole_set():
+    labels = np.zeros(1000, np.int32)
+    logits = np.zeros((1000, 2), np.float32)
+    logits[100:, 1] = 1
+    draws = [stats.drawn_mistakes(logits, labels, 10, seed) for seed in range(300)]
+    for rows in draws:
+        assert len(set(rows)) == 10
+        assert rows.min() >= 100
+    np.testing.assert_array_equal(draws[7], stats.drawn_mistakes(logits, labels, 10, 7))
+    mean = np.concatenate(draws).mean()
+    assert abs(mean - 549.5) < 5 * 900 / 12**0.5 / 3000**0.5
+    assert len(stats.drawn_mistakes(logits[:103], labels[:103], 10, 0)) == 3
+
+
+@pytest.mark.parametrize("rule", [stats.confident_mistakes, stats.drawn_mistakes])
+def test_no_mistake_gives_no_row(rule):
+    arguments = (0,) if rule is stats.drawn_mistakes else ()
+    assert len(rule(LOGITS[:1], LABELS[:1], 10, *arguments)) == 0

@@ -1,0 +1,141 @@
+"""Words and tables from records: the numbers are those of the made-up sweep, worked out by hand."""
+
+import pytest
+
+from jaxnorm.analysis import tables
+from jaxnorm.analysis.results import Run
+
+
+def cells(table, name):
+    """The row of that name, by the head."""
+    (row,) = [row for row in table.rows if row[0] == name]
+    return dict(zip(table.head, row, strict=True))
+
+
+def test_results_give_n_mean_deviation_and_intervals(sweep):
+    table = tables.results(Run(sweep()))
+    batch = cells(table, "batch")
+    # 16, 18, 14 of 22: mean 16, deviation 2; t 4.302653 x 2 / sqrt 3 = 4.968276 of 22 = 22.58 %
+    assert batch["n"] == "3"
+    assert batch["last test"] == "72.73% \N{PLUS-MINUS SIGN} 9.09"
+    assert batch["95% t interval"] == "50.14 to 95.31"
+    assert batch["95% bootstrap"] == "63.64 to 81.82"
+    assert batch["last train"] == "68.18% \N{PLUS-MINUS SIGN} 9.09"
+    assert batch["first epoch at 70%"] == "2, never in 1 of 3"
+    assert "tiny; matched nets, 2 epochs, batch 16, n = 3 seeds (1 to 3)" in table.note
+
+
+def test_one_seed_has_no_interval_and_names_the_best_epoch(sweep):
+    table = tables.results(Run(sweep(seeds=1)))
+    assert table.head == [
+        *("norm", "parameters", "last test", "last train"),
+        *("best of 2 on test (the study's rule)", "first epoch at 70%"),
+    ]
+    assert cells(table, "batch")["best of 2 on test (the study's rule)"] == "72.73% (epoch 2)"
+    assert "seed 1, n = 1" in table.note
+
+
+def test_differences_by_hand(sweep):
+    table = tables.differences(Run(sweep()))
+    row = cells(table, "group \N{MINUS SIGN} layer")
+    # 3, 5, 2 of 22: mean 10/3, deviation sqrt(7/3); x 4.302653 / sqrt 3 = 3.794591
+    assert row["mean, points"] == "+15.15"
+    assert row["95% t interval"] == "\N{MINUS SIGN}2.10 to +32.40"
+    assert row["95% bootstrap"] == "+9.09 to +22.73"
+    assert row["p, exact sign flips"] == "0.25"
+    assert row["p after Holm"] == "0.75"
+    assert "no p-value under 0.25 exists" in table.note
+
+
+def test_values_hold_every_net(sweep):
+    table = tables.values(Run(sweep()))
+    assert table.rows[1] == ["2", "81.82% / 81.82%", "72.73% / 72.73%", "50.00% / 50.00%"]
+
+
+def test_the_finding_says_n_and_intervals_and_what_it_does_not_show(sweep):
+    text = tables.finding(Run(sweep()))
+    assert text.startswith(
+        "With one net in which only the norm differs, batch norm ends at 72.7% (95% interval 50.1 "
+        "to 95.3), group norm at 69.7%"
+    )
+    assert "(n = 3 seeds each, tiny)" in text
+    assert "No difference between norms is shown" in text
+    assert "no p-value under 0.25" in text
+
+
+def test_the_finding_names_the_differences_that_are_clear(sweep):
+    clear = {
+        "batch": ((5, 15), (5, 16), (5, 15)),
+        "group": ((5, 15), (5, 15), (5, 16)),
+        "layer": ((5, 10), (5, 11), (5, 10)),
+    }
+    text = tables.finding(Run(sweep(accuracies=clear, arch="original")))
+    assert text.startswith("With the study's own nets, which differ in more than the norm, ")
+    # batch - layer: 5 of 22 in every seed; group - layer: 5, 4, 6: half 2.4841 of 22
+    assert "batch is above layer norm by 22.7 points (22.7 to 22.7, n = 3" in text
+    assert "group is above layer norm by 22.7 points (11.4 to 34.0, n = 3" in text
+    assert "holds zero for batch/group." in text
+
+
+def test_a_clear_difference_is_told_whatever_other_norms_lack(sweep):
+    """Eight seeds of batch and group norm, and one of layer norm."""
+    rows = {
+        "batch": tuple((5, 18) for _ in range(8)),
+        "group": tuple((5, 15 + seed % 2) for seed in range(8)),
+        "layer": ((5, 10), *[(5,)] * 7),
+    }
+    text = tables.finding(Run(sweep(accuracies=rows, seeds=8)))
+    assert "batch is above group norm by 11.4 points" in text
+    assert "n = 8, p 0.023 after Holm" in text
+    assert "One pair of seeds cannot tell batch/layer and group/layer apart." in text
+
+
+def test_one_seed_finds_nothing(sweep):
+    text = tables.finding(Run(sweep(seeds=1)))
+    assert "n = 1, one run of each" in text
+    assert "no telling a difference" in text
+
+
+def test_an_unfinished_norm_says_so(sweep):
+    table = tables.results(Run(sweep(epochs=3)))
+    assert set(table.rows[0][1:]) == {"not trained yet"}
+    assert tables.finding(Run(sweep("other", epochs=3))).startswith("No net is finished")
+
+
+def test_runs_stand_side_by_side(sweep):
+    runs = {"a": Run(sweep()), "b": Run(sweep("b", norm="group", seeds=1))}
+    table = tables.side_by_side(runs)
+    assert cells(table, "a")["group"] == "69.70% \N{PLUS-MINUS SIGN} 2.62 (n = 3)"
+    assert cells(table, "b")["group"] == "68.18% (n = 1)"
+    assert cells(table, "b")["batch"] == ""
+
+
+def test_facts_are_all_that_is_needed_to_repeat_it(sweep):
+    run = Run(sweep())
+    values = {row[0]: row[1] for row in tables.facts(run).rows}
+    assert values["command"] == "python -m x"
+    assert values["seeds"] == "3"
+    assert values["data SHA-256"] == run.info.dataset.fingerprint
+    assert values["data verified"] == "yes, by its checksum"
+    assert values["time"].startswith("0.9 minutes")  # 18 epochs of 3 s
+
+
+def test_parameters_are_the_layers_of_every_norm(sweep):
+    table = tables.parameters(Run(sweep()))
+    assert table.rows[0][:5] == [
+        "C1",
+        "30\N{MULTIPLICATION SIGN}30\N{MULTIPLICATION SIGN}16",
+        *("3", "432", "32"),
+    ]
+    assert table.rows[-1][0] == "total"
+    assert table.rows[-1].count("45,584") == 3
+
+
+@pytest.mark.parametrize("name", ["a|b", "a\nb", "<b>", "`c`", "[x](y)", "*", "_i_", "\\"])
+def test_text_cannot_break_out_of_a_markdown_table(name):
+    text = tables.Table("t", ["x", name], [[name, "1"]], name).markdown()
+    lines = text.splitlines()
+    assert len(lines) == 5
+    for line in lines[:3]:
+        assert line.replace("\\\\", "").replace("\\|", "").count("|") == 3
+    assert "<b>" not in text.replace("\\<b\\>", "")

@@ -1,0 +1,211 @@
+"""The benchmark's arithmetic, and its mistakes; it never times anything here."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxnorm import cli
+from jaxnorm.bench import __main__ as bench
+from jaxnorm.bench import profile as profiling
+from jaxnorm.bench import worker as peers
+from jaxnorm.bench.worker import IMAGES, Job, batches_of, draw_data
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "notebooks"))
+
+import fill_pages
+
+
+def call(*arguments) -> int:
+    return cli.run(bench.app, [str(argument) for argument in arguments])
+
+
+def job_of(batch_size, **changes):
+    return Job("jaxnorm", "group", "original", batch_size, **changes)
+
+
+def timing(peer, layout, samples, norm="batch"):
+    job = Job(peer, norm, "original", 128, layout)
+    return bench.Timing(job, {"device": "cpu"}, 1.0, 2.0, 4.0, 3.0, list(samples), 10**9)
+
+
+def test_a_step_of_the_studys_nets_is_counted_by_hand():
+    """C1 of the group net: 30 x 30 outputs of 16 channels, each 27 products and sums."""
+    forward = bench.step_flops(job_of(1, task="evaluate")) / IMAGES
+    first = 2 * 30 * 30 * 16 * 27
+    layers = [
+        *(first, 2 * 28 * 28 * 32 * 144, 2 * 28 * 28 * 8 * 32),
+        *(2 * 14 * 14 * 16 * 72, 2 * 14 * 14 * 32 * 144, 2 * 14 * 14 * 64 * 288),
+        *(2 * 14 * 14 * 8 * 64, 2 * 7 * 7 * 16 * 72, 2 * 7 * 7 * 32 * 144),
+        *(2 * 5 * 5 * 32 * 288, 2 * 10 * 32),
+    ]
+    assert forward == sum(layers)
+    assert bench.step_flops(job_of(128)) == 128 * (3 * sum(layers) - first)
+    assert bench.step_flops(job_of(128, seeds=4)) == 4 * bench.step_flops(job_of(128))
+
+
+def test_the_ratio_is_taken_within_each_round_against_the_fastest_variant():
+    ours = timing("jaxnorm", "contiguous", [0.1, 0.2, 0.1])
+    slow = timing("torch", "contiguous", [0.9, 0.9, 0.9])
+    fast = timing("torch", "channels_last", [0.2, 0.6, 0.3])
+    result = bench.summarize([ours, slow, fast], {"torch-compile": "no"}, 1e11)
+    ratio = result["ratio"]
+    assert ratio["against"] == "torch channels_last"
+    assert ratio["median"] == pytest.approx(3.0)
+    assert ratio["10th_and_90th_percentile"] == pytest.approx([2.0, 3.0])
+    side = result["sides"]["jaxnorm"]
+    assert side["milliseconds"] == pytest.approx(100)
+    assert side["images_per_second"] == pytest.approx(1280)
+    flops = bench.step_flops(ours.job)
+    assert side["share_of_ceiling"] == pytest.approx(flops / 0.1 / 1e11)
+    text = bench.render(result)
+    assert "ours is 3.00 times as fast as torch channels_last" in text
+    assert "torch-compile" in text
+    json.dumps(result)
+
+
+def test_a_written_benchmark_becomes_a_table(tmp_path):
+    sides = [timing("jaxnorm", "contiguous", [0.1, 0.2]), timing("torch", "contiguous", [0.3, 0.3])]
+    sides[0].about["jax"], sides[1].about["torch"] = "1.2", "3.4"
+    comparison = bench.summarize(sides, {}, 1e11)
+    bench.write(
+        tmp_path / "x.json", {"machine": bench.describe_machine(2e11), "comparisons": [comparison]}
+    )
+    table = fill_pages.speed(json.loads((tmp_path / "x.json").read_text())).markdown()
+    assert "| original batch | 128 | 1 | 150.0 |" in table
+    assert "300.0 (torch contiguous)" in table
+    assert "2 to 2 rounds" in table
+    assert "jax 1.2, torch 3.4" in table
+
+
+def test_the_profile_names_layer_direction_and_operator():
+    hlo = """
+  %while.3 = (s32[]) while(%tuple), metadata={op_name="jit(f)/while"}
+  %fusion.1 = f32[2]{0} fusion(%p), metadata={op_name="jit(f)/transpose(jvp(CNN))/C2/transpose"}
+  ROOT %x.2 = f32[2]{0} convolution(%p), metadata={op_name="jvp(CNN)/C10/conv_general_dilated"}
+  %y = f32[2]{0} fusion(%p), metadata={op_name="jit(f)/transpose(jvp(CNN))/C1_norm/reduce_sum"}
+"""
+    found = {
+        name: profiling.origin_of(line) for name, line in profiling.instructions_of(hlo).items()
+    }
+    assert found == {
+        "fusion.1": ("C2", "backward", "transpose"),
+        "x.2": ("C10", "forward", "convolution"),
+        "y": ("C1_norm", "backward", "sum"),
+    }
+    text = profiling.render(profiling.Profile(job_of(128), 80.0, {("C2", "backward", "sum"): 1.5}))
+    assert text.splitlines()[1].split() == ["1.50", "ms", "C2", "backward", "sum"]
+
+
+def test_both_sides_take_the_same_batches():
+    batches = batches_of(128)
+    assert batches.shape == (78, 128)
+    assert len(np.unique(batches)) == batches.size
+    images, labels = draw_data()
+    assert images.shape == (IMAGES, 32, 32, 3)
+    assert labels.max() == 9
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--norm", "weight"),
+        ("--arch", "resnet"),
+        ("--peers", "torch"),
+        ("--seconds", "0"),
+        ("--batch-size", "0"),
+        ("--batch-size", "10001"),
+        ("--task", "sleep"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(arguments, capsys):
+    assert call(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_a_side_that_cannot_be_had_is_told(monkeypatch):
+    """A job that no process can do: the worker says why, and the comparison says that."""
+    worker = bench.Worker(Job("jaxnorm", "no such norm", "original", 128))
+    assert worker.failed is not None
+    assert worker.timing is None
+    worker.close()
+
+
+class Told:
+    """Stands for a worker's process: every step takes a hundredth of a second, PyTorch's two."""
+
+    def __init__(self, job):
+        self.job, self.failed, self.timing = job, None, None
+        if job.peer == "torch-compile":
+            self.failed = "it does not compile"
+        else:
+            self.timing = bench.Timing(job, {"device": "cpu"}, 1.0, 2.0, 4.0)
+
+    def seconds_for(self, steps):
+        return steps * (0.02 if self.job.peer == "torch" else 0.01)
+
+    def close(self):
+        pass
+
+
+def test_a_comparison_is_printed_and_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "Worker", Told)
+    monkeypatch.setattr(bench, "measure_ceiling", lambda: 1e11)
+    out = tmp_path / "x.json"
+    assert call("--norm", "layer", "--seconds", "0.01", "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert "ours is 2.00 times as fast as torch contiguous" in printed
+    assert "it does not compile" in printed
+    (comparison,) = json.loads(out.read_text())["comparisons"]
+    samples = comparison["sides"]["jaxnorm"]["samples_milliseconds"]
+    assert samples == pytest.approx([10] * len(samples))
+    assert len(samples) >= 3
+    monkeypatch.setattr(
+        Told, "__init__", lambda self, job: vars(self).update(job=job, timing=None, failed="no")
+    )
+    assert call("--norm", "layer", "--seconds", "0.01") == 2
+    assert "our own side failed: no" in capsys.readouterr().err
+
+
+def test_the_ceiling_is_that_of_a_processor():
+    assert 1e8 < bench.measure_ceiling() < 1e15
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    monkeypatch.setattr(peers, "IMAGES", 32)
+
+
+@pytest.mark.parametrize(
+    ("peer", "task"), [("jaxnorm", "train"), ("jaxnorm-vmap", "train"), ("jaxnorm", "evaluate")]
+)
+def test_our_side_makes_steps(few_images, monkeypatch, peer, task):
+    monkeypatch.setattr(peers, "MEAN", (0.5, 0.5, 0.5))
+    stepper, about = peers.jax_stepper(Job(peer, "layer", "original", 16, seeds=2, task=task))
+    stepper(3)
+    assert "jax" in about
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "layer"])
+def test_pytorchs_side_makes_steps_of_a_net_of_the_same_size(few_images, norm):
+    torch = pytest.importorskip("torch")
+    net = peers.torch_net(norm, "original")
+    count = sum(each.numel() for each in net.parameters())
+    assert count == {"batch": 45_776, "group": 45_776, "layer": 46_412}[norm]
+    assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    for task in ("train", "evaluate"):
+        stepper, about = peers.torch_stepper(Job("torch", norm, "original", 16, task=task))
+        stepper(2)
+        assert about["device"] == "cpu"
+
+
+def test_a_profile_finds_the_time_of_a_step(few_images, monkeypatch):
+    monkeypatch.setattr(profiling, "STEPS", 2)
+    found = profiling.profile(Job("jaxnorm", "layer", "original", 16))
+    assert found.step_milliseconds > 0
+    assert sum(found.operators.values()) > 0
+    assert "C2" in {layer for layer, _, _ in found.operators}

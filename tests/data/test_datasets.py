@@ -1,0 +1,212 @@
+"""Datasets by name: digits, prepared TFDS directories, the cache, and what the user hears."""
+
+import re
+import sys
+import time
+
+import chex
+import numpy as np
+import pytest
+
+from jaxnorm.config import UserError
+from jaxnorm.data import datasets as data
+
+
+def prepare(directory, name="tiny_set", shape=(32, 32, 3), splits=("train", "test"), labels=True):
+    """Prepares a small TFDS dataset as array_record, as a TFDS user would have it."""
+    import tensorflow_datasets as tfds
+
+    rng = np.random.default_rng(0)
+    features = {"image": tfds.features.Image(shape=shape)}
+    if labels:
+        features["label"] = tfds.features.ClassLabel(names=["cat", "dog", "eel"])
+    with tfds.core.registered.skip_registration():
+        cls = type(
+            name.title().replace("_", ""),
+            (tfds.core.GeneratorBasedBuilder,),
+            {
+                "__module__": __name__,
+                "VERSION": tfds.core.Version("1.2.0"),
+                "_info": lambda self: tfds.core.DatasetInfo(
+                    builder=self, features=tfds.features.FeaturesDict(features)
+                ),
+                "_split_generators": lambda self, manager: {s: drawn(s) for s in splits},
+                "_generate_examples": lambda self: None,
+            },
+        )
+
+    from PIL import Image
+
+    def drawn(split):
+        for i in range(9):
+            pixels = rng.integers(0, 256, shape, np.uint8)
+            image = Image.fromarray(pixels if shape[-1] == 3 else pixels[..., 0])
+            yield i, {"image": image} | ({"label": i % 3} if labels else {})
+
+    tfds.disable_progress_bar()
+    cls(data_dir=str(directory), file_format="array_record").download_and_prepare()
+
+
+def test_digits_are_32x32x3_stratified_and_fixed():
+    digits = data.load("digits")
+    chex.assert_shape(digits.train_images, (1437, 32, 32, 3))
+    chex.assert_shape(digits.test_images, (360, 32, 32, 3))
+    chex.assert_type([digits.train_images, digits.test_images], np.uint8)
+    chex.assert_type([digits.train_labels, digits.test_labels], np.int32)
+    counts = np.bincount(digits.test_labels, minlength=10)
+    assert counts.sum() == 360
+    assert counts.min() >= 34
+    assert counts.max() <= 38
+    assert digits.train_images.max() == 255
+    blocks = digits.test_images.reshape(360, 8, 4, 8, 4, 3)
+    assert (blocks == blocks[:, :, :1, :, :1, :1]).all()
+    assert digits.fingerprint == "adec317f9625dec19e8482ff1ffbe539909b5cec5e198bf675838c74061625df"
+    assert digits.caption == "digits"
+
+
+def test_channel_statistics_equal_numpys():
+    images = np.random.default_rng(0).integers(0, 200, (5, 32, 32, 3), np.uint8)
+    images[..., 2] = 51
+    mean, deviation = data.channel_statistics(images)
+    np.testing.assert_allclose(mean, (images / 255).mean((0, 1, 2)), atol=5.1e-5)
+    np.testing.assert_allclose(deviation[:2], (images / 255).std((0, 1, 2))[:2], atol=5.1e-5)
+    assert deviation[2] == 1.0
+
+
+def test_a_prepared_dataset_is_read_and_cached_and_a_damaged_cache_is_rebuilt(scratch, monkeypatch):
+    prepare(scratch)
+    first = data.load("tiny_set", scratch, cache_dir=scratch / "cache")
+    assert first.class_names == ("cat", "dog", "eel")
+    assert first.train_images.shape == (9, 32, 32, 3)
+    assert sorted(first.train_labels) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert first.verified is None
+    (cached,) = (scratch / "cache" / "decoded").iterdir()
+    assert (scratch / "cache" / "decoded").stat().st_mode & 0o077 == 0
+    assert cached.stat().st_mode & 0o077 == 0
+    decoded = []
+    decode = data._decode
+    monkeypatch.setattr(data, "_decode", lambda *args: decoded.append(1) or decode(*args))
+    again = data.load("tiny_set", scratch, cache_dir=scratch / "cache")
+    assert not decoded
+    assert again.fingerprint == first.fingerprint
+    good = cached.read_bytes()
+    at = good.index(first.train_images.tobytes()) + 1000
+    damages = [
+        good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :],
+        good[: len(good) // 2],
+        b"",
+        b"PK\x03\x04 rubbish",
+    ]
+    for number, damage in enumerate(damages, 1):
+        cached.write_bytes(damage)
+        again = data.load("tiny_set", scratch, cache_dir=scratch / "cache")
+        assert len(decoded) == number
+        np.testing.assert_array_equal(again.train_images, first.train_images)
+        assert cached.read_bytes() == good
+
+
+def test_changed_files_are_not_served_from_the_cache(scratch):
+    prepare(scratch)
+    first = data.load("tiny_set", scratch, cache_dir=scratch / "cache")
+    prepared = scratch / "tiny_set" / "1.2.0"
+    test, train = sorted(prepared.glob("*array_record*"))
+    train.write_bytes(test.read_bytes())
+    second = data.load("tiny_set", scratch, cache_dir=scratch / "cache")
+    assert second.fingerprint != first.fingerprint
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(scratch):
+    prepare(scratch)
+    (scratch / "cache").write_text("a file, not a directory")
+    assert len(data.load("tiny_set", scratch, cache_dir=scratch / "cache").train_labels) == 9
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"shape": (28, 28, 1)}, {"splits": ("train",)}, {"labels": False}], ids=str
+)
+def test_a_dataset_of_other_shape_is_refused(scratch, wrong):
+    prepare(scratch, **wrong)
+    with pytest.raises(UserError, match="needs 32x32x3 images, one label, and train and test"):
+        data.load("tiny_set", scratch, cache_dir=scratch / "cache")
+
+
+@pytest.mark.parametrize(
+    "damage", ["schema", "records", "no schema", "label above its classes", "foreign feature"]
+)
+def test_a_damaged_directory_is_refused_in_one_line(scratch, damage):
+    prepare(scratch)
+    prepared = scratch / "tiny_set" / "1.2.0"
+    match damage:
+        case "schema":
+            (prepared / "features.json").write_text('{"pythonClassName": "os.system"}')
+        case "no schema":
+            (prepared / "dataset_info.json").write_text("not JSON")
+        case "label above its classes":
+            names = prepared / "label.labels.txt"
+            names.write_text(names.read_text().split()[0] + "\n")
+            features = prepared / "features.json"
+            one = re.sub(r'"numClasses": "\d+"', '"numClasses": "1"', features.read_text())
+            features.write_text(one)
+        case "foreign feature":
+            features = prepared / "features.json"
+            own = "tensorflow_datasets.core.features.class_label_feature.ClassLabel"
+            features.write_text(features.read_text().replace(own, "antigravity.Class"))
+        case "records":
+            next(prepared.glob("*train*")).write_bytes(b"rubbish" * 10_000)
+    with pytest.raises(UserError) as error:
+        data.load("tiny_set", scratch, cache_dir=scratch / "cache")
+    assert "\n" not in str(error.value)
+    assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["cifar11", "../x", "/etc", "a b", "tiny_set:9.9.9", "*"])
+def test_an_unknown_dataset_is_refused_and_the_known_are_named(scratch, name):
+    prepare(scratch)
+    with pytest.raises(UserError, match="tiny_set"):
+        data.load(name, scratch)
+
+
+def test_an_archive_is_for_cifar10_alone(scratch):
+    with pytest.raises(UserError, match="leave out one of the two"):
+        data.load("digits", scratch, archive="x")
+
+
+def test_another_dataset_in_cifar10s_place_is_refused(scratch):
+    prepare(scratch, "cifar10")
+    (scratch / "cifar10" / "1.2.0").rename(scratch / "cifar10" / "3.0.2")
+    with pytest.raises(UserError):
+        data.load("cifar10", scratch, cache_dir=scratch / "cache")
+
+
+def test_without_data_and_a_route_the_user_hears_at_once_of_three_ways_on(scratch, monkeypatch):
+    monkeypatch.setattr(data.archives, "URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
+    start = time.monotonic()
+    with pytest.raises(UserError) as error:
+        data.load("cifar10", scratch, cache_dir=scratch / "cache")
+    assert time.monotonic() - start < 10
+    for way in ("archive=", "data_dir=", "dataset=digits", "127.0.0.1:9"):
+        assert way in str(error.value)
+    assert not (scratch / "cifar10").exists()
+
+
+def test_each_class_gives_its_share_of_the_held_out_rows():
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [50, 30, 20]))
+    kept, held = data.hold_out(labels, 10, seed=1)
+    np.testing.assert_array_equal(np.sort(np.concatenate([kept, held])), np.arange(100))
+    np.testing.assert_array_equal(np.bincount(labels[held]), [5, 3, 2])
+    # 3.5, 2.1 and 1.4 of 7: the first has the largest remainder
+    _, seven = data.hold_out(labels, 7, seed=1)
+    np.testing.assert_array_equal(np.bincount(labels[seven]), [4, 2, 1])
+    np.testing.assert_array_equal(held, data.hold_out(labels, 10, seed=1)[1])
+    assert set(held) != set(data.hold_out(labels, 10, seed=2)[1])
+    none = data.hold_out(labels, 0, seed=1)
+    np.testing.assert_array_equal(none[0], np.arange(100))
+    assert len(none[1]) == 0
+
+
+def test_every_row_of_a_class_is_as_likely_to_be_held_out():
+    labels = np.repeat([0, 1], [20, 20])
+    counts = np.zeros(40)
+    for seed in range(400):
+        counts[data.hold_out(labels, 10, seed)[1]] += 1
+    assert np.abs(counts - 100).max() < 4.5 * (400 * 0.25 * 0.75) ** 0.5

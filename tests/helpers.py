@@ -1,0 +1,103 @@
+"""Shorter ways to the package's own functions, for tests of one net or one run."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxnorm.model.cnn import CNN
+from jaxnorm.runs import runner
+from jaxnorm.storage.sweep import Sweep
+from jaxnorm.training import epoch as epochs
+from jaxnorm.training import mesh as meshes
+from jaxnorm.training.mesh import ONE
+from jaxnorm.training.step import Program
+
+
+def program_of(norm, dataset, dropout=0.1, mesh=ONE, **fields):
+    """A program of the matched net."""
+    net = CNN(norm, "matched", len(dataset.class_names), dropout=dropout, **fields)
+    return Program(net, 0.9, dataset.mean, dataset.deviation, mesh)
+
+
+def stacked(tree):
+    """Arrays of one net with a leading axis of one."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tree)
+
+
+def first(tree):
+    """The arrays of the first net."""
+    return jax.tree.map(lambda leaf: leaf[0], tree)
+
+
+def train_chunk(program, state, images, labels, chunk, keys, rate=0.01):
+    """Trains one net on a chunk: the state, f32[S] losses and the correct predictions."""
+    state, images, labels = jax.device_get((state, images, labels))
+    states = meshes.place(program.mesh, jax.tree.map(lambda a: np.asarray(a)[None], state), True)
+    images, labels = meshes.place(program.mesh, (images, labels))
+    rates = jnp.full(1, rate)
+    states, steps = epochs.train_nets(
+        program, states, images, labels, chunk.batches, keys, rates, *chunk[1:]
+    )
+    states, steps = meshes.fetch((states, steps))
+    return first(states), steps.losses[0], int(steps.correct[0])
+
+
+def train_epoch(program, state, images, labels, seed, epoch, batch_size, rate=0.01, chunks=1):
+    """Trains one net on every image once: the state, all losses and the correct predictions."""
+    rows = jnp.arange(labels.shape[0], dtype=jnp.int32)[None]
+    seeds = jnp.array([seed], jnp.uint32)
+    cut, keys = epochs.epoch_chunks(program, seeds, epoch, rows, batch_size, chunks)
+    losses, correct = [], 0
+    for chunk in cut:
+        state, done, right = train_chunk(program, state, images, labels, chunk, keys, rate)
+        losses.extend(done[chunk.start : chunk.stop])
+        correct += right
+    return state, np.array(losses), correct
+
+
+def evaluate(program, state, images, labels):
+    """Evaluates one net."""
+    return first(epochs.evaluate_nets(program, stacked(state), images, labels))
+
+
+def predict_logits(program, state, images):
+    """Logits of one net."""
+    states = meshes.place(program.mesh, jax.tree.map(lambda a: np.asarray(a)[None], state), True)
+    return meshes.fetch(epochs.predict_logits(program, states, meshes.place(program.mesh, images)))[
+        0
+    ]
+
+
+def run(config, dataset, path, callback=None, mesh=None, **about):
+    """Trains a run, or resumes it; returns its directory."""
+    sweep = Sweep(path, [config])
+    sweep.folder.path.mkdir(parents=True, exist_ok=True)
+    runner.run(sweep, dataset, "python -m x", callback, mesh, **about)
+    return sweep.folder
+
+
+def without_times(epoch):
+    return dataclasses.replace(epoch, train_seconds=0.0, test_seconds=0.0)
+
+
+def difference(ours, wanted) -> str:
+    """What differs between two finished runs, but for the times; empty where nothing does."""
+    config = wanted.info().config
+    if ours.info().config != config:
+        return "settings"
+    if list(map(without_times, ours.epochs())) != list(map(without_times, wanted.epochs())):
+        return "metrics"
+    for net in config.nets:
+        if ours.step_losses(net).tobytes() != wanted.step_losses(net).tobytes():
+            return f"step losses of {net}"
+        pairs = zip(ours.predictions(net), wanted.predictions(net), strict=True)
+        if any(a.tobytes() != b.tobytes() for a, b in pairs):
+            return f"predictions of {net}"
+        states = [jax.tree.leaves(runner.load_state(each.path, *net)[1]) for each in (ours, wanted)]
+        if any(
+            np.asarray(a).tobytes() != np.asarray(b).tobytes() for a, b in zip(*states, strict=True)
+        ):
+            return f"parameters of {net}"
+    return ""

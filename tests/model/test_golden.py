@@ -1,0 +1,85 @@
+"""The nets against PyTorch: logits, gradients, losses, parameters and running statistics over three
+steps.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from close import assert_gradients_close
+from golden import make_torch_golden as golden
+from helpers import predict_logits
+
+from jaxnorm.model.cnn import CNN
+from jaxnorm.training import step as train
+
+
+def nested(flat: dict) -> dict:
+    """{"C1/kernel": x} -> {"C1": {"kernel": x}}."""
+    tree: dict = {}
+    for name, value in flat.items():
+        layer, leaf = name.split("/")
+        tree.setdefault(layer, {})[leaf] = jnp.asarray(value, jnp.float32)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def stored():
+    with np.load(golden.GOLDEN) as file:
+        return {name: file[name] for name in file.files}
+
+
+CASES = [*((net, False) for net in golden.NETS), ("original-batch", True)]
+
+
+@pytest.mark.parametrize(("net", "plain"), CASES)
+def test_three_steps_equal_pytorch(net, plain, stored):
+    arch, norm = net.split("-")
+    model = CNN(norm, arch, dropout=0.0, fast=not plain)
+    program = train.Program(model, 0.9, tuple(golden.MEAN), tuple(golden.DEVIATION))
+    empty = train.init_state(program, 0)
+    params = nested(golden.draw_parameters(net))
+    assert jax.tree.structure(params) == jax.tree.structure(empty.params)
+    state = empty._replace(params=params)
+    images, labels = golden.draw_batches()
+    wanted = {
+        name.split(":")[1]: value for name, value in stored.items() if name.startswith(net + ":")
+    }
+
+    @jax.jit
+    def forward(params, images):
+        variables = {**state.variables, "params": params}
+        inputs = train.standardize(program, images)
+        return model.apply(variables, inputs, train=True, mutable=["batch_stats"])[0]
+
+    logits = forward(params, jnp.asarray(images[0]))
+    log_probabilities = jax.nn.log_softmax(logits)
+    np.testing.assert_allclose(log_probabilities, wanted["log_probabilities"], atol=5e-6)
+    losses = []
+    step = jax.jit(train.train_step, static_argnums=0)
+    for i in range(golden.STEPS):
+        state, loss, _ = step(
+            program,
+            state,
+            jnp.asarray(images[i]),
+            jnp.asarray(labels[i]),
+            train.derive_key(0, "dropout", 1, i),
+            0.01,
+        )
+        losses.append(loss)
+        if i == 0:
+            gradients = state.opt_state[0].trace  # momentum's first value
+    np.testing.assert_allclose(losses, wanted["losses"], rtol=1e-4)
+    for kind, tree in (("gradient", gradients), ("parameter", state.params)):
+        ours = {
+            f"{kind}/{layer}/{leaf}": golden.sample(np.asarray(values))
+            for layer, leaves in tree.items()
+            for leaf, values in leaves.items()
+        }
+        assert_gradients_close(ours, {name: wanted[name] for name in ours})
+    for layer, averages in state.norm_state.get("batch_stats", {}).items():
+        for name, values in averages.items():
+            np.testing.assert_allclose(values, wanted[f"{name}/{layer}"], rtol=2e-5, atol=2e-6)
+    assert bool(state.norm_state) == (norm == "batch")
+    evaluated = predict_logits(program, state, images[golden.STEPS])
+    np.testing.assert_allclose(jax.nn.log_softmax(evaluated), wanted["evaluated"], atol=2e-5)

@@ -1,0 +1,218 @@
+"""The fast operators against Flax's and XLA's own: values, gradients, and the masks' statistics."""
+
+from functools import partial
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxnorm.model import ops
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_in_any_order():
+    """A test draws the same numbers whichever tests ran before it."""
+    RNG.bit_generator.state = np.random.default_rng(1).bit_generator.state
+
+
+def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+def plain_convolution(images, kernel, padding):
+    return lax.conv_general_dilated(
+        images, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+@pytest.mark.parametrize(
+    ("side", "kernel", "padding"),
+    [
+        ((6, 7), (3, 3, 2, 5), ((0, 0), (0, 0))),
+        ((6, 7), (3, 3, 2, 5), ((1, 1), (1, 1))),
+        ((6, 7), (3, 3, 4, 3), ((2, 0), (0, 1))),
+        ((6, 8), (3, 3, 3, 16), ((1, 1), (1, 1))),
+        ((6, 7), (3, 3, 8, 16), ((0, 0), (0, 0))),
+        ((6, 7), (3, 3, 16, 32), ((1, 1), (1, 1))),
+        ((6, 7), (1, 1, 4, 3), ((0, 0), (0, 0))),
+        ((6, 7), (1, 1, 4, 3), ((1, 1), (1, 1))),
+        ((6, 7), (1, 1, 4, 3), ((2, 0), (0, 1))),
+        ((6, 7), (2, 4, 3, 3), ((0, 1), (2, 1))),
+        ((1, 1), (1, 1, 4, 3), ((0, 0), (0, 0))),
+    ],
+)
+def test_convolution_and_both_gradients_equal_xlas(side, kernel, padding):
+    images, weights = normal(5, *side, kernel[2]), normal(*kernel)
+    ours = partial(ops.convolution, window_strides=(1, 1), padding=padding)
+    wanted, back = jax.vjp(lambda x, w: plain_convolution(x, w, padding), images, weights)
+    outputs, our_back = jax.vjp(ours, images, weights)
+    chex.assert_shape(outputs, wanted.shape)
+    chex.assert_type(outputs, jnp.float32)
+    chex.assert_trees_all_close(outputs, wanted, atol=1e-5)
+    cotangent = normal(*wanted.shape)
+    chex.assert_trees_all_close(our_back(cotangent), back(cotangent), atol=3e-5)
+
+
+def test_convolution_equals_a_sum_over_the_window_in_float64():
+    images, kernel = np.asarray(normal(2, 5, 6, 3)), np.asarray(normal(3, 3, 3, 4))
+    padded = np.pad(images.astype(np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    wanted = sum(padded[:, i : i + 5, j : j + 6] @ kernel[i, j] for i in range(3) for j in range(3))
+    ours = ops.convolution(jnp.asarray(images), jnp.asarray(kernel), (1, 1), ((1, 1), (1, 1)))
+    np.testing.assert_allclose(ours, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window_strides": (2, 2)},
+        {"window_strides": (1, 1), "lhs_dilation": (2, 1)},
+        {"window_strides": (1, 1), "rhs_dilation": (1, 2)},
+        {"window_strides": (1, 1), "feature_group_count": 2},
+    ],
+)
+def test_convolution_refuses_what_its_gradients_do_not_cover(options):
+    with pytest.raises(ValueError, match="stride 1"):
+        ops.convolution(normal(1, 4, 4, 2), normal(3, 3, 2, 2), padding=((0, 0),) * 2, **options)
+
+
+def test_convolution_under_vmap_equals_one_by_one():
+    images, kernels = normal(3, 2, 6, 6, 2), normal(3, 3, 3, 2, 4)
+    one = partial(ops.convolution, window_strides=(1, 1), padding=((1, 1), (1, 1)))
+    total = jax.grad(lambda x, w: jnp.square(one(x, w)).sum(), (0, 1))
+    together = jax.vmap(total)(images, kernels)
+    apart = [total(x, w) for x, w in zip(images, kernels, strict=True)]
+    chex.assert_trees_all_close(
+        together, jax.tree.map(lambda *leaves: jnp.stack(leaves), *apart), rtol=2e-5, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("count", [1, 16, 20, 29, 34])
+def test_a_kernels_gradient_is_that_of_all_images(count, monkeypatch):
+    """However many there are, and however they are cut into pieces."""
+    monkeypatch.setattr(ops, "MICRO_BATCH_BYTES", 4 * 16 * 5 * 6 * 4)  # 16 images
+    images, weights, cotangent = normal(count, 5, 6, 3), normal(3, 3, 3, 4), normal(count, 5, 6, 4)
+    padding = ((1, 1), (1, 1))
+    _, back = jax.vjp(lambda w: plain_convolution(images, w, padding), weights)
+    _, our_back = jax.vjp(lambda w: ops.convolution(images, w, (1, 1), padding), weights)
+    chex.assert_trees_all_close(our_back(cotangent), back(cotangent), rtol=1e-5, atol=1e-4)
+
+
+def test_pieces_divide_and_are_few():
+    image = ops.MICRO_BATCH_BYTES // 16
+    for count in range(1, 300):
+        piece = ops.micro_batch_of(count, image)
+        assert count % piece == 0
+        assert piece > 8 or piece == count
+    assert [ops.micro_batch_of(count, image) for count in (16, 40, 64, 128)] == [16, 10, 16, 16]
+    assert ops.micro_batch_of(64, image // 4) == 64
+    assert ops.micro_batch_of(7, 10 * ops.MICRO_BATCH_BYTES) == 1
+
+
+FLAX_NORMS = {
+    "batch": (nn.BatchNorm(use_running_average=False, use_fast_variance=False), (True, 8, True)),
+    "group": (nn.GroupNorm(4, use_fast_variance=False), (False, 4, True)),
+    "layer": (
+        nn.LayerNorm(reduction_axes=(1, 2, 3), feature_axes=-1, use_fast_variance=False),
+        (False, 1, True),
+    ),
+    "instance": (nn.InstanceNorm(use_fast_variance=False), (False, 8, True)),
+    "rms": (nn.RMSNorm(reduction_axes=(1, 2, 3), feature_axes=-1), (False, 1, False)),
+}
+
+
+@pytest.mark.parametrize("norm", FLAX_NORMS)
+@pytest.mark.parametrize(("offset", "atol"), [(0.0, 2e-5), (300.0, 1e-3)])
+def test_normalize_and_its_gradients_equal_flaxs(norm, offset, atol):
+    """`offset` moves the mean 300 deviations away, where inputs are rounded to 3e-5, the sum of 280
+    of them moves a mean by up to 1e-4, and a scale of three multiplies that. A variance taken from
+    mean squares would be off by 5e-3. (Of forty draws nine differ from Flax by more than 3e-4.)
+    """
+    module, (batch, groups, centered) = FLAX_NORMS[norm]
+    module = module.clone(epsilon=1e-3)
+    inputs, scale, bias = normal(6, 5, 7, 8) + offset, normal(8), normal(8)
+    params = {"scale": scale, "bias": bias} if centered else {"scale": scale}
+    over = ops.Over(batch, groups, centered, epsilon=1e-3)
+
+    def flax(inputs, params):
+        return module.apply({"params": params}, inputs, mutable=["batch_stats"])[0]
+
+    def ours(inputs, params):
+        return ops.normalize(inputs, params["scale"], params.get("bias", 0 * bias), over)[0]
+
+    wanted, back = jax.vjp(flax, inputs, params)
+    outputs, our_back = jax.vjp(ours, inputs, params)
+    chex.assert_trees_all_close(outputs, wanted, rtol=1e-4, atol=atol)
+    cotangent = normal(*wanted.shape)
+    chex.assert_trees_all_close(our_back(cotangent), back(cotangent), rtol=1e-4, atol=10 * atol)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "layer"])
+@pytest.mark.parametrize("shape", [(64, 28, 28, 32), (70, 14, 14, 64), (16, 30, 30, 4)])
+def test_normalize_is_right_at_the_nets_own_sizes(norm, shape):
+    """Compiled, against float64. At the first two sizes jaxlib 0.10.1 gets two sums in a row wrong
+    by a seventh (a fused reduction that leaves out its padding), at no smaller batch.
+    """
+    channels = shape[-1]
+    over = ops.Over(norm == "batch", {"batch": channels, "group": 4, "layer": 1}[norm])
+    axes = (0, 1, 2) if norm == "batch" else (1, 2, 4)
+    inputs, cotangent = normal(*shape) + 0.5, normal(*shape)
+    scale, bias = normal(channels), normal(channels)
+
+    def ours(inputs, scale, bias):
+        return ops.normalize(inputs, scale, bias, over)[0]
+
+    def both(inputs, scale, bias):
+        outputs, back = jax.vjp(ours, inputs, scale, bias)
+        return outputs, *back(cotangent)
+
+    def grouped(values):
+        values = np.asarray(values, np.float64)
+        return values if norm == "batch" else values.reshape(*shape[:3], over.groups, -1)
+
+    x, g = grouped(inputs), grouped(cotangent * scale[None, None, None])
+    deviation = np.sqrt(x.var(axes, keepdims=True) + 1e-5)
+    x = (x - x.mean(axes, keepdims=True)) / deviation
+    to_inputs = g - g.mean(axes, keepdims=True) - x * (g * x).mean(axes, keepdims=True)
+    normalized = x.reshape(shape)
+    wanted = (
+        normalized * np.asarray(scale) + np.asarray(bias),
+        (to_inputs / deviation).reshape(shape),
+        (np.asarray(cotangent) * normalized).sum((0, 1, 2)),
+        np.asarray(cotangent, np.float64).sum((0, 1, 2)),
+    )
+    for found, right in zip(jax.jit(both)(inputs, scale, bias), wanted, strict=True):
+        error = np.abs(np.asarray(found, np.float64) - right).max()
+        assert error < 3e-6 * np.abs(right).max()
+
+
+def test_normalize_tells_the_statistics_it_used():
+    inputs, ones = normal(6, 5, 7, 8) * 2 + 1, jnp.ones(8)
+    _, statistics = ops.normalize(inputs, ones, 0 * ones, ops.Over(True, 8))
+    np.testing.assert_allclose(statistics.mean[0], inputs.mean((0, 1, 2)), atol=1e-6)
+    np.testing.assert_allclose(statistics.variance[0], inputs.var((0, 1, 2)), rtol=1e-5)
+
+
+def test_max_pool_keeps_the_type_of_its_input():
+    images = normal(2, 4, 4, 3).astype(jnp.bfloat16)
+    _, back = jax.vjp(ops.max_pool, images)
+    (gradient,) = back(jnp.ones((2, 2, 2, 3), jnp.bfloat16))
+    chex.assert_type(gradient, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("side", [(6, 6), (7, 5), (2, 3), (34, 34)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_max_pool_and_its_gradient_equal_flaxs(side, ties):
+    images = normal(3, *side, 4)
+    images = jnp.round(images) if ties else images  # after a ReLU, ties at zero are the rule
+    wanted, back = jax.vjp(lambda x: nn.max_pool(x, (2, 2), (2, 2)), images)
+    outputs, our_back = jax.vjp(ops.max_pool, images)
+    chex.assert_shape(outputs, (3, side[0] // 2, side[1] // 2, 4))
+    chex.assert_trees_all_equal(outputs, wanted)
+    cotangent = normal(*wanted.shape)
+    chex.assert_trees_all_close(our_back(cotangent), back(cotangent), atol=0)

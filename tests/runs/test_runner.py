@@ -1,0 +1,279 @@
+"""Training into memory and into a run directory: records, checkpoint, and what is refused."""
+
+import dataclasses
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import difference, run, without_times
+
+import jaxnorm
+from jaxnorm.analysis import stats
+from jaxnorm.config import Config, UserError, product
+from jaxnorm.data import datasets as data
+from jaxnorm.runs import runner
+from jaxnorm.storage.directory import RunDirectory
+from jaxnorm.storage.sweep import Sweep, name_of
+from jaxnorm.training import epoch as epochs
+from jaxnorm.training import mesh as meshes
+from jaxnorm.training import trainer
+from jaxnorm.training.mesh import ONE
+from jaxnorm.training.selfcheck import self_check
+from jaxnorm.training.trainer import Callback
+
+
+class Diary(Callback):
+    """Writes down what it hears."""
+
+    def __init__(self):
+        self.heard = []
+
+    def on_start(self, norm, seeds, steps):
+        self.heard.append((norm, seeds, steps))
+
+    def on_steps(self, epoch, done):
+        self.heard.append((epoch, done))
+
+    def on_epoch(self, config, epoch):
+        self.heard.append(epoch)
+
+
+def test_a_run_directory_holds_what_the_design_says(tiny_run, tiny):
+    names = {path.relative_to(tiny_run.path).as_posix() for path in tiny_run.path.rglob("*")}
+    for norm in ("batch", "group", "layer"):
+        assert {f"step_losses/{norm}-3.npy", f"predictions/{norm}-3.npz"} <= names
+        kept = sorted(path.name for path in (tiny_run.path / "checkpoints" / f"{norm}-3").iterdir())
+        assert kept == ["epoch-1.msgpack", "epoch-2.msgpack"]
+    assert {"run.json", "metrics.jsonl", "probes/batch-3.npz"} <= names
+    info = tiny_run.info()
+    assert info.parameters == {"batch": 45_584, "group": 45_584, "layer": 46_220}
+    assert info.dataset.fingerprint == tiny.fingerprint
+    assert {"jax", "jaxlib", "flax", "python"} <= info.environment.versions.keys()
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "layer"])
+def test_the_records_agree_with_each_other(tiny_run, norm):
+    epochs = [epoch for epoch in tiny_run.epochs() if epoch.norm == norm]
+    assert [epoch.epoch for epoch in epochs] == [1, 2]
+    losses = tiny_run.step_losses((norm, 3)).reshape(2, 5)
+    chex.assert_type(losses, np.float32)
+    for epoch, each in zip(epochs, losses, strict=True):
+        wanted = np.average(each, weights=[16, 16, 16, 16, 6])
+        np.testing.assert_allclose(epoch.train_loss, wanted, rtol=1e-6)
+        assert round(epoch.train_accuracy * 70, 9).is_integer()
+    logits, labels = tiny_run.predictions((norm, 3))
+    chex.assert_shape(logits, (22, 4))
+    probabilities = stats.probabilities(logits)[np.arange(22), labels]
+    np.testing.assert_allclose(epochs[-1].test_loss, -np.log(probabilities).mean(), rtol=1e-5)
+    assert epochs[-1].test_accuracy == (logits.argmax(1) == labels).mean()
+
+
+def test_a_loaded_model_predicts_what_the_run_did(tiny_run, tiny):
+    for norm in ("batch", "layer"):
+        predict = jaxnorm.load_model(tiny_run.path, norm, 3)
+        probabilities = predict(tiny.test_images)
+        chex.assert_shape(probabilities, (22, 4))
+        chex.assert_type(probabilities, jnp.float32)
+        wanted = stats.probabilities(tiny_run.predictions((norm, 3))[0])
+        np.testing.assert_allclose(probabilities, wanted, atol=1e-6)
+        for wrong in (tiny.test_images[0], tiny.test_images / 255, tiny.test_images[:, :28]):
+            with pytest.raises(ValueError, match=r"u8\[N, 32, 32, 3\]"):
+                predict(wrong)
+        one = predict(tiny.test_images[5:6])
+        np.testing.assert_allclose(one[0], probabilities[5], atol=1e-6)
+
+
+def test_a_model_that_is_not_there_is_refused(tiny_run, scratch):
+    for norm, seed in (("batch", 4), ("rms", 3), ("../x", 3)):
+        with pytest.raises(UserError, match="has no checkpoint"):
+            jaxnorm.load_model(tiny_run.path, norm, seed)
+    with pytest.raises(UserError, match="not a run directory"):
+        jaxnorm.load_model(scratch, "batch", 3)
+
+
+def test_fit_is_the_run_without_the_disk_and_repeats_bit_for_bit(tiny_run, tiny, monkeypatch):
+    monkeypatch.setattr(RunDirectory, "write_bytes", None)
+    config = dataclasses.replace(tiny_run.info().config, norm="group")
+    diary = Diary()
+    fitted = jaxnorm.fit(config, tiny, diary)["group", 3]
+    recorded = [epoch for epoch in tiny_run.epochs() if epoch.norm == "group"]
+    assert list(map(without_times, fitted.epochs)) == list(map(without_times, recorded))
+    np.testing.assert_array_equal(fitted.step_losses, tiny_run.step_losses(("group", 3)))
+    np.testing.assert_array_equal(fitted.logits, tiny_run.predictions(("group", 3))[0])
+    probabilities = fitted.predict(tiny.test_images)
+    np.testing.assert_allclose(probabilities, stats.probabilities(fitted.logits), atol=1e-6)
+    steps = [(epoch, done) for epoch in (1, 2) for done in (1, 2, 3, 4, 5)]
+    heard = [("group", [3], 5), *steps[:5], fitted.epochs[0], *steps[5:], fitted.epochs[1]]
+    assert diary.heard == heard
+
+
+def test_a_run_whose_batches_were_shared_by_devices_is_a_run_like_any_other(tiny, scratch):
+    config = Config(norm="batch", dataset="tiny", epochs=1, batch_size=70)
+    assert meshes.choose(1, config.batch).batch == 2
+    directory = RunDirectory.create(scratch / "run")
+    run(config, tiny, directory.path)
+    logits, _ = directory.predictions(("batch", 1))
+    assert directory.step_losses(("batch", 1)).shape == (1,)
+    probabilities = jaxnorm.load_model(directory.path, "batch", 1)(tiny.test_images)
+    np.testing.assert_allclose(probabilities, stats.probabilities(logits), atol=1e-6)
+
+
+def test_another_seed_is_another_run(tiny_run, tiny):
+    config = dataclasses.replace(tiny_run.info().config, norm="group", seed=4, epochs=1)
+    losses = jaxnorm.fit(config, tiny)["group", 4].step_losses
+    assert (losses != tiny_run.step_losses(("group", 3))[:5]).all()
+
+
+def test_a_seed_of_a_sweep_is_that_seed_alone_bit_for_bit(tiny_run, tiny):
+    config = dataclasses.replace(tiny_run.info().config, norm="group", seed=2, seeds=2)
+    fits = jaxnorm.fit(config, tiny)
+    assert list(fits) == [("group", 2), ("group", 3)]
+    np.testing.assert_array_equal(fits["group", 3].step_losses, tiny_run.step_losses(("group", 3)))
+    np.testing.assert_array_equal(fits["group", 3].logits, tiny_run.predictions(("group", 3))[0])
+    assert (fits["group", 2].step_losses != fits["group", 3].step_losses).all()
+
+
+def test_seeds_that_train_in_one_program_are_the_seeds_alone(tiny, scratch, monkeypatch):
+    norm = "batch"  # whose statistics must not mix the seeds
+    config = Config(
+        norm, "matched", "tiny", 1, 16, learning_rate=0.001, seed=3, seeds=3, validation=6
+    )
+    alone = jaxnorm.fit(config, tiny, mesh=ONE)
+    monkeypatch.setattr(epochs, "nets_at_once", lambda program, batch_size: 2)
+    diary = Diary()
+    directory = RunDirectory.create(scratch / "run")
+    run(config, tiny, directory.path, diary, ONE)
+    assert [heard for heard in diary.heard if heard in ((norm, [3, 4], 4), (norm, [5], 4))] == [
+        *((norm, [3, 4], 4), (norm, [5], 4))  # the second in a program of two places
+    ]
+    lines = {(epoch.seed, epoch.epoch): epoch for epoch in directory.epochs()}
+    assert len(lines) == 3
+    for seed in config.seed_numbers:
+        fit = alone[norm, seed]
+        np.testing.assert_allclose(directory.step_losses((norm, seed)), fit.step_losses, rtol=2e-4)
+        np.testing.assert_allclose(directory.predictions((norm, seed))[0], fit.logits, atol=2e-3)
+        for epoch in fit.epochs:
+            both = lines[seed, epoch.epoch], epoch
+            for field in ("train_loss", "test_loss", "validation_loss"):
+                mine, wanted = (getattr(each, field) for each in both)
+                assert mine == pytest.approx(wanted, rel=1e-3)
+        images = tiny.test_images
+        predicted = jaxnorm.load_model(directory.path, norm, seed)(images)
+        np.testing.assert_allclose(predicted, fit.predict(images), atol=2e-3)
+
+
+def test_held_out_images_are_evaluated_and_never_trained_on(tiny, scratch):
+    config = Config("group", "matched", "tiny", 1, 29, validation=12)
+    _, held = data.hold_out(tiny.train_labels, 12, seed=1)
+    fit = jaxnorm.fit(config, tiny)["group", 1]
+    assert fit.step_losses.shape == (2,)  # of 58 images
+    (epoch,) = fit.epochs
+    probabilities = np.asarray(fit.predict(tiny.train_images[held]))
+    right = probabilities.argmax(1) == tiny.train_labels[held]
+    assert epoch.validation_accuracy == right.mean()
+    losses = -np.log(probabilities[np.arange(12), tiny.train_labels[held]])
+    assert epoch.validation_loss == pytest.approx(losses.mean(), rel=1e-5)
+    spoiled = tiny.train_images.copy()
+    spoiled[held] = 255
+    other = jaxnorm.fit(config, dataclasses.replace(tiny, train_images=spoiled))["group", 1]
+    np.testing.assert_array_equal(other.step_losses, fit.step_losses)
+    assert other.epochs[0].validation_loss != epoch.validation_loss
+
+
+def test_what_cannot_be_trained_is_refused_before_training(tiny):
+    with pytest.raises(UserError, match="batch_size=71 is larger than the 70"):
+        trainer.check(Config(batch_size=71), tiny)
+    with pytest.raises(UserError, match="of which 10 are held out"):
+        trainer.check(Config(batch_size=61, validation=10), tiny)
+    with pytest.raises(UserError, match="validation=70 leaves none"):
+        trainer.check(Config(batch_size=1, validation=70), tiny)
+    with pytest.raises(UserError, match="groups=3"):
+        trainer.check(Config(norm="group", batch_size=7, groups=3), tiny)
+    many = dataclasses.replace(tiny, class_names=tuple(map(str, range(200))))
+    with pytest.raises(UserError, match=r"51,856 parameters.*allow_large"):
+        trainer.check(Config(batch_size=7), many)
+    counts = trainer.check(Config(batch_size=7, allow_large=True), many)
+    assert counts == {"batch": 51_856, "group": 51_856, "layer": 52_492}
+
+
+def test_the_public_names_are_there():
+    for name in jaxnorm.__all__:
+        assert getattr(jaxnorm, name).__module__.startswith("jaxnorm.")
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = jaxnorm.nonsense
+
+
+BASE = {"norm": "layer", "arch": "three-layers", "dataset": "tiny", "epochs": 2}
+"""70 images in batches of 35 and 70: none is ragged, and fewer programs are compiled."""
+
+
+class Stopped(BaseException):
+    pass
+
+
+class StopAfter(Callback):
+    def __init__(self, epochs):
+        self.left, self.heard, self.warnings = epochs, [], []
+
+    def on_warning(self, text):
+        self.warnings.append(text)
+
+    def on_epoch(self, config, epoch):
+        self.heard.append((name_of(config), epoch.epoch))
+        self.left -= 1
+        if not self.left:
+            raise Stopped
+
+
+def test_a_sweep_stopped_twice_trains_nothing_twice(tiny, scratch):
+    """And each of its runs is the run alone, bit for bit."""
+    configs = product(BASE, {"batch_size": (35, 70), "learning_rate": (0.01, 0.002)})
+    sweep = Sweep.create(scratch / "s", configs, "x")
+    heard, lines = [], {}
+    for stop in (3, 2, 99):
+        callback = StopAfter(stop)
+        try:
+            runner.run(sweep, tiny, "x", callback)
+        except Stopped:
+            assert stop < 99
+        heard += callback.heard
+        for directory in sweep.directories:
+            for epoch in directory.epochs():
+                key = directory.path.name, epoch.epoch
+                assert lines.setdefault(key, epoch) == epoch  # its times too
+    names = [name_of(config) for config in configs]
+    assert sorted(heard) == sorted((name, epoch) for name in names for epoch in (1, 2))
+    assert len(lines) == 8
+    # Alone, the two devices do not share its batches of 35: they cannot be halved.
+    alone = run(configs[1], tiny, scratch / "alone")
+    assert difference(sweep.directories[1], alone) == ""
+    losses = [each.step_losses(("layer", 1)) for each in sweep.directories]
+    assert losses[0][0] == losses[1][0]
+    assert (losses[0][1:] != losses[1][1:]).all()
+
+
+def test_a_net_whose_loss_is_not_finite_is_left_out_and_the_others_go_on(tiny, scratch):
+    rates = {"batch_size": (35,), "learning_rate": (0.01, 1e30)}
+    sweep = Sweep.create(scratch / "s", product({**BASE, "momentum": 0.0}, rates), "x")
+    callback = StopAfter(99)
+    runner.run(sweep, tiny, "x", callback)
+    (warning,) = callback.warnings
+    assert "batch size 35, learning rate 1e+30: the training loss of layer norm" in warning
+    assert [len(each.epochs()) for each in sweep.directories] == [2, 0]
+
+
+def test_bfloat16_trains_near_float32_and_is_recorded(tiny, scratch):
+    config = Config("layer", "original", "tiny", 1, 35)
+    low = dataclasses.replace(config, precision="bfloat16")
+    self_check([low], tiny)
+    directory = run(low, tiny, scratch / "run")
+    assert directory.info().config.precision == "bfloat16"
+    losses = directory.step_losses(("layer", 1))
+    wanted = trainer.fit(config, tiny)["layer", 1].step_losses
+    assert (losses != wanted).all()
+    np.testing.assert_allclose(losses, wanted, rtol=0.02)
+    _, state = runner.load_state(directory.path, "layer", 1)
+    assert state.params["C1"]["kernel"].dtype == np.float32
+    with pytest.raises(UserError, match="precision=tf32 needs an NVIDIA GPU"):
+        trainer.check(dataclasses.replace(config, precision="tf32"), tiny)

@@ -1,0 +1,60 @@
+"""Sweeps on disk: their runs and their folder."""
+
+import json
+
+import pytest
+
+from jaxnorm.config import Config, UserError, product
+from jaxnorm.storage.sweep import Sweep, name_of
+
+BASE = {"norm": "layer", "dataset": "tiny", "epochs": 2}
+NAMES = [f"batch-{size}-rate-{rate}" for size in (35, 70) for rate in ("0.01", "0.002")]
+
+
+def configs():
+    return product(BASE, {"batch_size": (35, 70), "learning_rate": (0.01, 0.002)})
+
+
+def test_every_combination_is_a_run():
+    assert [name_of(config) for config in configs()] == NAMES
+    assert {config.epochs for config in configs()} == {2}
+    (default,) = product({"dataset": "digits"}, {"batch_size": (None,), "learning_rate": (None,)})
+    assert default == Config(dataset="digits")
+    with pytest.raises(UserError, match="batch_size=4 and more: a value is there twice"):
+        product(BASE, {"batch_size": (4, 4)})
+    with pytest.raises(UserError, match=r"learning_rate=-1\.0"):
+        product(BASE, {"learning_rate": (0.1, -1.0)})
+
+
+def test_a_folder_is_read_back_and_checked(scratch):
+    made = Sweep.create(scratch / "s", configs(), "x")
+    again = Sweep.open(scratch / "s")
+    assert again.configs == made.configs == configs()
+    assert [run.path.name for run in again.directories] == NAMES
+    with pytest.raises(UserError, match="already used"):
+        Sweep.create(scratch / "s", configs(), "x")
+    path = made.folder.path / "sweep.json"
+    stored = json.loads(path.read_text())
+    for wrong in (
+        [],
+        {},
+        {"command": "x", "runs": []},
+        {"command": "x", "runs": [1]},
+        {"command": "x", "runs": [stored["runs"][0]] * 2},
+        {"command": "x", "runs": [stored["runs"][0], {**stored["runs"][1], "epochs": 3}]},
+        {"command": "x", "runs": [{**stored["runs"][0], "norm": "../x"}]},
+    ):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=r"sweep.json cannot be read"):
+            Sweep.open(scratch / "s")
+    path.write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        Sweep.open(scratch / "s")
+
+
+def test_a_run_alone_is_a_sweep_of_one(scratch):
+    sweep = Sweep.create(scratch / "r", configs()[:1], "x")
+    assert [run.path for run in sweep.directories] == [scratch / "r"]
+    assert list((scratch / "r").iterdir()) == []
+    with pytest.raises(UserError, match="is not a run directory"):
+        Sweep.open(scratch / "r")

@@ -1,0 +1,127 @@
+"""Where things go: one of each is added in its one place, and found in Markdown and HTML."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from jaxnorm import cli, report, run
+from jaxnorm.analysis import figures, tables
+from jaxnorm.analysis.results import Run
+from jaxnorm.config import Config
+from jaxnorm.data import datasets
+from jaxnorm.model.cnn import CNN
+from jaxnorm.runs import runner
+from jaxnorm.storage.directory import RunDirectory
+from jaxnorm.training import trainer
+
+NET = "three-layers"
+"""A net that `conftest` adds by one entry in `ARCHS`."""
+
+
+@pytest.fixture
+def own_data(tiny, scratch):
+    """The tiny set as a file of the user's own."""
+    names = ("train_images", "train_labels", "test_images", "test_labels", "class_names")
+    arrays = {name: np.asarray(getattr(tiny, name)) for name in names}
+    np.savez(scratch / "mine.npz", **arrays)
+    return scratch / "mine.npz", arrays
+
+
+def call(app, *arguments) -> int:
+    return cli.run(app, [str(argument) for argument in arguments])
+
+
+def test_an_own_norm_net_and_data_go_through_run_resume_and_report(own_data, scratch, capsys):
+    path, _ = own_data
+    out = scratch / "run"
+    settings = ("--norm", "own_norm:OwnNorm", "--arch", NET, "--batch-size", "35")
+    flags = (*settings, "--dataset", path, "--skip-self-check")
+    assert call(run.app, *flags, "--epochs", "1", "--out", out) == 0
+    assert call(run.app, "--resume", out, "--epochs", "2", "--skip-self-check") == 0
+    assert "own_norm:OwnNorm  epoch  2/2" in capsys.readouterr().out
+    assert call(report.app, out) == 0
+    directory = RunDirectory(out)
+    assert [epoch.epoch for epoch in directory.epochs()] == [1, 2]
+    state = runner.load_state(out, "own_norm:OwnNorm", 1)[1]
+    moved = state.norm_state["largest"]["C1_norm"]["value"]
+    assert (np.asarray(moved) != 1).all()
+    for name in ("report.md", "report.html"):
+        text = (out / name).read_text()
+        assert "own" in text
+        assert "OwnNorm" in text
+        assert "mine" in text
+        assert "three-layers nets" in text
+
+
+def test_a_wrong_norm_is_one_line_that_says_what_is_expected(scratch, capsys):
+    for norm, said in (
+        ("own_norm:FlatNorm", "must map f32[N, H, W, C] to the same shape"),
+        ("own_norm:Missing", "cannot be imported"),
+        ("own_norm:nn", "is no flax.linen.Module"),
+        ("missing_module:Norm", "cannot be imported"),
+        ("weight", "choose batch, group, layer, instance, rms, none"),
+    ):
+        flags = ("--norm", norm, "--arch", "matched", "--dataset", "digits", "--out", scratch / "x")
+        assert call(run.app, *flags) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+
+
+def test_a_wrong_file_is_one_line_that_says_what_is_expected(own_data, capsys):
+    path, arrays = own_data
+    wrong = {
+        "train_images": arrays["train_images"][:, :28],
+        "test_images": arrays["test_images"] / 255,
+        "train_labels": arrays["train_labels"][:3],
+        "test_labels": arrays["test_labels"] + 4,
+    }
+    for name, values in wrong.items():
+        np.savez(path, **{**arrays, name: values})
+        assert call(run.app, "--dataset", path, "--batch-size", "7") == 2
+        error = capsys.readouterr().err
+        assert "must hold train_images and test_images u8[N, 32, 32, 3]" in error
+        assert error.count("\n") == 1
+    del arrays["class_names"]
+    np.savez(path, **arrays)
+    assert call(run.app, "--dataset", path) == 2
+    path.write_bytes(b"rubbish")
+    assert call(run.app, "--dataset", path) == 2
+
+
+def test_a_new_data_set_is_one_entry(tiny, monkeypatch):
+    monkeypatch.setitem(datasets.SOURCES, "mine", lambda: tiny)
+    assert datasets.load("mine") is tiny
+
+
+def test_a_new_table_number_and_figure_reach_every_page(sweep, monkeypatch, capsys):
+    def extra(run: Run):
+        """A table."""
+        return tables.Table("Extra table", ["what", "how many"], [["nets", "1234"]])
+
+    def picture(run: Run):
+        """A figure."""
+        figure = Figure()
+        figure.suptitle("Extra figure")
+        yield "extra", figure
+
+    number = (lambda run: "extra number", lambda run, norm: f"{norm} 5678", lambda run: True)
+    monkeypatch.setattr(tables, "TABLES", [*tables.TABLES, extra])
+    monkeypatch.setattr(tables, "NUMBERS", [*tables.NUMBERS, number])
+    monkeypatch.setattr(figures, "FIGURES", (picture,))
+    directory = sweep(seeds=1)
+    assert call(report.app, directory.path) == 0
+    for name in ("report.md", "report.html"):
+        text = (directory.path / name).read_text()
+        for said in ("Extra table", "1234", "extra number", "batch 5678", "Extra figure"):
+            assert said in text, (name, said)
+    assert "extra number" in tables.results(Run(directory)).plain()
+
+
+def test_a_norm_of_ones_own_keeps_its_state_under_its_own_name(tiny):
+    config = Config("own_norm:OwnNorm", NET, "tiny", 1, 16)
+    fit = trainer.fit(config, tiny)["own_norm:OwnNorm", 1]
+    net = CNN("own_norm:OwnNorm", NET, 4)
+    assert fit.program.model.table == net.table
+    assert set(fit.state.norm_state) == {"largest"}
+    assert np.isfinite(fit.logits).all()

@@ -1,0 +1,65 @@
+"""The rooms: imports go down only, and a new thing goes in one place."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import jaxnorm
+
+PACKAGE = Path(jaxnorm.__file__).parent
+BELOW = {
+    "config": set(),
+    "model": {"config"},
+    "data": {"config"},
+    "storage": {"config"},
+    "training": {"config", "model", "data", "storage"},
+    "runs": {"config", "model", "data", "storage", "training"},
+    "analysis": {"config", "model", "data", "storage"},
+}
+COMMANDS = {"cli", "run", "report", "bench", "__main__", "__init__"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path):
+    """The rooms that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxnorm"):
+            parts = node.module.split(".")
+            yield from [parts[1]] if parts[1:] else [alias.name for alias in node.names]
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+            yield from (parts[1] for parts in names if parts[0] == "jaxnorm" and parts[1:])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_go_down_only(path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if room not in COMMANDS:
+        assert set(imported(path)) - {room} <= BELOW[room]
+    elif room != "__init__":
+        assert set(imported(path)) <= {*BELOW, *COMMANDS}
+
+
+def test_no_file_is_a_circle():
+    """Among files: what a file imports when it is loaded never leads back to it."""
+    names = {
+        path: ".".join(("jaxnorm", *path.relative_to(PACKAGE).with_suffix("").parts))
+        for path in FILES
+    }
+    arrows = {}
+    for path, name in names.items():
+        found = set()
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxnorm"):
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= {each for each in (node.module, *inner) if each in names.values()}
+        arrows[name] = found
+
+    def reaches(start, goal, seen):
+        return any(
+            nxt == goal or (nxt not in seen and reaches(nxt, goal, seen | {nxt}))
+            for nxt in arrows.get(start, ())
+        )
+
+    assert [name for name in arrows if reaches(name, name, {name})] == []

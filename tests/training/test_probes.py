@@ -1,0 +1,128 @@
+"""What the norms do inside a net, against plain arithmetic on small batches."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxnorm.config import Config
+from jaxnorm.model.cnn import CNN
+from jaxnorm.runs import runner
+from jaxnorm.training import probes
+from jaxnorm.training import step as train
+from jaxnorm.training.mesh import ONE
+
+
+def net(norm, tiny, **fields):
+    model = CNN(norm, "matched", 4, **fields)
+    program = train.Program(model, 0.9, tiny.mean, tiny.deviation)
+    state = train.init_state(program, 1)
+    return program, state
+
+
+def test_after_each_norm_the_activations_are_normalized(tiny):
+    images = tiny.train_images[:12]
+    for norm, axes in (("batch", (0, 1, 2)), ("layer", (1, 2, 3)), ("instance", (1, 2))):
+        program, state = net(norm, tiny)
+        found = probes.activations(program, state, images)
+        assert set(found) == {"C1", "C2", "C4", "C5", "C6", "C8", "C9", "C10"}
+        chex.assert_shape(found["C2"], (12, 28, 28, 32))
+        for before, after in found.values():
+            x = np.asarray(before, np.float64)
+            centred = x - x.mean(axes, keepdims=True)
+            wanted = centred / np.sqrt((centred**2).mean(axes, keepdims=True) + 1e-5)
+            np.testing.assert_allclose(after, wanted, atol=2e-4)
+    program, state = net("none", tiny)
+    for before, after in probes.activations(program, state, images).values():
+        chex.assert_trees_all_equal(before, after)
+
+
+def test_gradient_norms_are_those_of_the_loss_without_dropout(tiny):
+    program, state = net("group", tiny)
+    images, labels = tiny.train_images[:6], tiny.train_labels[:6]
+    found = probes.gradient_norms(program, state, images, labels)
+    model = program.model.clone(fast=False, dropout=0.0)
+
+    def loss(params):
+        logits = model.apply({"params": params}, train.standardize(program, jnp.asarray(images)))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    gradients = jax.grad(loss)(state.params)
+    assert len(found) == 11
+    for name, value in found.items():
+        wanted = np.sqrt((np.asarray(gradients[name]["kernel"], np.float64) ** 2).sum())
+        assert float(value) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_batch_accuracy_uses_each_batchs_own_statistics(tiny):
+    program, state = net("batch", tiny)
+    images, labels = jnp.asarray(tiny.test_images), jnp.asarray(tiny.test_labels)
+    model = program.model.clone(fast=False, dropout=0.0)
+    variables = state.variables
+    right = 0
+    for start in (0, 11):
+        inputs = train.standardize(program, images[start : start + 11])
+        logits, _ = model.apply(variables, inputs, train=True, mutable=["batch_stats"])
+        right += int((logits.argmax(-1) == labels[start : start + 11]).sum())
+    found = probes.batch_accuracy(program, state, images, labels, 11)
+    assert float(found) == pytest.approx(right / 22)
+    with pytest.raises(AssertionError, match="divisible"):
+        probes.batch_accuracy(program, state, images, labels, 7)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_only_batch_norm_lets_one_images_loss_depend_on_another(tiny, norm):
+    program, state = net(norm, tiny)
+    found = np.asarray(
+        probes.example_gradients(program, state, tiny.train_images[:4], tiny.train_labels[:4])
+    )
+    chex.assert_shape(found, (4, 4))
+    assert (found.diagonal() > 0).all()
+    others = found[~np.eye(4, dtype=bool)]
+    assert (others > 0).all() if norm == "batch" else (others == 0).all()
+
+
+def test_what_a_norm_averages_over_by_hand():
+    at = (1, 2, 3, 5)
+    places = {
+        "batch": np.s_[:, :, :, 5],
+        "group": np.s_[1, :, :, 4:6],  # four groups of two channels
+        "layer": np.s_[1],
+        "instance": np.s_[1, :, :, 5],
+        "rms": np.s_[1],
+        "none": at,
+    }
+    for norm, place in places.items():
+        wanted = np.zeros((3, 4, 4, 8), bool)
+        wanted[place] = True
+        np.testing.assert_array_equal(probes.averaged_over(norm, at=at), wanted)
+
+
+def test_the_batch_size_effect_trains_each_net_at_each_size(tiny):
+    config = Config("layer", "matched", "tiny", 1, seeds=2)
+    found = probes.batch_size_effect(config, tiny, (35, 70))
+    assert list(found) == [("layer", seed, size) for size in (35, 70) for seed in (1, 2)]
+    for (_, _, size), fit in found.items():
+        assert fit.step_losses.shape == (70 // size,)
+
+
+def test_a_run_records_what_its_nets_do(tiny_run, tiny):
+    found = tiny_run.probes(("batch", 3))
+    program, state = runner.load_state(tiny_run.path, "batch", 3)
+    program = dataclasses.replace(program, mesh=ONE)
+    assert list(found["layers"]) == ["C1", "C2", "C4", "C5", "C6", "C8", "C9", "C10"]
+    assert list(found["sizes"]) == [4, 16]  # no more than the 22 test images
+    before, after = probes.activations(program, state, tiny.train_images)["C4"]
+    np.testing.assert_allclose(found["before"][2], [before.mean(), before.std()], atol=1e-5)
+    np.testing.assert_allclose(found["after"][2], [after.mean(), after.std()], atol=1e-5)
+    last = [epoch for epoch in tiny_run.epochs() if epoch.norm == "batch"][-1]
+    assert last.epoch == 2
+    assert found["tested"] == 16  # what every batch size divides
+    right = (tiny_run.predictions(("batch", 3))[0].argmax(1) == tiny.test_labels)[:16]
+    assert found["running_accuracy"] == pytest.approx(right.mean())
+    group = tiny_run.probes(("group", 3))
+    assert (group["batch_accuracy"] == group["running_accuracy"]).all()

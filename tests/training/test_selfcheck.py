@@ -1,0 +1,110 @@
+"""The start-up check: right programs pass, and each wrong operator is refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxnorm.config import Config
+from jaxnorm.model import ops
+from jaxnorm.training import epoch as epochs
+from jaxnorm.training import mesh as meshes
+from jaxnorm.training import selfcheck
+from jaxnorm.training import step as train
+
+CONFIG = Config(arch="matched", dataset="tiny", batch_size=32, epochs=1)
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_a_right_installation_passes(tiny, norm):
+    """Also where devices share a batch and where it is trained in pieces, as at 32 images."""
+    assert meshes.choose(1, 32).batch == 2
+    selfcheck.self_check([dataclasses.replace(CONFIG, norm=norm)], tiny)
+
+
+def test_seeds_in_one_program_pass(tiny, monkeypatch):
+    monkeypatch.setattr(epochs, "nets_at_once", lambda *_: 2)
+    config = dataclasses.replace(CONFIG, norm="group", seeds=2, batch_size=14, validation=8)
+    selfcheck.self_check([config], tiny)
+
+
+def negated(function):
+    return lambda *arguments: -function(*arguments)
+
+
+def scaled(function):
+    """A seventh of a sum left out, as jaxlib 0.10.1 once did."""
+    return lambda *arguments: function(*arguments) * (6 / 7)
+
+
+@pytest.mark.parametrize(
+    ("operator", "wrong", "momentum"),
+    [("_kernel_gradient", negated, 0.81), ("_by_channel", scaled, 0.82)],
+)
+def test_a_wrong_operator_is_refused(tiny, monkeypatch, operator, wrong, momentum):
+    """The momenta differ because JAX keeps what it traced by program."""
+    monkeypatch.setattr(ops, operator, wrong(getattr(ops, operator)))
+    config = dataclasses.replace(CONFIG, norm="layer", momentum=momentum)
+    with pytest.raises(selfcheck.WrongNumbers, match="one training step of layer norm") as raised:
+        selfcheck.self_check([config], tiny)
+    assert "off" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_wrong_evaluation_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr(epochs, "_logits", negated(epochs._logits))
+    config = dataclasses.replace(CONFIG, norm="layer", momentum=0.83)
+    with pytest.raises(selfcheck.WrongNumbers, match="the evaluation of layer norm"):
+        selfcheck.self_check([config], tiny)
+
+
+def test_a_wrong_ragged_batch_is_refused(tiny, monkeypatch):
+    right = epochs.train_step
+
+    def wrong(program, state, images, *rest):
+        state, loss, correct = right(program, state, images, *rest)
+        return state, loss * (1.1 if len(images) in (3, 6) else 1), correct
+
+    monkeypatch.setattr(epochs, "train_step", wrong)
+    config = dataclasses.replace(CONFIG, norm="layer", momentum=0.84)
+    with pytest.raises(selfcheck.WrongNumbers, match="the loss is 10% off"):
+        selfcheck.self_check([config], tiny)
+
+
+def test_the_known_miscompilation_is_refused(monkeypatch):
+    selfcheck.check_compiler()
+    right = jax.jit
+
+    def wrong(function):
+        """Leaves the last row out, as jaxlib 0.10.2 does some."""
+        return lambda *arguments: right(function)(*arguments).at[-1].set(0)
+
+    monkeypatch.setattr(selfcheck.jax, "jit", wrong)
+    with pytest.raises(selfcheck.WrongNumbers, match="sums 1 of 40000 rows wrongly"):
+        selfcheck.check_compiler()
+
+
+def step(loss, params, batch_stats):
+    return np.float32(loss), train.TrainState({"c": params}, {"m": batch_stats}, ())
+
+
+@pytest.mark.parametrize(
+    ("loss", "params", "batch_stats", "said"),
+    [
+        (2.0, [1.1, 0.9], [0.10], ""),
+        (2.0001, [1.101, 0.9], [0.100001], ""),  # rounding, and one ReLU that flipped
+        (2.001, [1.1, 0.9], [0.10], "the loss is 0.05% off"),
+        (2.0, [0.9, 1.1], [0.10], "params c is 200% off"),
+        (2.0, [1.1, 0.89], [0.10], "params c is 7.07% off"),
+        (2.0, [1.1, 0.9], [0.1001], "norm_state m is 0.1% off"),
+        (2.0, [np.nan, 0.9], [0.10], "params c is inf% off"),
+        (np.nan, [1.1, 0.9], [0.10], "the loss is inf% off"),
+    ],
+)
+def test_what_disagrees_is_named(loss, params, batch_stats, said):
+    before = step(0, np.ones(2), np.zeros(1))[1]
+    plain = step(2.0, jnp.array([1.1, 0.9]), jnp.array([0.1]))
+    ours = step(loss, jnp.array(params), jnp.array(batch_stats))
+    assert selfcheck._disagreement(ours, plain, before) == said
