@@ -26,10 +26,11 @@ from pathlib import Path
 from IPython.display import Image, Markdown, display
 
 import jaxnorm
-from jaxnorm import effects, experiment, figures, tables
-from jaxnorm.observers import Observer
-from jaxnorm.records import RunDirectory
-from jaxnorm.results import Run
+from jaxnorm.analysis import figures, tables
+from jaxnorm.analysis.results import Run
+from jaxnorm.runs import runner
+from jaxnorm.storage.sweep import Sweep
+from jaxnorm.training.trainer import Callback
 
 DATASET, EPOCHS, SEEDS = "digits", 4, 2
 
@@ -38,7 +39,7 @@ config = jaxnorm.Config(
     norm="all", arch="matched", dataset=DATASET, epochs=EPOCHS, learning_rate=0.02, seeds=SEEDS
 )
 dataset = jaxnorm.load(config.dataset)
-directory = RunDirectory.create(Path(tempfile.mkdtemp()) / "compare")
+sweep = Sweep.create(Path(tempfile.mkdtemp()) / "compare", [config], "compare_norms.ipynb")
 print(f"{dataset.caption}: {len(dataset.train_labels)} training images")
 
 # %% [markdown]
@@ -49,10 +50,10 @@ print(f"{dataset.caption}: {len(dataset.train_labels)} training images")
 
 
 # %%
-class Log(Observer):
+class Log(Callback):
     """Prints a line for each epoch."""
 
-    def on_epoch(self, epoch):
+    def on_epoch(self, config, epoch):
         """One line."""
         print(
             f"{epoch.norm:>6} norm  seed {epoch.seed}  epoch {epoch.epoch}  "
@@ -61,9 +62,8 @@ class Log(Observer):
         )
 
 
-experiment.run(config, dataset, directory, "notebooks/compare_norms.ipynb", Log())
-effects.record(directory, dataset)
-run = Run(directory)
+runner.run(sweep, dataset, "compare_norms.ipynb", Log())
+run = Run(sweep.folder)
 figures.save_examples(run, dataset)
 
 # %% [markdown]

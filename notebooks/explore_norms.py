@@ -22,10 +22,11 @@ import numpy as np
 from IPython.display import Image, display
 
 import jaxnorm
-from jaxnorm import effects, figures
+from jaxnorm.analysis import figures
+from jaxnorm.training import probes
 
 NORMS = ("batch", "group", "layer")
-EPOCHS, SIZES = 3, effects.SIZES
+EPOCHS, SIZES = 3, probes.SIZES
 dataset = jaxnorm.load("digits")
 
 
@@ -42,7 +43,7 @@ def show(drawn):
 # Batch norm alone looks across images. Group norm here has four groups of two channels.
 
 # %%
-masks = {norm: effects.averaged_over(norm) for norm in (*NORMS, "instance")}
+masks = {norm: probes.averaged_over(norm) for norm in (*NORMS, "instance")}
 show(figures.averaged(masks))
 
 # %% [markdown]
@@ -58,11 +59,11 @@ show(figures.averaged(masks))
 config = jaxnorm.Config(arch="matched", dataset="digits", epochs=EPOCHS, learning_rate=0.02)
 fits = jaxnorm.fit(config, dataset)
 measured = {
-    norm: effects.measure(fit.recipe, fit.state, dataset, fit.logits)
+    norm: probes.measure(fit.program, fit.state, dataset, fit.logits)
     for (norm, _), fit in fits.items()
 }
 caption = f"{dataset.caption}; matched nets, seed 1, {EPOCHS} epochs"
-for drawn in figures.of_effects(measured, caption):
+for drawn in figures.of_probes(measured, caption):
     show(drawn)
 
 # %% [markdown]
@@ -75,7 +76,7 @@ for drawn in figures.of_effects(measured, caption):
 # %%
 images, labels = dataset.train_images[:16], dataset.train_labels[:16]
 matrices = {
-    norm: np.asarray(effects.example_gradients(fit.recipe, fit.state, images, labels))
+    norm: np.asarray(probes.example_gradients(fit.program, fit.state, images, labels))
     for (norm, _), fit in fits.items()
 }
 show(figures.example_gradients(matrices, caption))
@@ -96,7 +97,7 @@ for norm, matrix in matrices.items():
 accuracies = {}
 for norm in ("batch", "group"):
     config = jaxnorm.Config(norm=norm, arch="matched", dataset="digits", epochs=EPOCHS)
-    for (_, _, size), fit in effects.batch_size_effect(config, dataset, SIZES).items():
+    for (_, _, size), fit in probes.batch_size_effect(config, dataset, SIZES).items():
         last = fit.epochs[-1].test_accuracy
         accuracies.setdefault(norm, {})[size] = [last]
         print(f"{norm:>6} norm, batch {size:>3}: {last:.2%}")

@@ -1,0 +1,143 @@
+"""Fills README.md and the pages beside this file from results, so that no number is typed by hand.
+
+    python notebooks/fill_pages.py
+
+Writes what stands between `<!-- table NAME -->` and `<!-- end -->`. NAME is a run's own name in
+`results/`, that and "finding", "differences", "values" or "beside others", or the name of a
+benchmark's file; "faults" is what the fault harness wrote.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxnorm.analysis import tables
+from jaxnorm.analysis.results import Run
+from jaxnorm.analysis.tables import Table, points
+from jaxnorm.storage.directory import RunDirectory
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+PAGES = [HERE.parent / "README.md", *sorted(HERE.glob("*.md"))]
+RUNS, BENCHMARKS = ("original", "matched"), ("speed", "scaling", "seeds")
+MARKED = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def texts() -> dict[str, str]:
+    """What the pages can hold, by the name between the marks."""
+    found = {}
+    for name in RUNS:
+        run = Run(RunDirectory(RESULTS / name))
+        found[name] = tables.results(run).markdown()
+        found[f"{name} finding"] = tables.escaped(tables.finding(run)) + "\n"
+        for make in (tables.differences, tables.values):
+            found[f"{name} {make.__name__}"] = make(run).markdown()
+        reference = json.loads((RESULTS / "reference.json").read_text())
+        found[f"{name} beside others"] = beside_others(run, reference).markdown()
+    for name in BENCHMARKS:
+        found[name] = speed(json.loads((RESULTS / f"{name}.json").read_text())).markdown()
+    lines = (RESULTS / "faults.jsonl").read_text().splitlines()
+    found["faults"] = faults([json.loads(line) for line in lines]).markdown()
+    return found
+
+
+def fill(page: str, values: Mapping[str, str]) -> str:
+    """A page with every marked place filled."""
+    return MARKED.sub(lambda found: f"{found[1]}\n{values[found[2]]}\n{found[3]}", page)
+
+
+def beside_others(run: Run, reference: Mapping[str, Any]) -> Table:
+    """A run of the study's own nets beside others' runs of them: best / last test accuracy."""
+    head = ["norm", "ours"]
+    for source in reference:
+        head += [source, "ours minus it, points"]
+    rows = []
+    for norm in run.summaries:
+        ours = (run.sample(norm, "best").mean, run.sample(norm).mean)
+        row = [norm, f"{ours[0]:.2%} / {ours[1]:.2%}"]
+        for norms in reference.values():
+            if norm not in norms:
+                row += ["none", ""]
+                continue
+            accuracies = norms[norm]["test_accuracy"]
+            theirs = (max(accuracies), accuracies[-1])
+            apart = (points(a - b) for a, b in zip(ours, theirs, strict=True))
+            row += [f"{theirs[0]:.2%} / {theirs[1]:.2%}", " / ".join(apart)]
+        rows.append(row)
+    n = max((run.sample(norm).n for norm in run.summaries), default=0)
+    note = (
+        f"Test accuracy, best / last epoch; theirs one run each, ours n = {n}: "
+        f"{run.info.dataset.caption}."
+    )
+    return Table("Beside others", head, rows, note)
+
+
+def speed(values: Mapping[str, Any]) -> Table:
+    """A written benchmark as a table, a row a comparison, and what it was measured on."""
+    comparisons = values["comparisons"]
+    against = any("ratio" in each for each in comparisons)
+    together = any("jaxnorm-vmap" in each["sides"] for each in comparisons)
+    head = ["net", "batch", "seeds", "ours, ms", "share of ceiling"]
+    head += ["seeds in one program, ms"] if together else []
+    head += ["PyTorch's best, ms", "ours is times as fast"] if against else []
+    head += ["first step, cold / warm, s", "peak MB"]
+    rows, rounds, versions = [], [], {}
+    for each in comparisons:
+        sides, ratio = each["sides"], each.get("ratio")
+        ours = sides["jaxnorm"]
+        rounds.append(len(ours["samples_milliseconds"]))
+        for side in sides.values():
+            versions |= {name: side["about"].get(name) for name in ("jax", "torch")} | {
+                name: version for name, version in versions.items() if version
+            }
+        task = "" if each["task"] == "train" else ", evaluation of 10,000"
+        row = [f"{each['arch']} {each['norm']}{task}", str(each["batch_size"]), str(each["seeds"])]
+        row += [f"{ours['milliseconds']:.1f}", f"{ours['share_of_ceiling']:.0%}"]
+        peak = f"{ours['peak_megabytes']:.0f}"
+        if together:
+            row.append(f"{sides['jaxnorm-vmap']['milliseconds']:.1f}")
+        if against and ratio:
+            best = sides[ratio["against"]]
+            low, high = ratio["10th_and_90th_percentile"]
+            row.append(f"{best['milliseconds']:.1f} ({ratio['against']})")
+            row.append(f"{ratio['median']:.2f} ({low:.2f} to {high:.2f})")
+            peak += f" / {best['peak_megabytes']:.0f} PyTorch"
+        start = f"{ours['first_step_seconds']:.1f} / {ours['warm_first_step_seconds']:.1f}"
+        rows.append([*row, start, peak])
+    machine = values["machine"]
+    ceiling = machine["matrix_product_gflop_per_second"]
+    note = (
+        f"Medians over {min(rounds)} to {max(rounds)} rounds in turns"
+        + (", the ratio within each round (10th to 90th percentile)" if against else "")
+        + f"; {machine['processor']}, {machine['cores']} cores, ceiling {ceiling:.0f} GFLOP/s (a "
+        f"2048 x 2048 matrix product); Python {machine['python']}, "
+        + ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+        + f"; {machine['when'][:10]}."
+    )
+    return Table("Speed", head, rows, note)
+
+
+def faults(tries: Sequence[Mapping[str, Any]]) -> Table:
+    """What the fault harness found: a row for each kind of fault and the part of a run it hit."""
+    head = [
+        "what was done to it",
+        "during",
+        "tries",
+        "complete epochs lost",
+        "same bits at the end",
+    ]
+    rows = []
+    for kind, where in dict.fromkeys((each["kind"], each["where"]) for each in tries):
+        own = [each for each in tries if (each["kind"], each["where"]) == (kind, where)]
+        lost = sum(each["complete"] - each["kept"] for each in own)
+        same = sum(each["same"] for each in own)
+        rows.append([kind, where, str(len(own)), str(lost), f"{same} of {len(own)}"])
+    return Table("Faults", head, sorted(rows))
+
+
+if __name__ == "__main__":
+    values = texts()
+    for path in PAGES:
+        path.write_text(fill(path.read_text(), values))
