@@ -3,7 +3,6 @@
 import hashlib
 import os
 import platform
-import stat
 import tempfile
 from pathlib import Path
 
@@ -29,15 +28,23 @@ def private_directory(path: Path) -> Path | None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        found = path.stat()
-        owned = found.st_uid == os.getuid() if hasattr(os, "getuid") else True
-        if not owned or not stat.S_ISDIR(found.st_mode) or not os.access(path, os.W_OK):
+        if not path.is_dir() or not owned(path) or not os.access(path, os.W_OK):
             return None
-        if found.st_mode & 0o077:
+        if path.stat().st_mode & 0o077:
             path.chmod(0o700)
     except OSError:
         return None
     return path
+
+
+def owned(path: Path) -> bool:
+    """Whether a file or folder is the user's own."""
+    return not hasattr(os, "getuid") or path.stat().st_uid == os.getuid()
+
+
+def only_ours(path: Path) -> bool:
+    """Whether the user, and nobody else, may change a folder and the files in it."""
+    return all(owned(each) and not each.stat().st_mode & 0o022 for each in (path, *path.iterdir()))
 
 
 def machine_name() -> str:
@@ -60,17 +67,31 @@ def content_fingerprint(arrays: list[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
+def files_fingerprint(folder: Path, *left_out: str) -> str:
+    """The SHA-256 of the names and contents of the files in a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name not in left_out:
+            with path.open("rb") as file:
+                digest.update(f"{path.name}\0".encode())
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 def read_arrays(path: Path) -> tuple[list[np.ndarray], tuple[str, ...], str] | None:
-    """The cached arrays, class names and fingerprint; None where absent or not as written."""
+    """The cached arrays, class names and fingerprint; None where absent, not as written, or where
+    others may write to it.
+    """
     try:
+        if not only_ours(path.parent):
+            return None
         with path.open("rb") as file:
             *arrays, names, fingerprint, check = (np.load(file) for _ in range(7))
-        class_names = tuple(map(str, names))
         right = content_fingerprint(arrays) == str(fingerprint)
         right &= content_fingerprint([names, fingerprint]) == str(check)
     except Exception:  # absent or damaged in any way: it is rebuilt
         return None
-    return (arrays, class_names, str(fingerprint)) if right else None
+    return (arrays, tuple(map(str, names)), str(fingerprint)) if right else None
 
 
 def write_arrays(
@@ -95,15 +116,3 @@ def write_arrays(
                 os.unlink(file.name)
     except OSError:
         return
-
-
-def files_fingerprint(prepared: Path) -> str:
-    """The SHA-256 of the files of a prepared data set, our own note beside them left out."""
-    digest = hashlib.sha256()
-    for path in sorted(prepared.iterdir()):
-        if path.is_file() and path.name != "jaxnorm_import.json":
-            with path.open("rb") as file:
-                digest.update(
-                    f"{path.name}\0".encode() + hashlib.file_digest(file, "sha256").digest()
-                )
-    return digest.hexdigest()

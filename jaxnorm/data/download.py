@@ -5,6 +5,7 @@ off, with progress.
 import hashlib
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -13,8 +14,9 @@ import filelock
 
 from jaxnorm.config import UserError
 from jaxnorm.data.cache import private_directory
-from jaxnorm.data.cifar10 import Progress
 
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
 ROUTE_SECONDS = 8.0
 """How long a host may take to answer before the user hears that it does not."""
 
@@ -39,22 +41,19 @@ def fetch(url: str, directory: Path, progress: Progress) -> Path:
 
 def _fetch(url: str, target: Path, progress: Progress) -> Path:
     """The download itself, of one process at a time."""
-    partial = target.with_name(target.name + ".part")
     if target.exists():
         return target
+    partial = target.with_name(target.name + ".part")
     have = partial.stat().st_size if partial.exists() else 0
     response = _open(url, have)
     if response.status_code == 416:  # the partial file is longer than the whole
-        partial.unlink()
-        have = 0
-        response = _open(url, have)
+        have, response = 0, _open(url, 0)
     if response.status_code not in (200, 206):
         raise UserError(f"{url}: the host answered {response.status_code} {response.reason}")
-    resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(
-        f"bytes {have}-"
-    )
+    start = response.headers.get("Content-Range", "")
+    resumed = response.status_code == 206 and start.startswith(f"bytes {have}-")
     have = have if resumed else 0
-    total = have + int(response.headers.get("Content-Length") or 0)
+    total, reason = have + int(response.headers.get("Content-Length") or 0), ""
     import requests
 
     try:
@@ -66,15 +65,12 @@ def _fetch(url: str, target: Path, progress: Progress) -> Path:
             file.flush()
             os.fsync(file.fileno())
     except requests.RequestException as error:
-        raise UserError(
-            f"{url}: the download was cut off at {have} of {total} bytes "
-            f"({type(error).__name__}); the same command resumes it"
-        ) from None
+        reason = f" ({type(error).__name__})"
     except OSError as error:
         raise UserError(f"{partial} cannot be written: {error.strerror}") from None
-    if have < total:
+    if have < total or reason:
         raise UserError(
-            f"{url}: the download was cut off at {have} of {total} bytes; the same command "
+            f"{url}: the download was cut off at {have} of {total} bytes{reason}; the same command "
             "resumes it"
         )
     partial.rename(target)
@@ -87,20 +83,13 @@ def _open(url: str, have: int) -> Any:
     """
     import requests
 
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     answer: list[Any] = []
 
     def ask() -> None:
-        """Asks the host, and puts its answer or the error where the caller finds it."""
+        timeout = (ROUTE_SECONDS / 2, 60)
         try:
-            headers = {"Range": f"bytes={have}-"} if have else {}
-            answer.append(
-                requests.get(
-                    url,
-                    stream=True,
-                    timeout=(ROUTE_SECONDS / 2, 60),
-                    headers={"Accept-Encoding": "identity", **headers},
-                )
-            )
+            answer.append(requests.get(url, stream=True, timeout=timeout, headers=headers))
         except requests.RequestException as error:
             answer.append(error)
 

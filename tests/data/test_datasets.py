@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from jaxnorm.config import UserError
+from jaxnorm.data import cifar10
 from jaxnorm.data import datasets as data
+from jaxnorm.data import prepared as prepared_
 
 
 def prepare(directory, name="tiny_set", shape=(32, 32, 3), splits=("train", "test"), labels=True):
@@ -84,8 +86,8 @@ def test_a_prepared_dataset_is_read_and_cached_and_a_damaged_cache_is_rebuilt(sc
     assert (scratch / "cache" / "decoded").stat().st_mode & 0o077 == 0
     assert cached.stat().st_mode & 0o077 == 0
     decoded = []
-    decode = data._decode
-    monkeypatch.setattr(data, "_decode", lambda *args: decoded.append(1) or decode(*args))
+    decode = prepared_.decode
+    monkeypatch.setattr(prepared_, "decode", lambda *args: decoded.append(1) or decode(*args))
     again = data.load("tiny_set", scratch, cache_dir=scratch / "cache")
     assert not decoded
     assert again.fingerprint == first.fingerprint
@@ -179,7 +181,7 @@ def test_another_dataset_in_cifar10s_place_is_refused(scratch):
 
 
 def test_without_data_and_a_route_the_user_hears_at_once_of_three_ways_on(scratch, monkeypatch):
-    monkeypatch.setattr(data.archives, "URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
+    monkeypatch.setattr(cifar10, "URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
     start = time.monotonic()
     with pytest.raises(UserError) as error:
         data.load("cifar10", scratch, cache_dir=scratch / "cache")
