@@ -18,6 +18,9 @@
 # It runs on 8x8 handwritten digits, which need no download.
 
 # %%
+import dataclasses
+
+import exploring
 import numpy as np
 from IPython.display import Image, display
 
@@ -32,7 +35,7 @@ dataset = jaxnorm.load("digits")
 
 def show(drawn):
     """Shows a figure."""
-    display(Image(figures.png(drawn[1], 80)))
+    display(Image(figures.png(drawn, 80)))
 
 
 # %% [markdown]
@@ -43,8 +46,8 @@ def show(drawn):
 # Batch norm alone looks across images. Group norm here has four groups of two channels.
 
 # %%
-masks = {norm: probes.averaged_over(norm) for norm in (*NORMS, "instance")}
-show(figures.averaged(masks))
+masks = {norm: exploring.averaged_over(norm) for norm in (*NORMS, "instance")}
+show(exploring.draw_averaged(masks))
 
 # %% [markdown]
 # ## Activations and gradients
@@ -63,7 +66,7 @@ measured = {
     for (norm, _), fit in fits.items()
 }
 caption = f"{dataset.caption}; matched nets, seed 1, {EPOCHS} epochs"
-for drawn in figures.of_probes(measured, caption):
+for _, drawn in figures.of_probes(measured, caption):
     show(drawn)
 
 # %% [markdown]
@@ -76,10 +79,10 @@ for drawn in figures.of_probes(measured, caption):
 # %%
 images, labels = dataset.train_images[:16], dataset.train_labels[:16]
 matrices = {
-    norm: np.asarray(probes.example_gradients(fit.program, fit.state, images, labels))
+    norm: exploring.example_gradients(fit.program, fit.state, images, labels)
     for (norm, _), fit in fits.items()
 }
-show(figures.example_gradients(matrices, caption))
+show(exploring.draw_example_gradients(matrices))
 for norm, matrix in matrices.items():
     others = matrix[~np.eye(len(matrix), dtype=bool)].sum()
     print(f"{norm:>6} norm: {others / matrix.sum():.0%} of the dependence is on other images")
@@ -96,9 +99,9 @@ for norm, matrix in matrices.items():
 # %%
 accuracies = {}
 for norm in ("batch", "group"):
-    config = jaxnorm.Config(norm=norm, arch="matched", dataset="digits", epochs=EPOCHS)
-    for (_, _, size), fit in probes.batch_size_effect(config, dataset, SIZES).items():
-        last = fit.epochs[-1].test_accuracy
+    for size in SIZES:
+        sized = dataclasses.replace(config, norm=norm, batch_size=size, learning_rate=0.01)
+        last = jaxnorm.fit(sized, dataset)[norm, 1].epochs[-1].test_accuracy
         accuracies.setdefault(norm, {})[size] = [last]
         print(f"{norm:>6} norm, batch {size:>3}: {last:.2%}")
-show(figures.batch_sizes(accuracies, f"{dataset.caption}; matched nets, seed 1, {EPOCHS} epochs"))
+show(exploring.draw_batch_sizes(accuracies))

@@ -105,7 +105,7 @@ def test_a_new_table_number_and_figure_reach_every_page(sweep, monkeypatch, caps
         figure.suptitle("Extra figure")
         yield "extra", figure
 
-    number = (lambda run: "extra number", lambda run, norm: f"{norm} 5678", lambda run: True)
+    number = tables.Number(lambda run: "extra number", lambda run, norm: f"{norm} 5678")
     monkeypatch.setattr(tables, "TABLES", [*tables.TABLES, extra])
     monkeypatch.setattr(tables, "NUMBERS", [*tables.NUMBERS, number])
     monkeypatch.setattr(figures, "FIGURES", (picture,))

@@ -2,9 +2,9 @@
 
 import io
 import re
-import sys
 from pathlib import Path
 
+import fill_pages
 import numpy as np
 import pytest
 from matplotlib.image import imread
@@ -15,9 +15,6 @@ from jaxnorm.storage.directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "notebooks" / "results"
-sys.path.insert(0, str(ROOT / "notebooks"))
-
-import fill_pages
 
 
 def test_every_marked_table_equals_what_the_records_say():

@@ -13,7 +13,7 @@ def call(*arguments) -> int:
 @pytest.fixture
 def undrawn(monkeypatch):
     """No figures, which take the time."""
-    monkeypatch.setattr(figures, "draw", lambda run: ({}, []))
+    monkeypatch.setattr(figures, "draw", lambda run: ([], []))
 
 
 def test_one_run_is_reported_in_its_own_directory(sweep, capsys, monkeypatch):

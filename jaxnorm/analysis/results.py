@@ -1,4 +1,4 @@
-"""One run's records, read once, and the numbers made from them: what figures and reports show."""
+"""One run's records, read once, and the numbers made from them: what figures and tables show."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,36 +8,11 @@ import numpy as np
 
 from jaxnorm.analysis import stats
 from jaxnorm.config import Net, UserError
-from jaxnorm.storage.directory import RunDirectory
+from jaxnorm.storage.directory import RunDirectory, Shapes
 from jaxnorm.storage.schema import Epoch, RunInfo, belongs
 
 GRID = 10
 """Images in a grid of mistakes: 5 columns, 2 rows."""
-
-RULES = {
-    "confident": "The mistakes it is surest of",
-    "drawn": "Mistakes drawn by the seed",
-    "common": "Wrong under every norm, surest first",
-}
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A misclassified test image, its true class, and what each net says."""
-
-    image: np.ndarray  # u8[32, 32, 3]
-    true: str
-    said: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Misclassified test images that were chosen by one rule; of one norm, or of all."""
-
-    name: str
-    norm: str | None
-    title: str
-    tiles: list[Tile]
 
 
 @dataclass(frozen=True)
@@ -58,14 +33,15 @@ class Run:
         for epoch in self.directory.epochs():
             if (epoch.norm, epoch.seed) in found:
                 found[epoch.norm, epoch.seed].append(epoch)
-        for (norm, seed), own in found.items():
-            numbers = [epoch.epoch for epoch in own]
-            if numbers != list(range(1, len(own) + 1)) or len(own) > self.info.config.epochs:
+        last = self.info.config.epochs
+        for (norm, seed), epochs in found.items():
+            numbers = [epoch.epoch for epoch in epochs]
+            if numbers != list(range(1, len(numbers) + 1)) or len(numbers) > last:
                 raise UserError(
                     f"{self.directory.path / 'metrics.jsonl'}: the epochs of {norm} norm, seed "
-                    f"{seed}, are not 1, 2, 3 and so on to {self.info.config.epochs} at most"
+                    f"{seed}, are not 1, 2, 3 and so on to {last} at most"
                 )
-        return {net: each for net, each in found.items() if each}
+        return {net: epochs for net, epochs in found.items() if epochs}
 
     @cached_property
     def norms(self) -> list[str]:
@@ -75,7 +51,7 @@ class Run:
 
     def seeds(self, norm: str) -> list[int]:
         """The seeds of a norm that have any epoch."""
-        return [seed for own, seed in self.epochs if own == norm]
+        return [seed for other, seed in self.epochs if other == norm]
 
     @cached_property
     def finished(self) -> dict[Net, list[Epoch]]:
@@ -93,19 +69,16 @@ class Run:
 
     def sample(self, norm: str, field: str = "last") -> stats.Sample:
         """A field of the summaries of a norm's finished nets."""
-        nets = self.summaries[norm].values()
-        return stats.Sample(tuple(getattr(net, field) for net in nets))
+        return stats.Sample(tuple(getattr(n, field) for n in self.summaries[norm].values()))
 
     @cached_property
     def differences(self) -> list[stats.Difference]:
         """The last test accuracies of every two norms, compared by seed."""
-        return stats.differences(
-            {
-                norm: {seed: net.last for seed, net in nets.items()}
-                for norm, nets in self.summaries.items()
-            },
-            self.info.dataset.test_count,
-        )
+        last = {
+            norm: {seed: net.last for seed, net in nets.items()}
+            for norm, nets in self.summaries.items()
+        }
+        return stats.differences(last, self.info.dataset.test_count)
 
     @cached_property
     def predictions(self) -> dict[Net, np.ndarray]:
@@ -113,10 +86,9 @@ class Run:
 
         Raises `UserError` where they are not those that the newest epoch's line tells of.
         """
-        found = {}
+        found, wanted = {}, (self.info.dataset.test_count, len(self.class_names))
         for net, epochs in self.epochs.items():
             logits, labels = self.directory.predictions(net)
-            wanted = (self.info.dataset.test_count, len(self.class_names))
             if logits.shape != wanted or not belongs(logits, labels, epochs[-1]):
                 raise UserError(
                     f"{self.directory.path}: the predictions of {net[0]} norm, seed {net[1]}, are "
@@ -127,9 +99,7 @@ class Run:
 
     @cached_property
     def logits(self) -> dict[str, np.ndarray]:
-        """Test logits f32[N, classes] of the first net of each norm: the one whose mistakes are
-        shown.
-        """
+        """Test logits of the first net of each norm: the one whose mistakes are shown."""
         return {norm: self.predictions[norm, self.seeds(norm)[0]] for norm in self.norms}
 
     @cached_property
@@ -137,11 +107,10 @@ class Run:
         """Test labels i32[N]."""
         return self.directory.predictions(next(iter(self.epochs)))[1]
 
-    @cached_property
-    def probes(self) -> dict[str, dict[str, np.ndarray]]:
-        """What was measured inside the first net of each norm."""
+    def probes(self, shapes: Shapes) -> dict[str, dict[str, np.ndarray]]:
+        """What was measured inside the first net of each norm: the arrays of `shapes`."""
         seed = self.info.config.seed
-        return {norm: self.directory.probes((norm, seed)) for norm in self.norms}
+        return {norm: self.directory.probes((norm, seed), shapes) for norm in self.norms}
 
     @cached_property
     def examples(self) -> dict[str, np.ndarray]:
@@ -166,40 +135,19 @@ class Run:
         """What stands under every figure: the data, the nets and the seeds."""
         return f"{self.info.dataset.caption}; {self.info.config.arch} nets, {self.seeds_text}"
 
-    def rows(self) -> dict[str, np.ndarray]:
-        """The test images shown, by figure name: three rules, all over the whole test set."""
-        seed, chosen = self.info.config.seed, {}
-        for norm, logits in self.logits.items():
-            chosen[f"mistakes-confident-{norm}"] = stats.confident_mistakes(
-                logits, self.labels, GRID
-            )
-            chosen[f"mistakes-drawn-{norm}"] = stats.drawn_mistakes(logits, self.labels, GRID, seed)
-        if len(self.logits) > 1:
-            chosen["mistakes-common"] = stats.common_mistakes(
-                list(self.logits.values()), self.labels, GRID
-            )
-        return chosen
-
     @cached_property
-    def mistakes(self) -> list["Grid"]:
-        """The grids of misclassified test images that figures and the page show."""
-        grids = []
-        for name, rows in self.rows().items():
-            images = self.images(rows)
-            _, rule, *rest = name.split("-", 2)
-            shown = {n: logits for n, logits in self.logits.items() if not rest or n in rest}
-            tiles = []
-            for row, image in zip(rows, images, strict=True):
-                said = []
-                for norm, logits in shown.items():
-                    probability = stats.probabilities(logits[row])
-                    best = int(probability.argmax())
-                    guess = f"{self.class_names[best]} {probability[best]:.0%}"
-                    said.append(guess if rest else f"{norm}: {guess}")
-                true = self.class_names[int(self.labels[row])]
-                tiles.append(Tile(image, true, tuple(said)))
-            grids.append(Grid(name, rest[0] if rest else None, RULES[rule], tiles))
-        return grids
+    def mistakes(self) -> dict[str, np.ndarray]:
+        """The misclassified test images that are shown, by figure name: three rules, all over the
+        whole test set.
+        """
+        seed, labels, chosen = self.info.config.seed, self.labels, {}
+        for norm, logits in self.logits.items():
+            chosen[f"mistakes-confident-{norm}"] = stats.confident_mistakes([logits], labels, GRID)
+            chosen[f"mistakes-drawn-{norm}"] = stats.drawn_mistakes(logits, labels, GRID, seed)
+        if len(self.logits) > 1:
+            every = list(self.logits.values())
+            chosen["mistakes-common"] = stats.confident_mistakes(every, labels, GRID)
+        return chosen
 
     def confusion(self, norm: str) -> np.ndarray:  # f64[classes, classes]
         """The mean confusion matrix of a norm's seeds, in counts."""
@@ -213,12 +161,10 @@ class Run:
 
     def images(self, rows: np.ndarray) -> list[np.ndarray]:  # of u8[32, 32, 3]
         """Test images by their row; raises `UserError` where one was not kept."""
-        kept = dict(
-            zip(map(int, self.examples["test_rows"]), self.examples["test_images"], strict=True)
-        )
-        if absent := {*map(int, rows)} - kept.keys():
+        places = {int(row): place for place, row in enumerate(self.examples["test_rows"])}
+        if absent := {*map(int, rows)} - places.keys():
             raise UserError(
                 f"{self.directory.path / 'examples.npz'} lacks {len(absent)} of the test images "
                 "to show"
             )
-        return [kept[int(row)] for row in rows]
+        return [self.examples["test_images"][places[int(row)]] for row in rows]

@@ -8,7 +8,7 @@ nets of the same seed, which start from the same kernels and see the same batche
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,17 +27,16 @@ RESAMPLES = 9_999
 
 @dataclass(frozen=True)
 class Summary:
-    """One net's training in a line. Accuracies are fractions of the test set."""
+    """One net's training in a line. Accuracies are fractions of the test set; `chosen` is that of
+    the epoch with the best validation accuracy, `train` the last epoch's on the training batches.
+    """
 
     best: float
     best_epoch: int
     last: float
     first_at_target: int | None
-    """The first epoch at `TARGET`, or None."""
     chosen: float | None
-    """At the epoch with the best validation accuracy, or None where nothing was held out."""
     train: float
-    """The last epoch's accuracy on the training batches."""
 
 
 def summarize(epochs: Sequence[Epoch]) -> Summary:
@@ -49,23 +48,9 @@ def summarize(epochs: Sequence[Epoch]) -> Summary:
     first = next((epoch.epoch for epoch in epochs if epoch.test_accuracy >= TARGET), None)
     held_out = [epoch for epoch in epochs if epoch.validation_accuracy is not None]
     chosen = max(held_out, key=lambda each: (each.validation_accuracy, -each.epoch), default=None)
-    return Summary(
-        best.test_accuracy,
-        best.epoch,
-        epochs[-1].test_accuracy,
-        first,
-        chosen and chosen.test_accuracy,
-        epochs[-1].train_accuracy,
-    )
-
-
-def by_seed(epochs: Iterable[Epoch], norm: str) -> dict[int, list[Epoch]]:
-    """The epochs of each net of a norm, by seed."""
-    found: dict[int, list[Epoch]] = {}
-    for epoch in epochs:
-        if epoch.norm == norm:
-            found.setdefault(epoch.seed, []).append(epoch)
-    return found
+    last, accuracy = epochs[-1], chosen and chosen.test_accuracy
+    ends = (last.test_accuracy, first, accuracy, last.train_accuracy)
+    return Summary(best.test_accuracy, best.epoch, *ends)
 
 
 @dataclass(frozen=True)
@@ -91,10 +76,7 @@ class Sample:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Student's 95 % interval of the mean, or None for one value.
-
-        It takes the values for normally distributed.
-        """
+        """Student's 95 % interval of the mean of normally distributed values; None for one."""
         if self.deviation is None:
             return None
         half = scipy_stats.t.ppf(1 - LEVEL / 2, self.n - 1) * self.deviation / math.sqrt(self.n)
@@ -102,35 +84,28 @@ class Sample:
 
     @cached_property
     def bootstrap_interval(self) -> tuple[float, float] | None:
-        """The percentile bootstrap's 95 % interval of the mean, or None for one value.
-
-        It takes nothing for granted, and with few values it is too narrow: it never leaves their
-        range.
+        """The percentile bootstrap's 95 % interval of the mean, or None for one value. With few
+        values it is too narrow: it never leaves their range.
         """
         if self.n == 1:
             return None
-        found = scipy_stats.bootstrap(
-            (self.values,),
-            np.mean,
-            confidence_level=1 - LEVEL,
-            n_resamples=RESAMPLES,
-            method="percentile",
-            rng=np.random.default_rng(0),
-        ).confidence_interval
-        return float(found.low), float(found.high)
+        options = {"confidence_level": 1 - LEVEL, "n_resamples": RESAMPLES, "method": "percentile"}
+        random = np.random.default_rng(0)
+        found = scipy_stats.bootstrap((self.values,), np.mean, rng=random, **options)
+        return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One norm minus another, paired by seed."""
+    """One norm minus another, paired by seed; p is the exact sign-flip test's, `adjusted_p` after
+    Holm's correction for all pairs that are compared together.
+    """
 
     first: str
     second: str
     sample: Sample
     p: float
-    """Of the exact sign-flip test."""
     adjusted_p: float
-    """After Holm's correction for all pairs that are compared together."""
 
 
 def differences(values: Mapping[str, Mapping[int, float]], count: int) -> list[Difference]:
@@ -229,9 +204,8 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Counts i64[classes, classes]: row the true class, column the predicted one."""
     classes = logits.shape[1]
-    return np.bincount(labels * classes + logits.argmax(1), minlength=classes**2).reshape(
-        classes, classes
-    )
+    counts = np.bincount(labels * classes + logits.argmax(1), minlength=classes**2)
+    return counts.reshape(classes, classes)
 
 
 def class_accuracy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -241,28 +215,16 @@ def class_accuracy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.where(totals, matrix.diagonal() / np.maximum(totals, 1), np.nan)
 
 
-def mistakes(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The rows that were classified wrongly, in order."""
-    return np.flatnonzero(logits.argmax(1) != labels)
-
-
-def confident_mistakes(logits: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
-    """The mistakes with the highest predicted probability, highest first."""
-    wrong = mistakes(logits, labels)
-    confidence = probabilities(logits[wrong]).max(1)
+def confident_mistakes(logits: Sequence[np.ndarray], labels: np.ndarray, count: int) -> np.ndarray:
+    """The images that every one of these nets gets wrong, those with the highest mean confidence in
+    the wrong classes first.
+    """
+    wrong = np.flatnonzero(np.all([each.argmax(1) != labels for each in logits], axis=0))
+    confidence = np.mean([probabilities(each[wrong]).max(1) for each in logits], axis=0)
     return wrong[np.argsort(-confidence, kind="stable")[:count]]
 
 
 def drawn_mistakes(logits: np.ndarray, labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Mistakes drawn without replacement, every one as likely, in order."""
-    wrong = mistakes(logits, labels)
+    wrong = np.flatnonzero(logits.argmax(1) != labels)
     return np.sort(np.random.default_rng(seed).choice(wrong, min(count, len(wrong)), replace=False))
-
-
-def common_mistakes(logits: Sequence[np.ndarray], labels: np.ndarray, count: int) -> np.ndarray:
-    """The images that every net gets wrong, those with the highest mean confidence in the wrong
-    classes first.
-    """
-    wrong = np.flatnonzero(np.all([each.argmax(1) != labels for each in logits], axis=0))
-    confidence = np.mean([probabilities(each[wrong]).max(1) for each in logits], axis=0)
-    return wrong[np.argsort(-confidence, kind="stable")[:count]]

@@ -1,16 +1,19 @@
 """What reports and the README say in words and tables, made from records: every number a person
-reads is formatted here. A new table is one more function in `TABLES`; a new number
-of the results is one more row of `NUMBERS`.
+reads is formatted here. A new table is one more function in `TABLES`; a new number of the results
+is one more row of `NUMBERS`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from jaxnorm.analysis import stats
 from jaxnorm.analysis.results import Run
+from jaxnorm.config import Config
 from jaxnorm.storage.schema import Environment
 
-MINUS = "\N{MINUS SIGN}"
+MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
+_MEAN = ", mean \N{PLUS-MINUS SIGN} standard deviation"
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,8 @@ class Table:
         """For a terminal: columns in line, with the note and without the title."""
         lines = [self.head, *self.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = "\n".join(
-            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-            for line in lines
-        )
-        return text + (f"\n{self.note}" if self.note else "")
+        padded = [[f"{c:>{w}}" for c, w in zip(line, widths, strict=True)] for line in lines]
+        return "\n".join(["  ".join(line) for line in padded] + [self.note] * bool(self.note))
 
 
 def escaped(text: str) -> str:
@@ -49,15 +49,34 @@ def escaped(text: str) -> str:
     return " ".join(text.split())
 
 
-Column = tuple[Callable[[Run], str], Callable[[Run, str], str], Callable[[Run], bool]]
+class Number(NamedTuple):
+    """A column of the results: its head, its text for a norm, and whether a run has it."""
 
-
-def _always(run: Run) -> bool:
-    return True
+    head: Callable[[Run], str]
+    text: Callable[[Run, str], str]
+    shown: Callable[[Run], bool] = lambda run: True
 
 
 def _several(run: Run) -> bool:
     return run.info.config.seeds > 1
+
+
+def _accuracy(head: str, field: str, shown: Callable[[Run], bool] = lambda run: True) -> Number:
+    """The accuracy of a field of `stats.Summary`."""
+    text = lambda run, norm: stats.accuracy_text(run.sample(norm, field))  # noqa: E731
+    return Number(lambda run: head, text, shown)
+
+
+def _interval(head: str, field: str) -> Number:
+    """An interval of the last test accuracy, cut to what an accuracy can be."""
+
+    def text(run: Run, norm: str) -> str:
+        interval = getattr(run.sample(norm), field)
+        if interval is None:
+            return "none: n = 1"
+        return f"{100 * max(interval[0], 0):.2f} to {100 * min(interval[1], 1):.2f}"
+
+    return Number(lambda run: head, text, _several)
 
 
 def _best(run: Run, norm: str) -> str:
@@ -66,79 +85,61 @@ def _best(run: Run, norm: str) -> str:
     return best if _several(run) else f"{best} (epoch {net.best_epoch})"
 
 
-NUMBERS: list[Column] = [
-    (lambda run: "parameters", lambda run, norm: f"{run.info.parameters[norm]:,}", _always),
-    (lambda run: "n", lambda run, norm: str(run.sample(norm).n), _several),
-    (lambda run: "last test", lambda run, norm: stats.accuracy_text(run.sample(norm)), _always),
-    (
-        lambda run: "95% t interval",
-        lambda run, norm: _interval(run.sample(norm).interval),
-        _several,
-    ),
-    (
-        lambda run: "95% bootstrap",
-        lambda run, norm: _interval(run.sample(norm).bootstrap_interval),
-        _several,
-    ),
-    (
-        lambda run: "test at the best validation",
-        lambda run, norm: stats.accuracy_text(run.sample(norm, "chosen")),
-        lambda run: run.info.config.validation > 0,
-    ),
-    (
-        lambda run: "last train",
-        lambda run, norm: stats.accuracy_text(run.sample(norm, "train")),
-        _always,
-    ),
-    (lambda run: f"best of {run.info.config.epochs} on test (the study's rule)", _best, _always),
-    (
-        lambda run: f"first epoch at {stats.TARGET:.0%}",
-        lambda run, norm: stats.epochs_to_target(list(run.summaries[norm].values())),
-        _always,
-    ),
+def _first(run: Run, norm: str) -> str:
+    return stats.epochs_to_target(list(run.summaries[norm].values()))
+
+
+NUMBERS = [
+    Number(lambda run: "parameters", lambda run, norm: f"{run.info.parameters[norm]:,}"),
+    Number(lambda run: "n", lambda run, norm: str(run.sample(norm).n), _several),
+    _accuracy("last test", "last"),
+    _interval("95% t interval", "interval"),
+    _interval("95% bootstrap", "bootstrap_interval"),
+    _accuracy("test at the best validation", "chosen", lambda run: run.info.config.validation > 0),
+    _accuracy("last train", "train"),
+    Number(lambda run: f"best of {run.info.config.epochs} on test (the study's rule)", _best),
+    Number(lambda run: f"first epoch at {stats.TARGET:.0%}", _first),
 ]
-"""The numbers of the results table: the head, the text for a norm, and whether a run has it."""
+"""The numbers of the results table, in order."""
 
 
 def results(run: Run) -> Table:
     """A row a norm: the last epoch first, then the study's rule; and how it was measured."""
-    numbers = [number for number in NUMBERS if number[2](run)]
-    rows = [
-        [norm, *(text(run, norm) for _, text, _ in numbers)]
-        if norm in run.summaries
-        else [norm, *["not trained yet"] * len(numbers)]
-        for norm in run.info.config.norms
-    ]
-    head = ["norm", *(head(run) for head, _, _ in numbers)]
+    numbers, rows = [number for number in NUMBERS if number.shown(run)], []
+    for norm in run.info.config.norms:
+        cells = ["not trained yet"] * len(numbers)
+        if norm in run.summaries:
+            cells = [number.text(run, norm) for number in numbers]
+        rows.append([norm, *cells])
+    head = ["norm", *(number.head(run) for number in numbers)]
     return Table("Test accuracy", head, rows, conditions(run))
 
 
 def conditions(run: Run) -> str:
     """The data, nets, epochs, seeds, device and versions of a run, in a line."""
-    info, config = run.info, run.info.config
-    of = ", ".join(
-        f"{name} {info.environment.versions.get(name, '?')}" for name in ("jax", "flax", "optax")
-    )
-    finished = f"{len(run.finished)} of {len(config.nets)} nets finished, "
-    held_out = f"{config.validation} training images held out, " if config.validation else ""
-    spread = ", mean \N{PLUS-MINUS SIGN} standard deviation" if config.seeds > 1 else ", n = 1"
-    return (
-        f"{info.dataset.caption}; {config.arch} nets, {config.epochs} epochs, "
-        f"{finished if len(run.finished) < len(config.nets) else ''}batch {config.batch}, "
-        f"{held_out}{run.seeds_text}{spread}; {info.environment.device}; {of}."
-    )
+    info, config, made = run.info, run.info.config, run.info.environment
+    parts = [f"{info.dataset.caption}; {config.arch} nets", f"{config.epochs} epochs"]
+    if len(run.finished) < len(config.nets):
+        parts.append(f"{len(run.finished)} of {len(config.nets)} nets finished")
+    parts.append(f"batch {config.batch}")
+    if config.validation:
+        parts.append(f"{config.validation} training images held out")
+    text = ", ".join([*parts, run.seeds_text]) + (_MEAN if config.seeds > 1 else ", n = 1")
+    names = ("jax", "flax", "optax")
+    versions = ", ".join(f"{name} {made.versions.get(name, '?')}" for name in names)
+    return f"{text}; {made.device}; {versions}."
 
 
 def values(run: Run) -> Table:
     """Every raw value: a row a seed, the last and the best test accuracy of each norm."""
-    norms = list(run.summaries)
     rows = []
     for seed in run.info.config.seed_numbers:
-        nets = [run.summaries[norm].get(seed) for norm in norms]
+        nets = [nets.get(seed) for nets in run.summaries.values()]
         if any(nets):
             cells = [f"{net.last:.2%} / {net.best:.2%}" if net else "" for net in nets]
             rows.append([str(seed), *cells])
-    return Table("Every net: last / best test accuracy", ["seed", *norms], rows)
+    head = ["seed", *run.summaries]
+    return Table("Every net: last / best test accuracy", head, rows)
 
 
 def differences(run: Run) -> Table:
@@ -149,7 +150,8 @@ def differences(run: Run) -> Table:
     for each in run.differences:
         sample = each.sample
         row = [f"{each.first} {MINUS} {each.second}", str(sample.n), points(sample.mean)]
-        row += [_points_interval(sample.interval), _points_interval(sample.bootstrap_interval)]
+        for interval in (sample.interval, sample.bootstrap_interval):
+            row.append(" to ".join(map(points, interval)) if interval else "none: n = 1")
         rows.append([*row, f"{each.p:.3g}", f"{each.adjusted_p:.3g}"])
     note = (
         "Differences of last test accuracies between nets of the same seed; the intervals are not "
@@ -160,68 +162,53 @@ def differences(run: Run) -> Table:
 
 def _what_n_can_show(run: Run) -> str:
     """What the fewest and the most pairs of a comparison can show, in words."""
-    counts = sorted({each.sample.n for each in run.differences}) or [1]
-    return " ".join(
-        stats.what_n_can_show(n, max(1, len(run.differences))) for n in {counts[0], counts[-1]}
-    )
+    counts, tests = [each.sample.n for each in run.differences] or [1], len(run.differences)
+    ends = sorted({min(counts), max(counts)})
+    return " ".join(stats.what_n_can_show(n, max(1, tests)) for n in ends)
 
 
 def finding(run: Run) -> str:
-    """What the run found, in a sentence or two with n and intervals, and what it does not show."""
+    """What the run found, with n and intervals, and what it does not show: a sentence on where the
+    norms end, one for each pair, and one on what so many seeds can show.
+    """
     if not run.summaries:
         return "No net is finished yet, so nothing is found."
-    config, found = run.info.config, run.summaries
-    ranked = sorted(found, key=lambda norm: -run.sample(norm).mean)
-    texts = []
-    for norm in ranked:
-        sample = run.sample(norm)
-        text = f"{norm} norm ends at {sample.mean:.1%}" if norm == ranked[0] else norm
-        text += "" if norm == ranked[0] else f" norm at {sample.mean:.1%}"
+    where, ends = "With the study's own nets, which differ in more than the norm", []
+    if run.info.config.arch == "matched":
+        where = "With one net in which only the norm differs"
+    samples = {norm: run.sample(norm) for norm in run.summaries}
+    for norm, sample in sorted(samples.items(), key=lambda item: -item[1].mean):
+        text = f"{norm} norm {'at' if ends else 'ends at'} {sample.mean:.1%}"
         if sample.interval:
             low, high = sample.interval
             text += f" (95% interval {100 * max(low, 0):.1f} to {100 * min(high, 1):.1f})"
-        texts.append(text)
-    where = (
-        "With one net in which only the norm differs"
-        if config.arch == "matched"
-        else "With the study's own nets, which differ in more than the norm"
+        ends.append(text)
+    counts = sorted({sample.n for sample in samples.values()})
+    n = f"n = {'/'.join(map(str, counts))}"
+    n += " seeds each" if counts[-1] > 1 else ", one run of each"
+    said = [f"{where}, {listed(ends)} test accuracy ({n}, {run.info.dataset.caption})."]
+    if len(samples) > 1:
+        said += [_compared(each) for each in run.differences if each.sample.n > 1]
+        said.append(_what_n_can_show(run))
+    return " ".join(said)
+
+
+def _compared(each: stats.Difference) -> str:
+    """What a paired difference shows, in a sentence: it is clear where its t interval leaves zero
+    out.
+    """
+    norms, sample = (each.first, each.second), each.sample
+    low, high = sample.interval or (0, 0)
+    tail = f"n = {sample.n}, p {each.adjusted_p:.2g} after Holm"
+    if low * high > 0:
+        up, down = norms if sample.mean > 0 else norms[::-1]
+        low, high = sorted((abs(100 * low), abs(100 * high)))
+        mean = f"{abs(100 * sample.mean):.1f} points ({low:.1f} to {high:.1f}, {tail})"
+        return f"Paired by seed, {up} norm is above {down} norm by {mean}."
+    return (
+        f"No difference between {norms[0]} and {norms[1]} norm is shown: its 95% interval, "
+        f"{points(low)} to {points(high)} points ({tail}), holds zero."
     )
-    counts = {run.sample(norm).n for norm in found}
-    n = f"n = {'/'.join(map(str, sorted(counts)))}"
-    n += " seeds each" if max(counts) > 1 else ", one run of each"
-    head = f"{where}, {listed(texts)} test accuracy ({n}, {run.info.dataset.caption})."
-    if len(found) < 2:
-        return head
-    tested = [each for each in run.differences if each.sample.n > 1]
-    parts = []
-    for each in filter(_clear, tested):
-        low, high = sorted(abs(100 * edge) for edge in each.sample.interval or (0, 0))
-        up, down = (each.first, each.second)
-        if each.sample.mean < 0:
-            up, down = down, up
-        parts.append(
-            f"{up} is above {down} norm by {abs(100 * each.sample.mean):.1f} points "
-            f"({low:.1f} to {high:.1f}, n = {each.sample.n}, p {each.adjusted_p:.2g} after Holm)"
-        )
-    unclear = [f"{each.first}/{each.second}" for each in tested if not _clear(each)]
-    untested = [f"{each.first}/{each.second}" for each in run.differences if each.sample.n == 1]
-    tail = f" Paired by seed, {listed(parts)}." if parts else ""
-    if unclear and not parts and not untested:
-        tail = (
-            " No difference between norms is shown: paired by seed, the 95% interval of every "
-            "difference holds zero."
-        )
-    elif unclear:
-        tail += f" The 95% interval of the difference holds zero for {listed(unclear)}."
-    if untested and tested:
-        tail += f" One pair of seeds cannot tell {listed(untested)} apart."
-    return f"{head}{tail} {_what_n_can_show(run)}"
-
-
-def _clear(each: stats.Difference) -> bool:
-    """Whether the t interval leaves zero out."""
-    interval = each.sample.interval
-    return interval is not None and interval[0] * interval[1] > 0
 
 
 def listed(texts: Sequence[str]) -> str:
@@ -231,47 +218,32 @@ def listed(texts: Sequence[str]) -> str:
 
 def classes(run: Run) -> Table:
     """The mean test accuracy of each class under each norm."""
-    norms = run.norms
-    means = {norm: run.class_accuracies(norm).mean(0) for norm in norms}
-    rows = [
-        [name, *(f"{means[norm][i]:.1%}" for norm in norms)]
-        for i, name in enumerate(run.class_names)
-    ]
-    return Table("Test accuracy of each class", ["class", *norms], rows, run.caption + ".")
-
-
-def confusion(run: Run, norm: str) -> Table:
-    """The confusion matrix of a norm in counts, the mean of its seeds."""
-    matrix = run.confusion(norm)
-    rows = [
-        [name, *(f"{count:.0f}" for count in matrix[i])] for i, name in enumerate(run.class_names)
-    ]
-    count = len(run.seeds(norm))
-    mean = f", mean of {count} seeds" if count > 1 else ""
-    title = f"{norm} norm: confusion matrix of {len(run.labels):,} test images{mean}"
-    return Table(title, ["true class", *run.class_names], rows, "A column is a predicted class.")
+    means = [run.class_accuracies(norm).mean(0) for norm in run.norms]
+    rows = [[name, *(f"{mean[i]:.1%}" for mean in means)] for i, name in enumerate(run.class_names)]
+    return Table("Test accuracy of each class", ["class", *run.norms], rows, run.caption + ".")
 
 
 def parameters(run: Run) -> Table:
-    """The layers of each norm's net: output, receptive field, and parameters of kernel and norm."""
+    """The layers of each norm's net."""
+    return layers(run.info.config, len(run.class_names))
 
+
+def layers(config: Config, num_classes: int) -> Table:
+    """The layers of each norm's net: output, receptive field, parameters of kernel and norm."""
     from jaxnorm.model import summary
 
-    norms, count = run.info.config.norms, len(run.class_names)
-    nets = [summary.summarize(summary.net_of(run.info.config, norm, count)) for norm in norms]
-    head = ["layer"]
-    for norm in norms:
-        head += [f"{norm}: output", "field", "kernel", "norm"]
+    nets = [summary.net_of(config, norm, num_classes) for norm in config.norms]
+    head, total = ["layer"], ["total"]
+    for net in nets:
+        head += [f"{net.norm}: output", "field", "kernel", "norm"]
+        total += ["", "", "", f"{summary.count_parameters(net):,}"]
     rows = []
-    for layers in zip(*nets, strict=True):
-        row = [layers[0].name]
-        for layer in layers:
-            shape = "\N{MULTIPLICATION SIGN}".join(map(str, layer.shape))
-            row += [shape, str(layer.receptive_field), f"{layer.kernel:,}", f"{layer.norm:,}"]
+    for same in zip(*map(summary.summarize, nets), strict=True):
+        row = [same[0].name]
+        for each in same:
+            shape = TIMES.join(map(str, each.shape))
+            row += [shape, str(each.receptive_field), f"{each.kernel:,}", f"{each.norm:,}"]
         rows.append(row)
-    total = ["total"]
-    for norm in norms:
-        total += ["", "", "", f"{run.info.parameters[norm]:,}"]
     return Table("Layers and parameters", head, [*rows, total])
 
 
@@ -280,36 +252,32 @@ def facts(run: Run) -> Table:
     info, config, data, made = run.info, run.info.config, run.info.dataset, run.info.environment
     verified = {True: "yes, by its checksum", False: "no", None: "not known: somebody prepared it"}
     images = f"{data.train_count:,} training and {data.test_count:,} test images"
-    rows = [["command", made.command]]
-    rows += [[name.replace("_", " "), str(value)] for name, value in vars(config).items()]
-    rows += [
-        ["data", f"{data.caption}, {images}"],
-        ["data from", data.source],
-        ["data verified", verified[data.verified]],
-        ["data SHA-256", data.fingerprint],
-        ["device", made.device],
-        ["mesh", made.mesh],
-        ["self-check", made.self_check],
-        ["repeatable", info.repeatable],
-        ["started", made.started],
-        ["resumed", "; ".join(_resumed(made, each) for each in info.resumed) or "never"],
-        ["git revision", made.git_revision or "not from a checkout"],
-        ["versions", ", ".join(f"{name} {version}" for name, version in made.versions.items())],
-    ]
-    seconds = sum(
-        epoch.train_seconds + epoch.test_seconds for net in run.epochs.values() for epoch in net
-    )
-    rows.append(["time", f"{seconds / 60:.1f} minutes of training and evaluation"])
-    return Table("How it was made", ["what", "value"], rows)
+    spent = [epoch for net in run.epochs.values() for epoch in net]
+    seconds = sum(epoch.train_seconds + epoch.test_seconds for epoch in spent)
+    rows = {
+        "command": made.command,
+        **{name.replace("_", " "): str(value) for name, value in vars(config).items()},
+        "data": f"{data.caption}, {images}",
+        "data from": data.source,
+        "data verified": verified[data.verified],
+        "data SHA-256": data.fingerprint,
+        "device": made.device,
+        "mesh": made.mesh,
+        "self-check": made.self_check,
+        "repeatable": info.repeatable,
+        "started": made.started,
+        "resumed": "; ".join(_resumed(made, each) for each in info.resumed) or "never",
+        "git revision": made.git_revision or "not from a checkout",
+        "versions": ", ".join(f"{name} {version}" for name, version in made.versions.items()),
+        "time": f"{seconds / 60:.1f} minutes of training and evaluation",
+    }
+    return Table("How it was made", ["what", "value"], [list(row) for row in rows.items()])
 
 
 def _resumed(first: Environment, again: Environment) -> str:
     """When a run was resumed, and what was not as at its start."""
-    other = [
-        name.replace("_", " ")
-        for name in ("device", "mesh", "versions", "git_revision")
-        if getattr(again, name) != getattr(first, name)
-    ]
+    names = ("device", "mesh", "versions", "git_revision")
+    other = [n.replace("_", " ") for n in names if getattr(again, n) != getattr(first, n)]
     checked = f"self-check {again.self_check}"
     return f"{again.started}, {f'other {listed(other)}, ' if other else ''}{checked}"
 
@@ -319,41 +287,30 @@ def side_by_side(runs: Mapping[str, Run]) -> Table:
     norms = dict.fromkeys(norm for run in runs.values() for norm in run.info.config.norms)
     rows = []
     for title, run in runs.items():
-        cells = [
-            f"{stats.accuracy_text(run.sample(norm))} (n = {run.sample(norm).n})"
-            if norm in run.summaries
-            else ""
-            for norm in norms
-        ]
+        samples = [run.sample(norm) if norm in run.summaries else None for norm in norms]
+        cells = [f"{stats.accuracy_text(each)} (n = {each.n})" if each else "" for each in samples]
         rows.append([title, run.info.dataset.caption, *cells])
-    note = "Last epoch, mean \N{PLUS-MINUS SIGN} standard deviation over n seeds."
-    return Table("Last test accuracy, side by side", ["run", "data", *norms], rows, note)
+    head, note = ["run", "data", *norms], f"Last epoch{_MEAN} over n seeds."
+    return Table("Last test accuracy, side by side", head, rows, note)
 
 
 def sweep(runs: Sequence[Run]) -> Table:
     """The last test accuracy of every norm at every batch size and learning rate of a sweep."""
-    norms = runs[0].info.config.norms
-    rows, lost = [], False
+    first, rows, lost = runs[0].info.config, [], ""
     for run in runs:
-        config = run.info.config
-        cells = []
-        for norm in norms:
-            nets = [run.epochs.get((norm, seed), []) for seed in config.seed_numbers]
-            ends = [net[-1].test_accuracy for net in nets if len(net) == config.epochs]
-            text = stats.accuracy_text(stats.Sample(tuple(ends))) if ends else "none"
-            lost |= len(ends) < len(nets)
-            cells.append(
-                text + ("" if len(ends) == len(nets) else f" ({len(ends)} of {len(nets)})")
-            )
+        config, cells = run.info.config, []
+        for norm in first.norms:
+            done = run.summaries.get(norm)
+            cells.append(stats.accuracy_text(run.sample(norm)) if done else "none")
+            if len(done or ()) < config.seeds:
+                cells[-1] += f" ({len(done or ())} of {config.seeds})"
+                lost = " Of nets that are not counted the loss was not finite."
         rows.append([str(config.batch), f"{config.rate:g}", *cells])
-    config = runs[0].info.config
     note = (
-        f"Last test accuracy after {config.epochs} epochs, n = {config.seeds} each"
-        + (", mean \N{PLUS-MINUS SIGN} standard deviation" if config.seeds > 1 else "")
-        + f"; {config.arch} nets, {runs[0].info.dataset.caption}."
-        + (" Of nets that are not counted the loss was not finite." if lost else "")
+        f"Last test accuracy after {first.epochs} epochs, n = {first.seeds} each"
+        f"{_MEAN if first.seeds > 1 else ''}; {first.arch} nets, {runs[0].info.dataset.caption}."
     )
-    return Table("The sweep", ["batch", "learning rate", *norms], rows, note)
+    return Table("The sweep", ["batch", "learning rate", *first.norms], rows, note + lost)
 
 
 def points(difference: float) -> str:
@@ -361,15 +318,5 @@ def points(difference: float) -> str:
     return f"{100 * difference:+.2f}".replace("-", MINUS)
 
 
-def _interval(interval: tuple[float, float] | None) -> str:
-    if interval is None:
-        return "none: n = 1"
-    return f"{100 * max(interval[0], 0):.2f} to {100 * min(interval[1], 1):.2f}"
-
-
-def _points_interval(interval: tuple[float, float] | None) -> str:
-    return f"{points(interval[0])} to {points(interval[1])}" if interval else "none: n = 1"
-
-
 TABLES: list[Callable[[Run], Table]] = [results, differences, values, classes, parameters, facts]
-"""The tables of a run's report, in order. A new table is one more function here."""
+"""The tables of a run's report, in order."""

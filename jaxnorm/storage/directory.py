@@ -9,7 +9,6 @@ import contextlib
 import io
 import json
 import os
-import re
 import stat
 import tempfile
 import zipfile
@@ -26,34 +25,18 @@ from jaxnorm.storage.schema import Epoch, RunInfo
 _LOCK, _TEMPORARY = ".lock", ".writing-"
 _LARGEST = 2**28
 """The most bytes of a record, also of what a compressed one unpacks to."""
-_PREDICTIONS = {"logits": ("f", 2), "labels": ("iu", 1)}
-_PROBES = {
-    "layers": ("U", 1),
-    "before": ("f", 2),
-    "after": ("f", 2),
-    "kernels": ("U", 1),
-    "gradients": ("f", 1),
-    "sizes": ("iu", 1),
-    "batch_accuracy": ("f", 1),
-    "running_accuracy": ("f", 0),
-    "tested": ("iu", 0),
-}
+Shapes = Mapping[str, str]
+"""What arrays must be, by name: the letters of NumPy's kinds, and then the length of each axis, a
+number or a letter that stands for the same length wherever it is used: {"logits": "f N C"}.
+"""
+_PREDICTIONS = {"logits": "f N C", "labels": "iu N"}
 _EXAMPLES = {
-    "test_rows": ("iu", 1),
-    "test_images": ("u", 4),
-    "train_rows": ("iu", 1),
-    "train_images": ("u", 4),
-    "train_labels": ("iu", 1),
+    "test_rows": "iu N",
+    "test_images": "u N 32 32 3",
+    "train_rows": "iu M",
+    "train_images": "u M 32 32 3",
+    "train_labels": "iu M",
 }
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Has an OSError of the block name this file: a failed write names none."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 class RunDirectory:
@@ -99,10 +82,7 @@ class RunDirectory:
         try:
             self._lock.acquire()
         except filelock.Timeout:
-            raise UserError(
-                f"{self.path} is being written to by another process: wait until it ends, or stop "
-                "it"
-            ) from None
+            raise UserError(f"{self.path} is being written to by another process") from None
         try:
             yield
         finally:
@@ -136,9 +116,7 @@ class RunDirectory:
             return from_json(kind, json.loads(self.read_bytes(name)))
         except FileNotFoundError:
             raise UserError(f"{path} is missing: {self.path} is not a run directory") from None
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        except (UserError, ValueError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} cannot be read: {str(error)[:200]}") from None
 
     def epochs(self) -> list[Epoch]:
@@ -167,43 +145,25 @@ class RunDirectory:
 
     def step_losses(self, net: Net) -> np.ndarray:
         """The training loss of every batch so far: f32[epochs * steps]."""
-        name = f"step_losses/{net[0]}-{net[1]}.npy"
-        losses = self._load(name)
-        if not (isinstance(losses, np.ndarray) and losses.ndim == 1 and _finite(losses, "f")):
-            raise UserError(f"{self.path / name} is damaged: it has no loss for each batch")
-        return losses
+        return self.arrays(f"step_losses/{net[0]}-{net[1]}.npy", {"values": "f S"})["values"]
 
     def predictions(self, net: Net) -> tuple[np.ndarray, np.ndarray]:
         """Logits f32[N, classes] of the test images after the newest epoch, and their labels
         i32[N].
         """
         name = f"predictions/{net[0]}-{net[1]}.npz"
-        stored = self._arrays(name, _PREDICTIONS)
-        logits, labels = stored["logits"], stored["labels"]
-        fits = labels.size > 0 and labels.shape == logits.shape[:1]
-        if not fits or labels.min() < 0 or labels.max() >= logits.shape[1]:
+        logits, labels = self.arrays(name, _PREDICTIONS).values()
+        if not labels.size or labels.min() < 0 or labels.max() >= logits.shape[1]:
             raise UserError(f"{self.path / name} is damaged: its logits and labels do not fit")
         return logits, labels
 
-    def probes(self, net: Net) -> dict[str, np.ndarray]:
-        """What was measured inside a trained net, by name (see `training.probes`)."""
-        name = f"probes/{net[0]}-{net[1]}.npz"
-        stored = self._arrays(name, _PROBES)
-        lengths = {"before": "layers", "after": "layers", "gradients": "kernels"}
-        lengths["batch_accuracy"] = "sizes"
-        fits = all(len(stored[a]) == len(stored[b]) for a, b in lengths.items())
-        if not fits or stored["before"].shape[1] != 2 or stored["after"].shape[1] != 2:
-            raise UserError(f"{self.path / name} is damaged: its arrays do not fit together")
-        return stored
+    def probes(self, net: Net, shapes: Shapes) -> dict[str, np.ndarray]:
+        """What was measured inside a trained net (see `training.probes`): arrays of `shapes`."""
+        return self.arrays(f"probes/{net[0]}-{net[1]}.npz", shapes)
 
     def examples(self) -> dict[str, np.ndarray]:
         """The images kept for figures: arrays by name (see `analysis.figures.save_examples`)."""
-        stored = self._arrays("examples.npz", _EXAMPLES)
-        fits = all(len(stored[k]) == len(stored[f"{k.partition('_')[0]}_rows"]) for k in stored)
-        images = (stored["test_images"], stored["train_images"])
-        if not fits or any(i.shape[1:] != (32, 32, 3) or i.dtype != np.uint8 for i in images):
-            raise UserError(f"{self.path / 'examples.npz'} is damaged: its arrays do not fit")
-        return stored
+        return self.arrays("examples.npz", _EXAMPLES)
 
     def read_bytes(self, name: Path | str, largest: int = _LARGEST) -> bytes:
         """A regular file of at most so many bytes; raises `UserError` for any other."""
@@ -214,40 +174,31 @@ class RunDirectory:
                 raise UserError(f"{path} is damaged: it is no file of up to {largest:,} bytes")
             return file.read()
 
-    def _load(self, name: str) -> Any:
+    def arrays(self, name: str, shapes: Shapes) -> dict[str, np.ndarray]:
+        """The arrays of an .npz file, or the "values" of an .npy file; raises `UserError` where
+        they are not finite and of these shapes.
+        """
         path = self.path_of(name)
         try:
             content = self.read_bytes(name)
-            if content.startswith(b"PK"):
+            if name.endswith(".npz"):
                 with zipfile.ZipFile(io.BytesIO(content)) as archive:
                     if sum(each.file_size for each in archive.infolist()) > _LARGEST:
                         raise ValueError("it unpacks to too much")
             stored: Any = np.load(io.BytesIO(content), allow_pickle=False)
-            if isinstance(stored, np.ndarray):
-                return stored
-            return {key: stored[key] for key in stored.files}
+            stored = {"values": stored} if isinstance(stored, np.ndarray) else stored
+            arrays = {key: stored[key] for key in shapes}
         except FileNotFoundError:
             raise UserError(f"{path} is missing") from None
-        except OSError as error:
-            if error.errno is None:
-                raise UserError(f"{path} is damaged: {type(error).__name__}") from None
-            raise
         except UserError:
             raise
         except Exception as error:  # a damaged file can fail in any way
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
             raise UserError(f"{path} is damaged: {type(error).__name__}") from None
-
-    def _arrays(self, name: str, wanted: Mapping[str, tuple[str, int]]) -> dict[str, np.ndarray]:
-        """The arrays of an .npz, each of the kind and rank that is wanted."""
-        stored = self._load(name)
-        stored = stored if isinstance(stored, dict) else {}
-        fits = stored.keys() == wanted.keys() and all(
-            _finite(stored[key], kind) and stored[key].ndim == rank
-            for key, (kind, rank) in wanted.items()
-        )
-        if not fits:
-            raise UserError(f"{self.path / name} is damaged: it does not hold {', '.join(wanted)}")
-        return stored
+        if not _fit(arrays, shapes):
+            raise UserError(f"{path} is damaged: its arrays do not fit together")
+        return arrays
 
     # writing
 
@@ -285,9 +236,8 @@ class RunDirectory:
 
     def write_predictions(self, net: Net, logits: np.ndarray, labels: np.ndarray) -> None:
         """Writes the newest test logits."""
-        self.write_arrays(
-            f"predictions/{net[0]}-{net[1]}.npz", {"logits": logits, "labels": labels}
-        )
+        arrays = {"logits": logits, "labels": labels}
+        self.write_arrays(f"predictions/{net[0]}-{net[1]}.npz", arrays)
 
     def write_probes(self, net: Net, arrays: Mapping[str, np.ndarray]) -> None:
         """Writes what was measured inside a trained net."""
@@ -320,8 +270,17 @@ class RunDirectory:
     def remove_half_written(self) -> None:
         """Removes what a killed process left half written. To be called under the lock."""
         for path in self.path.rglob(f"{_TEMPORARY}*"):
-            if re.fullmatch(rf"{re.escape(_TEMPORARY)}\w+", path.name):
-                path.unlink(missing_ok=True)
+            if path.is_file():
+                path.unlink()
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Has an OSError of the block name this file: a failed write names none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -339,7 +298,17 @@ def _sync(folder: Path) -> None:
             os.close(handle)
 
 
-def _finite(array: Any, kinds: str) -> bool:
-    """Whether an array is of one of NumPy's kinds, and finite if it is of floats."""
-    fits = isinstance(array, np.ndarray) and array.dtype.kind in kinds
-    return fits and (array.dtype.kind != "f" or bool(np.isfinite(array).all()))
+def _fit(arrays: Mapping[str, np.ndarray], shapes: Shapes) -> bool:
+    """Whether the arrays are finite, and their kinds and shapes are those that are wanted."""
+    lengths: dict[str, int] = {}
+    for name, shape in shapes.items():
+        array, (kinds, *axes) = arrays[name], shape.split()
+        if array.dtype.kind not in kinds or array.ndim != len(axes):
+            return False
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            return False
+        for axis, length in zip(axes, array.shape, strict=True):
+            wanted = int(axis) if axis.isdecimal() else lengths.setdefault(axis, length)
+            if length != wanted:
+                return False
+    return True

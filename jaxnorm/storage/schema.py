@@ -99,7 +99,9 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class Environment:
-    """When, by what command, on what code and on what devices nets were trained."""
+    """When, by what command, on what code and on what devices nets were trained; `self_check` says
+    whether the arithmetic was checked before (see `training.selfcheck`).
+    """
 
     started: str
     command: str
@@ -108,7 +110,6 @@ class Environment:
     versions: dict[str, str]
     git_revision: str | None
     self_check: str
-    """Whether the arithmetic was checked before training (see `training.selfcheck`)."""
 
     @property
     def code(self) -> dict[str, str]:
@@ -118,19 +119,20 @@ class Environment:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """`run.json`: the settings, and all that is known of the data and the machine."""
+    """`run.json`: the settings, and all that is known of the data and the machine.
+
+    `parameters` are of each norm's net; `repeatable` says what the same command gives again;
+    `deterministic` whether the accelerator was asked for operations that repeat; `resumed` has an
+    entry for each time that the run was resumed.
+    """
 
     config: Config
     parameters: dict[str, int]
-    """Of each norm's net."""
     dataset: DatasetInfo
     environment: Environment
     repeatable: str = "not known"
-    """What of the run the same command gives again."""
     deterministic: bool = False
-    """Whether the accelerator was asked for operations that repeat."""
     resumed: list[Environment] = field(default_factory=list)
-    """One entry for each time that the run was resumed."""
 
     def __post_init__(self) -> None:
         if not set(self.config.norms) <= self.parameters.keys():

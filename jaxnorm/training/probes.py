@@ -1,6 +1,5 @@
 """Probes, measurements inside a net: the activations before and after each norm, the gradients that
-reach each layer, what batch norm loses when it is evaluated otherwise than it was trained, and
-whose pixels one image's result depends on.
+reach each layer, and what batch norm loses when it is evaluated otherwise than it was trained.
 
 Pure functions of nets and images. `measure` is what a run records of a net; a new probe is one more
 entry in its result. All of them look at the net as it is in training, with the statistics of the
@@ -8,7 +7,6 @@ batch, but without dropout, so that what differs between two norms is the norm.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,10 +17,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxnorm.config import Config
 from jaxnorm.data.datasets import Dataset
-from jaxnorm.model.cnn import CNN
-from jaxnorm.training import trainer
 from jaxnorm.training.mesh import ONE
 from jaxnorm.training.step import Program, TrainState, standardize
 
@@ -48,10 +43,8 @@ def activations(
     _, captured = _apply(program, state, standardize(program, images), capture=True)
     outputs = captured["intermediates"]
     names = [layer.name for layer in program.model.table if layer.kind == "block"]
-    return {
-        name: (outputs[name]["__call__"][0], outputs[f"{name}_norm"]["__call__"][0])
-        for name in names
-    }
+    pairs = {name: (outputs[name], outputs[f"{name}_norm"]) for name in names}
+    return {n: (pair[0]["__call__"][0], pair[1]["__call__"][0]) for n, pair in pairs.items()}
 
 
 @partial(jax.jit, static_argnums=0, **_ONCE)
@@ -64,7 +57,6 @@ def gradient_norms(
     """The Euclidean norm f32[] of the loss's gradient with respect to each convolution's kernel."""
 
     def objective(params: Any) -> jax.Array:
-        """The mean cross-entropy of the batch."""
         logits, _ = _apply(program, state._replace(params=params), standardize(program, images))
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
@@ -91,76 +83,11 @@ def batch_accuracy(
     chex.assert_is_divisible(images.shape[0], batch_size)
 
     def correct(batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """The number of correct predictions in a batch."""
         logits, _ = _apply(program, state, standardize(program, batch[0]))
         return (logits.argmax(-1) == batch[1]).sum()
 
     batches = [a.reshape(-1, batch_size, *a.shape[1:]) for a in (images, labels)]
     return lax.map(correct, tuple(batches)).sum() / images.shape[0]
-
-
-@partial(jax.jit, static_argnums=0, **_ONCE)
-def example_gradients(
-    program: Program,
-    state: TrainState,
-    images: jax.Array,  # u8[N, 32, 32, 3]
-    labels: jax.Array,  # i32[N]
-) -> jax.Array:  # f32[N, N]
-    """How much each image's loss depends on each image's pixels: entry (i, j) is the Euclidean norm
-    of the gradient of image i's loss with respect to image j.
-
-    Off the diagonal it is zero for every norm but batch norm, which mixes the images of a batch.
-    """
-
-    def losses(inputs: jax.Array) -> jax.Array:
-        """The cross-entropy of each image, f32[N]."""
-        logits, _ = _apply(program, state, inputs)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-
-    jacobian = jax.jacrev(losses)(standardize(program, images))
-    return jnp.sqrt((jacobian**2).sum((2, 3, 4)))
-
-
-def averaged_over(
-    norm: str,
-    shape: tuple[int, int, int, int] = (3, 4, 4, 8),
-    at: tuple[int, int, int, int] = (0, 1, 1, 2),
-    groups: int = 4,
-    arch: str = "matched",
-) -> np.ndarray:  # bool[N, H, W, C]
-    """The inputs that one output of a norm depends on: those whose statistics it is given.
-
-    Found by differentiating the module itself.
-    """
-    module = CNN(norm, arch, groups=groups, fast=False).normalization(train=True)
-    inputs = jax.random.normal(jax.random.key(0), shape)
-    variables = jax.jit(module.init, **_ONCE)(jax.random.key(1), inputs)
-
-    def output(x: jax.Array) -> jax.Array:
-        """The one output."""
-        return module.apply(variables, x, mutable=["batch_stats"])[0][at]
-
-    return np.asarray(jax.jit(jax.grad(output), **_ONCE)(inputs) != 0)
-
-
-def batch_size_effect(
-    config: Config,
-    dataset: Dataset,
-    sizes: Sequence[int] = SIZES,
-    callback: trainer.Callback | None = None,
-) -> dict[tuple[str, int, int], trainer.Fit]:
-    """Trains every net of `config` at each batch size: {(norm, seed, batch size): fit}.
-
-    Nothing else changes, the learning rate included, so a smaller batch also means more steps. What
-    tells is how the norms differ at one size. Raises `UserError` and `NonFiniteLoss`.
-    """
-    return {
-        (*net, size): fit
-        for size in sizes
-        for net, fit in trainer.fit(
-            dataclasses.replace(config, batch_size=size), dataset, callback
-        ).items()
-    }
 
 
 def measure(
@@ -182,37 +109,35 @@ def measure(
     program = dataclasses.replace(program, mesh=ONE)
     state = jax.tree.map(jnp.asarray, jax.device_get(state))
     images = jnp.asarray(dataset.train_images[:LOOKED_AT])
-    labels = jnp.asarray(dataset.train_labels[:LOOKED_AT])
     seen = jax.device_get(activations(program, state, images))
+    labels = jnp.asarray(dataset.train_labels[:LOOKED_AT])
     gradients = jax.device_get(gradient_norms(program, state, images, labels))
     sizes = [size for size in SIZES if size <= len(dataset.test_labels)]
     largest = max(sizes, default=1)
     tested = min(TESTED, len(dataset.test_labels)) // largest * largest
-    test_images = jnp.asarray(dataset.test_images[:tested])
-    test_labels = jnp.asarray(dataset.test_labels[:tested])
-    running = (logits[:tested].argmax(1) == dataset.test_labels[:tested]).mean()
-    if jax.tree.leaves(state.norm_state):
-        accuracies = [
-            batch_accuracy(program, state, test_images, test_labels, size) for size in sizes
-        ]
-    else:
-        accuracies = [running] * len(sizes)  # no statistics of a batch: nothing changes
+    test_labels = dataset.test_labels[:tested]
+    running = (logits[:tested].argmax(1) == test_labels).mean()
+    accuracies = [running] * len(sizes)
+    if jax.tree.leaves(state.norm_state):  # else there are no statistics of a batch
+        test = (jnp.asarray(dataset.test_images[:tested]), jnp.asarray(test_labels))
+        accuracies = [batch_accuracy(program, state, *test, size) for size in sizes]
     # What comes out of a compiled function is sorted by name.
     order = [layer.name for layer in program.model.table]
     layers, kernels = (sorted(each, key=order.index) for each in (seen, gradients))
-    moments: np.ndarray = np.array(
-        [[(each.mean(), each.std()) for each in seen[name]] for name in layers], np.float32
+    before, after = (
+        [(each.mean(), each.std()) for each in side]
+        for side in zip(*(seen[name] for name in layers), strict=True)
     )
     return {
         "layers": np.array(layers),
-        "before": moments[:, 0],
-        "after": moments[:, 1],
+        "before": np.array(before, np.float32),
+        "after": np.array(after, np.float32),
         "kernels": np.array(kernels),
         "gradients": np.array([gradients[name] for name in kernels], np.float32),
         "sizes": np.array(sizes, np.int32),
         "batch_accuracy": np.array(accuracies, np.float32),
         "running_accuracy": np.array(running, np.float32),
-        "tested": np.array(len(test_labels), np.int32),
+        "tested": np.array(tested, np.int32),
     }
 
 
@@ -220,10 +145,6 @@ def _apply(
     program: Program, state: TrainState, inputs: jax.Array, capture: bool = False
 ) -> tuple[jax.Array, Any]:
     """Logits of standardized images as in training, without dropout; and what was captured."""
-    return program.model.clone(dropout=0.0).apply(
-        state.variables,
-        inputs,
-        train=True,
-        capture_intermediates=capture,
-        mutable=[*state.norm_state, "intermediates"],
-    )
+    mutable = [*state.norm_state, "intermediates"]
+    options = {"train": True, "capture_intermediates": capture, "mutable": mutable}
+    return program.model.clone(dropout=0.0).apply(state.variables, inputs, **options)

@@ -18,11 +18,12 @@ NAMES |= {"activations", "gradients", "batch-statistics"}
 
 def test_every_figure_of_every_norm_is_drawn(sweep):
     run = Run(sweep())
-    titles, missing = figures.draw(run)
+    charts, missing = figures.draw(run)
     assert missing == []
+    titles = {chart.name: chart.title for chart in charts}
     drawn = {path.stem: path for path in (run.directory.path / "figures").iterdir()}
-    assert set(drawn) == NAMES == {name.removesuffix(".png") for name in titles}
-    assert titles["curves-batch.png"] == "batch norm: 45,584 parameters; mean and range of 3 seeds"
+    assert set(drawn) == NAMES == set(titles)
+    assert titles["curves-batch"] == "batch norm: 45,584 parameters; mean and range of 3 seeds"
     for path in drawn.values():
         height, width = imread(path).shape[:2]
         assert 900 <= width <= 1300, path
@@ -39,7 +40,7 @@ def test_mistakes_show_the_right_images_as_they_are_with_class_and_confidence(sw
     run = Run(sweep())
     for name, figure in figures.mistakes(run):
         images, titles = shown(figure)
-        rows = run.rows()[name]
+        rows = run.mistakes[name]
         assert len(images) == len(rows) <= 10
         for image, title, row in zip(images, titles, rows, strict=True):
             np.testing.assert_array_equal(image, tiny.test_images[row])
@@ -127,22 +128,13 @@ def test_inside_shows_what_was_measured(sweep):
     drawn = dict(figures.inside(run))
     panels = drawn["activations"].axes
     for line, norm in zip(panels[3].lines, NORMS, strict=True):
-        measured = run.directory.probes((norm, 1))
+        measured = run.directory.probes((norm, 1), figures.ACTIVATIONS)
         np.testing.assert_array_equal(line.get_ydata(), measured["after"][:, 1])
     batch = drawn["batch-statistics"].axes[0].lines
     np.testing.assert_array_equal(
-        batch[0].get_ydata(), run.directory.probes(("batch", 1))["batch_accuracy"]
+        batch[0].get_ydata(), run.directory.probes(("batch", 1), figures.BATCHES)["batch_accuracy"]
     )
     assert list(batch[1].get_ydata()) == [0.5, 0.5]  # running averages
-
-
-def test_batch_sizes_are_in_order_with_the_range_of_the_seeds():
-    values = {"batch": {16: [0.5, 0.7], 4: [0.2, 0.4]}, "group": {16: [0.6]}}
-    _, figure = figures.batch_sizes(values, "x")
-    (axes,) = figure.axes
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["4", "16"]
-    np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.3, 0.6])
-    assert list(axes.lines[1].get_xdata()) == [1]
 
 
 def test_names_are_no_formulas(sweep, tiny):
@@ -150,9 +142,9 @@ def test_names_are_no_formulas(sweep, tiny):
 
     names = ("$\\frac$", "a_b^c", "$", "d")
     run = Run(sweep(dataset=dataclasses.replace(tiny, class_names=names)))
-    titles, missing = figures.draw(run)
+    charts, missing = figures.draw(run)
     assert missing == []
-    assert set(titles) == {f"{name}.png" for name in NAMES}
+    assert {chart.name for chart in charts} == NAMES
 
 
 def test_training_images_are_the_sets_own(sweep, tiny):
@@ -175,8 +167,8 @@ def test_what_is_missing_is_named_and_the_rest_is_drawn(sweep, gone, monkeypatch
     directory = sweep()
     path = directory.path / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    drawn, missing = figures.draw(Run(directory))
-    assert {"loss.png", "accuracy.png", "seeds.png"} <= set(drawn)
+    charts, missing = figures.draw(Run(directory))
+    assert {"loss", "accuracy", "seeds"} <= {chart.name for chart in charts}
     assert missing
     assert all(gone in line for line in missing)
 
@@ -185,13 +177,3 @@ def test_a_long_class_name_is_cut():
     assert figures._label("x" * 24) == "x" * 24
     assert figures._label("x" * 25) == "x" * 23 + "\N{HORIZONTAL ELLIPSIS}"
     assert figures._label("$1") == r"\$1"
-
-
-def test_what_notebooks_draw_has_a_panel_for_each_norm():
-    masks = {norm: np.ones((2, 3, 3, 4), bool) for norm in ("batch", "layer")}
-    name, figure = figures.averaged(masks)
-    assert name == "averaged"
-    assert [axes.get_title() for axes in figure.axes] == ["batch norm", "layer norm"]
-    name, figure = figures.example_gradients({"batch": np.eye(3), "layer": np.eye(3)}, "a caption")
-    assert name == "example-gradients"
-    assert len(figure.axes) == 3  # and the scale

@@ -43,7 +43,7 @@ def test_accuracies_of_the_classes_are_each_seeds_own(sweep):
 
 def test_images_that_were_not_kept_are_named(sweep, tiny):
     run = Run(sweep())
-    rows = run.rows()["mistakes-common"]
+    rows = run.mistakes["mistakes-common"]
     assert len(rows)
     for row, image in zip(rows, run.images(rows), strict=True):
         np.testing.assert_array_equal(image, tiny.test_images[row])

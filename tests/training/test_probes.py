@@ -9,12 +9,14 @@ import numpy as np
 import optax
 import pytest
 
-from jaxnorm.config import Config
+from jaxnorm.analysis.figures import ACTIVATIONS, BATCHES, GRADIENTS
 from jaxnorm.model.cnn import CNN
 from jaxnorm.runs import runner
 from jaxnorm.training import probes
 from jaxnorm.training import step as train
 from jaxnorm.training.mesh import ONE
+
+PROBES = ACTIVATIONS | GRADIENTS | BATCHES
 
 
 def net(norm, tiny, **fields):
@@ -74,44 +76,8 @@ def test_batch_accuracy_uses_each_batchs_own_statistics(tiny):
         probes.batch_accuracy(program, state, images, labels, 7)
 
 
-@pytest.mark.parametrize("norm", ["batch", "group"])
-def test_only_batch_norm_lets_one_images_loss_depend_on_another(tiny, norm):
-    program, state = net(norm, tiny)
-    found = np.asarray(
-        probes.example_gradients(program, state, tiny.train_images[:4], tiny.train_labels[:4])
-    )
-    chex.assert_shape(found, (4, 4))
-    assert (found.diagonal() > 0).all()
-    others = found[~np.eye(4, dtype=bool)]
-    assert (others > 0).all() if norm == "batch" else (others == 0).all()
-
-
-def test_what_a_norm_averages_over_by_hand():
-    at = (1, 2, 3, 5)
-    places = {
-        "batch": np.s_[:, :, :, 5],
-        "group": np.s_[1, :, :, 4:6],  # four groups of two channels
-        "layer": np.s_[1],
-        "instance": np.s_[1, :, :, 5],
-        "rms": np.s_[1],
-        "none": at,
-    }
-    for norm, place in places.items():
-        wanted = np.zeros((3, 4, 4, 8), bool)
-        wanted[place] = True
-        np.testing.assert_array_equal(probes.averaged_over(norm, at=at), wanted)
-
-
-def test_the_batch_size_effect_trains_each_net_at_each_size(tiny):
-    config = Config("layer", "matched", "tiny", 1, seeds=2)
-    found = probes.batch_size_effect(config, tiny, (35, 70))
-    assert list(found) == [("layer", seed, size) for size in (35, 70) for seed in (1, 2)]
-    for (_, _, size), fit in found.items():
-        assert fit.step_losses.shape == (70 // size,)
-
-
 def test_a_run_records_what_its_nets_do(tiny_run, tiny):
-    found = tiny_run.probes(("batch", 3))
+    found = tiny_run.probes(("batch", 3), PROBES)
     program, state = runner.load_state(tiny_run.path, "batch", 3)
     program = dataclasses.replace(program, mesh=ONE)
     assert list(found["layers"]) == ["C1", "C2", "C4", "C5", "C6", "C8", "C9", "C10"]
@@ -124,5 +90,5 @@ def test_a_run_records_what_its_nets_do(tiny_run, tiny):
     assert found["tested"] == 16  # what every batch size divides
     right = (tiny_run.predictions(("batch", 3))[0].argmax(1) == tiny.test_labels)[:16]
     assert found["running_accuracy"] == pytest.approx(right.mean())
-    group = tiny_run.probes(("group", 3))
+    group = tiny_run.probes(("group", 3), PROBES)
     assert (group["batch_accuracy"] == group["running_accuracy"]).all()

@@ -1,0 +1,107 @@
+"""What `explore_norms` measures and draws, beside what a run records of every net."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from jaxnorm.analysis.figures import COLOURS, MARKERS
+from jaxnorm.model.cnn import CNN
+from jaxnorm.training.step import Program, TrainState, standardize
+
+
+def averaged_over(
+    norm: str,
+    shape: tuple[int, int, int, int] = (3, 4, 4, 8),
+    at: tuple[int, int, int, int] = (0, 1, 1, 2),
+    groups: int = 4,
+) -> np.ndarray:  # bool[N, H, W, C]
+    """The inputs that one output of a norm depends on: those whose statistics it is given.
+
+    Found by differentiating the module itself.
+    """
+    module = CNN(norm, "matched", groups=groups, fast=False).normalization(train=True)
+    inputs = jax.random.normal(jax.random.key(0), shape)
+    variables = module.init(jax.random.key(1), inputs)
+
+    def output(x):
+        return module.apply(variables, x, mutable=["batch_stats"])[0][at]
+
+    return np.asarray(jax.grad(output)(inputs) != 0)
+
+
+def example_gradients(
+    program: Program,
+    state: TrainState,
+    images: np.ndarray,  # u8[N, 32, 32, 3]
+    labels: np.ndarray,  # i32[N]
+) -> np.ndarray:  # f32[N, N]
+    """How much each image's loss depends on each image's pixels: entry (i, j) is the Euclidean norm
+    of the gradient of image i's loss with respect to image j.
+
+    Off the diagonal it is zero for every norm but batch norm, which mixes the images of a batch.
+    """
+    net = program.model.clone(dropout=0.0)
+
+    def losses(inputs):
+        logits, _ = net.apply(state.variables, inputs, train=True, mutable=list(state.norm_state))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels))
+
+    jacobian = jax.jit(jax.jacrev(losses))(standardize(program, jnp.asarray(images)))
+    return np.asarray(jnp.sqrt((jacobian**2).sum((2, 3, 4))))
+
+
+def draw_averaged(masks: Mapping[str, np.ndarray]) -> Figure:
+    """What one output of each norm depends on: the images stand above each other, and the pixels of
+    each channel side by side; dark is averaged over.
+    """
+    figure = Figure(figsize=(2 * len(masks) + 1, 2.6), layout="constrained")
+    panels = figure.subplots(1, len(masks), squeeze=False)[0]
+    for axes, (norm, mask) in zip(panels, masks.items(), strict=True):
+        count, height, width, channels = mask.shape
+        picture = mask.transpose(0, 1, 3, 2).reshape(count * height, channels * width)
+        axes.imshow(picture, cmap="Blues", vmin=0, vmax=1.3, aspect="auto")
+        for edge in range(1, count):
+            axes.axhline(edge * height - 0.5, color="#666666", linewidth=1)
+        for edge in range(1, channels):
+            axes.axvline(edge * width - 0.5, color="#666666", linewidth=0.5)
+        axes.set_title(f"{norm} norm", fontsize=10)
+        axes.set(xlabel="channels", ylabel="images", xticks=[], yticks=[])
+    return figure
+
+
+def draw_example_gradients(matrices: Mapping[str, np.ndarray]) -> Figure:
+    """How much each image's loss depends on each image's pixels, as shares of the largest."""
+    figure = Figure(figsize=(3.4 * len(matrices) + 1, 4), layout="constrained")
+    panels = figure.subplots(1, len(matrices), squeeze=False)[0]
+    for axes, (norm, matrix) in zip(panels, matrices.items(), strict=True):
+        shown = axes.imshow(matrix / matrix.max(), cmap="Blues", vmin=0, vmax=1)
+        axes.set_title(f"{norm} norm", fontsize=10)
+        axes.set(xlabel="pixels of image", ylabel="loss of image")
+    figure.colorbar(shown, ax=list(panels), shrink=0.8, label="share of the largest")
+    return figure
+
+
+def draw_batch_sizes(accuracies: Mapping[str, Mapping[int, Sequence[float]]]) -> Figure:
+    """The last test accuracy of each norm by the batch size of training: {norm: {batch size: a
+    value for each seed}}, the mean and the range.
+    """
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.subplots()
+    sizes = sorted({size for by_size in accuracies.values() for size in by_size})
+    for norm, by_size in accuracies.items():
+        places = [i for i, size in enumerate(sizes) if size in by_size]
+        values = [by_size[sizes[i]] for i in places]
+        means, low, high = ([f(each) for each in values] for f in (np.mean, min, max))
+        axes.plot(places, means, color=COLOURS[norm], marker=MARKERS[norm], label=norm)
+        axes.fill_between(places, low, high, color=COLOURS[norm], alpha=0.2, linewidth=0)
+    axes.set_xticks(range(len(sizes)), list(map(str, sizes)))
+    axes.set(xlabel="images in a batch", ylabel="test accuracy after the last epoch")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    return figure

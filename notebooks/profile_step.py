@@ -1,0 +1,112 @@
+"""Where a training step's time goes, by layer and operator.
+
+    python notebooks/profile_step.py --norm group
+
+XLA names its operators after the lines of our program that they came from; JAX's profiler times
+them. On a CPU operators run side by side, so that their times can add up to more than a step's.
+"""
+
+import collections
+import re
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import cyclopts
+
+from jaxnorm.bench.worker import Job
+
+STEPS = 5
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Milliseconds a step of each (layer, direction, operator), and of a step on the clock."""
+
+    job: Job
+    step_milliseconds: float
+    operators: dict[tuple[str, str, str], float]
+
+
+def profile(job: Job) -> Profile:
+    """Profiles a few warm training steps of our own side of a benchmark."""
+    import jax
+
+    from jaxnorm.bench.worker import jax_setup
+    from jaxnorm.training.epoch import train_nets
+    from jaxnorm.training.mesh import use_all_cores
+
+    use_all_cores()
+    program, (call,), (state,), _ = jax_setup(job)
+    rest = (*call, 0, 0, STEPS)
+    text = train_nets.lower(program, state, *rest).compile().as_text()
+    for _ in range(2):
+        clock = time.perf_counter()
+        state, done = train_nets(program, state, *rest)
+        jax.block_until_ready(done)
+        seconds = time.perf_counter() - clock
+    origins = {name: origin_of(line) for name, line in instructions_of(text or "").items()}
+    operators: collections.Counter[tuple[str, str, str]] = collections.Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(train_nets(program, state, *rest))
+        (trace,) = Path(folder).rglob("*.xplane.pb")
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+            for line in plane.lines:
+                for event in line.events:
+                    if event.name in origins:
+                        operators[origins[event.name]] += event.duration_ns / 1e6 / STEPS
+    return Profile(job, seconds / STEPS * 1e3, dict(operators))
+
+
+def instructions_of(hlo: str) -> dict[str, str]:
+    """The lines of a compiled program by the name of what they compute, loops left out."""
+    found = re.finditer(r"^ *(?:ROOT )?%?([\w.-]+) = (.*)$", hlo, re.MULTILINE)
+    return {match[1]: match[2] for match in found if " while(" not in match[2]}
+
+
+def origin_of(instruction: str) -> tuple[str, str, str]:
+    """The layer, the direction and the operator that a line of a compiled program comes from."""
+    name = re.search(r'op_name="([^"]*)"', instruction)
+    path = name[1] if name else ""
+    layer = re.search(r"\b([Cc]\d+(?:_norm)?)\b", path)
+    kinds = {
+        "convolution": r" convolution\(|/conv_general_dilated$",
+        "matrix product": r"/dot_general$",
+        "transpose": r"/transpose$",
+        "pad": r"/pad$",
+        "sum": r"/reduce_sum$|reduce-window",
+        "dropout and ReLU": r"_dropout_relu",
+        "update": r"/(?:add|mul|sub)$",
+    }
+    kind = next(
+        (kind for kind, form in kinds.items() if re.search(form, instruction[:60] + path)), "other"
+    )
+    direction = "backward" if "transpose(" in path else "forward" if "jvp(" in path else ""
+    return layer[1] if layer else "", direction, kind
+
+
+def render(profile: Profile, lines: int = 30) -> str:
+    """The operators that take longest, as a table for a person."""
+    job = profile.job
+    total = sum(profile.operators.values())
+    head = (
+        f"{job.arch} {job.norm}, batch {job.batch_size}: {profile.step_milliseconds:.1f} ms a "
+        f"step, {total:.1f} ms in its operators"
+    )
+    rows = sorted(profile.operators.items(), key=lambda item: -item[1])[:lines]
+    table = [
+        f"{milliseconds:8.2f} ms  {layer:<9} {direction:<9} {kind}"
+        for (layer, direction, kind), milliseconds in rows
+    ]
+    return "\n".join([head, *table])
+
+
+def main(norm: str = "batch", arch: str = "original", batch_size: int = 128) -> None:
+    """Prints the profile of a training step."""
+    print(render(profile(Job("jaxnorm", norm, arch, batch_size))))
+
+
+if __name__ == "__main__":
+    cyclopts.run(main)
