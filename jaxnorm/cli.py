@@ -1,4 +1,4 @@
-"""What the commands share: the progress bar, errors as one line and an exit code, and the flags
+"""What the commands share: what training prints, errors as one line and an exit code, and the flags
 that errors of the library speak of as settings.
 """
 
@@ -8,15 +8,12 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from cyclopts import App, CycloptsError
 
 from jaxnorm.config import Config, UserError
 from jaxnorm.runs import signals
-
-if TYPE_CHECKING:
-    from jaxnorm.training.trainer import Callback
 
 MISTAKE, FAILED = 2, 1
 """Exit codes: the user's mistake, a run that failed. A signal's is 128 and its number."""
@@ -31,9 +28,8 @@ def arguments() -> list[str]:
 
 
 def before_failing(action: Callable[[], None]) -> None:
-    """Has a process that fails do this after it has said why, and then end at once.
-
-    Python's clean-up would wait for other processes, where it shares something with them.
+    """Has a process that fails do this after it has said why, and then end at once: Python's
+    clean-up would wait for other processes, where it shares something with them.
     """
     _before_failing.append(action)
 
@@ -55,9 +51,7 @@ def run(app: App, arguments: list[str] | None = None) -> int:
     try:
         with signals.handled():
             return app(_arguments, **options) or 0
-    except UserError as error:
-        return _fail(error, MISTAKE)
-    except CycloptsError as error:
+    except (UserError, CycloptsError) as error:
         return _fail(error.__cause__ if isinstance(error.__cause__, UserError) else error, MISTAKE)
     except ArithmeticError as error:
         return _fail(error, FAILED)
@@ -78,7 +72,6 @@ def as_flags(text: str) -> str:
     """
 
     def flag(found: re.Match) -> str:
-        """One setting."""
         name, follows = "--" + found[1].replace("_", "-"), text[found.end() : found.end() + 1]
         return name if found[2] or not follows or follows in " ,;.:)" else f"{name} "
 
@@ -135,72 +128,69 @@ class Bar:
         self._what = self._bar = None
 
 
-def terminal(configs: Sequence[Config], quiet: bool) -> "Callback":
-    """What training prints: a bar inside the epoch and a line after it."""
-    from jaxnorm.training.trainer import Callback
+class Terminal:
+    """The callback (see `training.trainer.Callback`, which is not loaded before JAX must be) that
+    shows a bar inside the epoch and a line after it, with the time that is left. A process that is
+    not process 0 shows nothing, and only stops where a signal was received. `board` hears of every
+    epoch too.
+    """
 
-    config, total = configs[0], sum(len(each.nets) * each.epochs for each in configs)
+    def __init__(self, configs: Sequence[Config], quiet: bool, speaks: bool, board: Any) -> None:
+        self.swept, self.total = len(configs) > 1, sum(len(c.nets) * c.epochs for c in configs)
+        self.quiet, self.speaks, self.board = quiet or not speaks, speaks, board
+        self.what, self.steps, self.epochs, self.bar = "", 0, configs[0].epochs, Bar(self.quiet)
+        self.before, self.done, self.clock = 0, 0, time.monotonic()
 
-    class Terminal(Callback):
-        """A bar inside the epoch and a line after it, with the time that is left."""
+    def on_start(self, norm: str, seeds: list[int], steps: int) -> None:
+        """Remembers what the bar is of."""
+        last = f" to {seeds[-1]}" if len(seeds) > 1 else ""
+        self.what, self.steps = f"{norm} norm, seed {seeds[0]}{last}", steps
 
-        def __init__(self) -> None:
-            self.what, self.steps, self.bar = "", 0, Bar(quiet)
-            self.before, self.done, self.clock = 0, 0, time.monotonic()
+    def on_steps(self, epoch: int, done: int) -> None:
+        """Moves the bar."""
+        self.bar.at(f"{self.what}, epoch {epoch} of {self.epochs}", done, self.steps)
 
-        def on_start(self, norm, seeds, steps):
-            """Remembers what the bar is of."""
-            first, last = f"seed {seeds[0]}", f" to {seeds[-1]}" if len(seeds) > 1 else ""
-            self.what, self.steps = f"{norm} norm, {first}{last}", steps
+    def on_resume(self, complete: int) -> None:
+        """Says from where a run resumes."""
+        self.before = complete
+        if not self.quiet:
+            print(f"resuming after {complete} of {self.total} epochs")
 
-        def on_steps(self, epoch, done):
-            """Moves the bar."""
-            self.bar.at(f"{self.what}, epoch {epoch} of {config.epochs}", done, self.steps)
-
-        def on_resume(self, complete):
-            """Says from where a run resumes."""
-            self.before = complete
-            if not quiet:
-                print(f"resuming after {complete} of {total} epochs")
-
-        def on_warning(self, text):
-            """Prints it on standard error."""
+    def on_warning(self, text: str) -> None:
+        """Prints it on standard error."""
+        if self.speaks:
             print(f"warning: {as_flags(text)}", file=sys.stderr)
 
-        def on_epoch(self, config, epoch):
-            """Prints the epoch's line in the bar's place."""
-            self.bar.close()
-            self.done += 1
-            left = total - self.before - self.done
-            seconds = (time.monotonic() - self.clock) / self.done * left
-            if not quiet:
-                line = _epoch_line(epoch, config, len(configs) > 1)
-                print(line + _time_left(seconds), flush=True)
-            signals.check()
-
-    return Terminal()
+    def on_epoch(self, config: Config, epoch: Any) -> None:
+        """Prints the epoch's line in the bar's place."""
+        self.bar.close()
+        self.done += 1
+        left = self.total - self.before - self.done
+        seconds = (time.monotonic() - self.clock) / self.done * left
+        if not self.quiet:
+            print(_epoch_line(epoch, config, self.swept) + _time_left(seconds), flush=True)
+        if self.board is not None:
+            self.board.on_epoch(config, epoch)
+        signals.check()
 
 
 def _time_left(seconds: float) -> str:
-    if seconds == 0:
-        return ""
     minutes = round(seconds / 60)
     if minutes < 1:
-        return ", under a minute left"
+        return ", under a minute left" if seconds else ""
     hours = f"{minutes // 60} h " if minutes >= 60 else ""
     return f", about {hours}{minutes % 60} min left"
 
 
 def _epoch_line(epoch: Any, config: Config, swept: bool) -> str:
-    seed = f"  seed {epoch.seed}" if config.seeds > 1 else ""
+    parts = [f"{epoch.norm:>8}"]
     if swept:
-        seed = f"  batch {config.batch:>3}  rate {config.rate:<6g}{seed}"
-    held_out = ""
-    if epoch.validation_loss is not None:
-        held_out = f"validation accuracy {epoch.validation_accuracy:6.2%}  "
-    return (
-        f"{epoch.norm:>8}{seed}  epoch {epoch.epoch:>2}/{config.epochs}  "
-        f"train loss {epoch.train_loss:.4f}  accuracy {epoch.train_accuracy:6.2%}  {held_out}"
-        f"test loss {epoch.test_loss:.4f}  accuracy {epoch.test_accuracy:6.2%}  "
-        f"{epoch.train_seconds + epoch.test_seconds:.1f} s"
-    )
+        parts.append(f"batch {config.batch:>3}  rate {config.rate:<6g}")
+    if config.seeds > 1:
+        parts.append(f"seed {epoch.seed}")
+    parts.append(f"epoch {epoch.epoch:>2}/{config.epochs}")
+    parts.append(f"train loss {epoch.train_loss:.4f}  accuracy {epoch.train_accuracy:6.2%}")
+    if epoch.validation_accuracy is not None:
+        parts.append(f"validation accuracy {epoch.validation_accuracy:6.2%}")
+    parts.append(f"test loss {epoch.test_loss:.4f}  accuracy {epoch.test_accuracy:6.2%}")
+    return "  ".join([*parts, f"{epoch.train_seconds + epoch.test_seconds:.1f} s"])

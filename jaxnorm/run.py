@@ -3,10 +3,9 @@
 import contextlib
 import dataclasses
 import datetime
-import functools
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -14,13 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 from cyclopts import App, Group, Parameter
 
 from jaxnorm import cli
-from jaxnorm.config import SWEPT, Config, UserError
+from jaxnorm.config import SWEPT, Config, UserError, product
 
 if TYPE_CHECKING:
     from jaxnorm.data.datasets import Dataset
     from jaxnorm.storage.sweep import Sweep
     from jaxnorm.training.mesh import MeshShape
-    from jaxnorm.training.trainer import Callback
 
 app = App(
     suppress_keyboard_interrupt=False,
@@ -117,7 +115,6 @@ if TYPE_CHECKING:
     Settings = Config
 else:
     Settings = _settings_class()
-
 _FLAGS = {"name": "*", "negative_bool": ()}
 
 
@@ -132,18 +129,12 @@ def main(
     ] = Options(),
 ) -> int:
     """Trains and reports; returns the exit code."""
-    configs = _configs(settings)
+    base = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Config)}
+    configs = product(base, {name: base.pop(name) or (None,) for name in SWEPT})
     if options.summary:
         _print_summary(configs[0], options)
         return 0
-    # XLA logs as errors, each time it loads, that its own tuning hints are no processor features.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if not options.preallocate:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    _keep_compiled_code(options)
-    if options.deterministic or (options.resume and _was_deterministic(options.resume)):
-        options = dataclasses.replace(options, deterministic=True)
-        _ask_for_deterministic_operations()
+    options = _prepare_jax(options)
     from jaxnorm.runs import multihost
     from jaxnorm.training import mesh
 
@@ -156,51 +147,62 @@ def main(
         return _train(configs, options)
 
 
-def _configs(settings: Any) -> list[Config]:
-    """The configuration of each run that the flags ask for."""
-    from jaxnorm.config import product
+def _prepare_jax(options: Options) -> Options:
+    """What JAX and XLA must be told before they start; the options, deterministic if the run to
+    resume is.
+    """
+    # XLA logs as errors, each time it loads, that its own tuning hints are no processor features.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if not options.preallocate:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if options.resume:
+        from jaxnorm.storage.sweep import Sweep
 
-    base = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Config)}
-    swept = {name: base.pop(name) or (None,) for name in SWEPT}
-    return product(base, swept)
+        with contextlib.suppress(OSError, UserError):  # it is refused later
+            if Sweep.open(options.resume).directories[0].info().deterministic:
+                options = dataclasses.replace(options, deterministic=True)
+    if options.deterministic:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    if not options.no_compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        import jax
+
+        from jaxnorm.data.cache import default_cache_dir, machine_name, private_directory
+
+        directory = private_directory(default_cache_dir() / "compiled" / machine_name())
+        if directory is not None:
+            jax.config.update("jax_compilation_cache_dir", str(directory))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return options
 
 
 def _train(asked: list[Config], options: Options) -> int:
     """Checks, trains and reports a new sweep or one that resumes. A run is a sweep of one."""
-    from jaxnorm.runs import multihost
+    from jaxnorm.runs import multihost, runner
     from jaxnorm.storage.directory import RunDirectory
     from jaxnorm.storage.sweep import Sweep
     from jaxnorm.training import trainer
     from jaxnorm.training.mesh import MeshShape
+    from jaxnorm.training.selfcheck import self_check
 
     shared = dataclasses.replace(options, data_dir=None, archive=None)  # each host has its own
     multihost.agree(command=repr((asked, shared)))
-    out = options.resume or options.out or _default_out(asked[0])
-
-    def prepare() -> dict[str, Any]:
-        """What the other processes need to know of the run directory, which they may not see."""
-        if not options.resume:
-            RunDirectory.check_unused(out)
-            return {"configs": [dataclasses.asdict(c) for c in asked], "unverified": False}
-        sweep = Sweep.open(out)
-        infos = [each.info() for each in sweep.directories if each.exists()]
-        return {
-            "configs": [dataclasses.asdict(c) for c in _grown(asked, sweep.configs, options)],
-            "unverified": any(info.dataset.verified is False for info in infos),
-        }
-
-    found = multihost.from_process_0(prepare)
+    out, process_0 = (
+        options.resume or options.out or _default_out(asked[0]),
+        multihost.is_process_0(),
+    )
+    found = multihost.from_process_0(lambda: _what_to_train(asked, out, options))
     configs = [Config(**values) for values in found["configs"]]
     if found["unverified"]:
         options = dataclasses.replace(options, allow_unverified=True)
+    board = None
     if options.tensorboard:
         from jaxnorm.runs.callbacks import TensorBoard
 
-        TensorBoard.writer_class()
+        board = TensorBoard(out / "tensorboard", sweep=len(configs) > 1)
     # Process 0 may import an archive, or write a cache, that the others find.
-    load = functools.partial(_load, configs[0], options)
-    dataset = multihost.in_every_process(lambda: load() if multihost.is_process_0() else None)
-    dataset = multihost.in_every_process(lambda: dataset or load())
+    dataset = multihost.in_every_process(lambda: _load(configs[0], options) if process_0 else None)
+    dataset = multihost.in_every_process(lambda: dataset or _load(configs[0], options))
     multihost.agree(data=dataset.fingerprint)
     mesh = None if options.mesh is None else MeshShape.parse(options.mesh)
     for config in configs:
@@ -209,27 +211,12 @@ def _train(asked: list[Config], options: Options) -> int:
     if options.plan:
         _print_plan(configs, options, dataset, mesh)
         return 0
-    return _train_checked(configs, options, out, dataset, mesh)
-
-
-def _train_checked(
-    configs: list[Config],
-    options: Options,
-    out: Path,
-    dataset: "Dataset",
-    mesh: "MeshShape | None",
-) -> int:
-    """Checks the installation, trains and reports."""
-    from jaxnorm.runs import multihost, runner
-    from jaxnorm.storage.directory import RunDirectory
-    from jaxnorm.storage.sweep import Sweep
-    from jaxnorm.training.selfcheck import self_check
-
-    say = print if multihost.is_process_0() and not options.quiet else (lambda text: None)
-    counts = f"{len(dataset.train_labels):,} training and {len(dataset.test_labels):,} test images"
-    new = multihost.is_process_0() and not options.resume
+    new = process_0 and not options.resume
     multihost.in_every_process(lambda: RunDirectory.create(out) if new else None)
-    say(f"{dataset.caption}: {counts}, from {dataset.source}")
+    if process_0 and not options.quiet:
+        counts = len(dataset.train_labels), len(dataset.test_labels)
+        images = "{:,} training and {:,} test images".format(*counts)
+        print(f"{dataset.caption}: {images}, from {dataset.source}")
     if not options.skip_self_check:
         try:
             self_check(configs, dataset, mesh)
@@ -237,43 +224,39 @@ def _train_checked(
             with contextlib.suppress(OSError):
                 out.rmdir()  # where it is new, and so empty
             raise
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(cli.advising(_how_to_resume(out, options)))
-        sweep = Sweep(out, configs)
-        if new:
-            Sweep.create(out, configs, _command())
+    with cli.advising(_how_to_resume(out, options)):
+        sweep = Sweep.create(out, configs, _command()) if new else Sweep(out, configs)
         if len(configs) > 1 and not options.resume:
             _print_plan(configs, options, dataset, mesh)
-        callback = _callback(configs, options, out, stack)
+        callback: Any = cli.Terminal(
+            configs, options.quiet, process_0, board if process_0 else None
+        )
         checked = "skipped (--skip-self-check)" if options.skip_self_check else "passed"
-        deterministic = options.deterministic
-        runner.run(sweep, dataset, _command(), callback, mesh, checked, deterministic)
-        if not multihost.is_process_0():
-            return 0
-        _report(sweep, dataset, say)
+        about = (checked, options.deterministic)
+        try:
+            runner.run(sweep, dataset, _command(), callback, mesh, *about)
+        finally:
+            if board is not None:
+                board.close()
+        if process_0:
+            _report(sweep, dataset, options.quiet)
     return 0
 
 
-def _report(sweep: "Sweep", dataset: "Dataset", say: Callable[[str], None]) -> None:
-    """Writes every run's report and the sweep's table, and prints the table."""
-    from jaxnorm.analysis import figures, page, tables
-    from jaxnorm.analysis.results import Run
+def _what_to_train(asked: list[Config], out: Path, options: Options) -> dict[str, Any]:
+    """What the other processes need to know of the run directory, which they may not see."""
+    from jaxnorm.storage.directory import RunDirectory
+    from jaxnorm.storage.sweep import Sweep
 
-    runs = [Run(directory) for directory in sweep.directories]
-    for run in runs:
-        figures.save_examples(run, dataset)
-    if len(runs) == 1:
-        part = page.write(runs[0].directory)
-        print(tables.results(runs[0]).plain())
-        say(f"the report is {runs[0].directory.path / 'report.html'}; {len(part.charts)} figures")
-        return
-    table = tables.sweep(runs)
-    sweep.folder.write_bytes("sweep.md", table.markdown().encode())
-    print(table.plain())
-    say(
-        f"the table is {sweep.folder.path / 'sweep.md'}; reports: python -m jaxnorm.report "
-        f"{shlex.quote(str(sweep.folder.path))}"
-    )
+    if not options.resume:
+        RunDirectory.check_unused(out)
+        return {"configs": [dataclasses.asdict(config) for config in asked], "unverified": False}
+    sweep = Sweep.open(out)
+    infos = [directory.info() for directory in sweep.directories if directory.exists()]
+    return {
+        "configs": [dataclasses.asdict(c) for c in _grown(asked, sweep.configs, options)],
+        "unverified": any(info.dataset.verified is False for info in infos),
+    }
 
 
 def _grown(asked: Sequence[Config], had: Sequence[Config], options: Options) -> list[Config]:
@@ -285,19 +268,16 @@ def _grown(asked: Sequence[Config], had: Sequence[Config], options: Options) -> 
 
     if options.out is not None:
         raise UserError("out= conflicts with resume=, which goes on in the run's own directory")
-    flags = {
-        token.partition("=")[0].removeprefix("--").replace("-", "_")
-        for token in cli.arguments()
-        if token.startswith("--")
-    }
-    for name in SWEPT:
+    tokens = [token for token in cli.arguments() if token.startswith("--")]
+    flags = {token.partition("=")[0].removeprefix("--").replace("-", "_") for token in tokens}
+    for name in flags & set(SWEPT):
         values, before = ([getattr(each, name) for each in some] for some in (asked, had))
-        if name in flags and set(values) != set(before):
+        if set(values) != set(before):
             raise UserError(
                 f"{name}={values[0]} conflicts with the run to resume, which has "
                 f"{' '.join(map(str, dict.fromkeys(before)))}: leave it out, or start a new run"
             )
-    named = {f.name for f in dataclasses.fields(Config) if f.name in flags and f.name not in SWEPT}
+    named = flags & {field.name for field in dataclasses.fields(Config)} - set(SWEPT)
     changes = {name: getattr(asked[0], name) for name in named}
     grown = [dataclasses.replace(config, **changes) for config in had]
     for before, now in zip(had, grown, strict=True):
@@ -305,18 +285,36 @@ def _grown(asked: Sequence[Config], had: Sequence[Config], options: Options) -> 
     return grown
 
 
-def _was_deterministic(path: Path) -> bool:
-    """Whether a run to resume was deterministic: XLA must be asked before JAX has started. A run
-    that cannot be read is refused later.
-    """
-    import json
+def _load(config: Config, options: Options) -> "Dataset":
+    from jaxnorm.data import datasets
+    from jaxnorm.runs import multihost
 
-    with contextlib.suppress(OSError, ValueError, StopIteration, AttributeError):
-        first = next(
-            each for each in (path, *sorted(path.iterdir())) if (each / "run.json").is_file()
-        )
-        return json.loads((first / "run.json").read_text()).get("deterministic") is True
-    return False
+    bar = cli.Bar(options.quiet or not multihost.is_process_0())
+    unverified, places = options.allow_unverified, (options.data_dir, options.archive)
+    try:
+        return datasets.load(config.dataset, *places, allow_unverified=unverified, progress=bar.at)
+    finally:
+        bar.close()
+
+
+def _report(sweep: "Sweep", dataset: "Dataset", quiet: bool) -> None:
+    """Writes every run's report and the sweep's table, and prints the table."""
+    from jaxnorm.analysis import figures, page, tables
+    from jaxnorm.analysis.results import Run
+
+    runs = [Run(directory) for directory in sweep.directories]
+    for run in runs:
+        figures.save_examples(run, dataset)
+    if len(runs) == 1:
+        part, table = page.write(runs[0].directory), tables.results(runs[0])
+        where = f"the report is {sweep.folder.path / 'report.html'}; {len(part.charts)} figures"
+    else:
+        table, path = tables.sweep(runs), shlex.quote(str(sweep.folder.path))
+        sweep.folder.write_bytes("sweep.md", table.markdown().encode())
+        where = f"the table is {path}/sweep.md; reports: python -m jaxnorm.report {path}"
+    print(table.plain())
+    if not quiet:
+        print(where)
 
 
 def _default_out(config: Config) -> Path:
@@ -330,9 +328,7 @@ def _command() -> str:
 
 
 def _how_to_resume(out: Path | None, options: Options) -> str:
-    if out is None:
-        return "what is complete is kept; resume it with --resume and the run's directory"
-    command = ["python", "-m", "jaxnorm.run", "--resume", str(out)]
+    command = ["python", "-m", "jaxnorm.run", "--resume", str(out or "RUN")]
     if options.data_dir:
         command += ["--data-dir", str(options.data_dir)]
     if options.distributed:
@@ -344,88 +340,49 @@ def _print_plan(
     configs: Sequence[Config], options: Options, dataset: "Dataset", mesh: "MeshShape | None"
 ) -> None:
     """Estimates and prints what training takes."""
+    import jax
+
+    from jaxnorm.analysis.tables import Table
     from jaxnorm.runs import estimate, multihost
 
     nets = sum(len(config.nets) for config in configs)
-    if multihost.is_process_0() and not options.quiet:
+    speaks = multihost.is_process_0() and (options.plan or not options.quiet)
+    if speaks:
         print(f"planning {nets} nets: compiling, and a few steps")
     estimates = estimate.estimate(configs, dataset, mesh)
-    if multihost.is_process_0() and (options.plan or not options.quiet):
-        size = dataset.train_images.nbytes + dataset.test_images.nbytes
-        print(estimate.describe(estimates, size))
-
-
-def _ask_for_deterministic_operations() -> None:
-    """Has XLA use no GPU operation whose result depends on the order in which threads come."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
-
-
-def _keep_compiled_code(options: Options) -> None:
-    """Has JAX keep what it compiles, for this processor and these versions, in the user's cache."""
-    if options.no_compilation_cache or "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    import jax
-
-    from jaxnorm.data.cache import default_cache_dir, machine_name, private_directory
-
-    directory = private_directory(default_cache_dir() / "compiled" / machine_name())
-    if directory is not None:
-        jax.config.update("jax_compilation_cache_dir", str(directory))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def _load(config: Config, options: Options) -> "Dataset":
-    from jaxnorm.data import datasets
-    from jaxnorm.runs import multihost
-
-    bar = cli.Bar(options.quiet or not multihost.is_process_0())
-    try:
-        return datasets.load(
-            config.dataset,
-            options.data_dir,
-            options.archive,
-            allow_unverified=options.allow_unverified,
-            progress=bar.at,
-        )
-    finally:
-        bar.close()
-
-
-def _callback(
-    configs: Sequence[Config], options: Options, out: Path, stack: contextlib.ExitStack
-) -> "Callback":
-    """What hears of the training: the terminal, and TensorBoard if it was asked for."""
-    from jaxnorm.runs import multihost, signals
-    from jaxnorm.runs.callbacks import Callbacks, TensorBoard
-    from jaxnorm.training.trainer import Callback
-
-    class Silent(Callback):
-        """Stops where a signal was received."""
-
-        def on_steps(self, epoch, done):
-            """Looks for a signal."""
-            signals.check()
-
-    if not multihost.is_process_0():
-        return Silent()
-    terminal = cli.terminal(configs, options.quiet)
-    if not options.tensorboard:
-        return terminal
-    board = TensorBoard(out / "tensorboard", sweep=len(configs) > 1)
-    stack.callback(board.close)
-    return Callbacks(terminal, board)
+    head = ["norm", "batch", "nets", "at once", "mesh", "rounds x steps", "step, ms"]
+    head += ["evaluation, ms", "writing, ms", "memory, MB", "training", "rest"]
+    rows = []
+    for each in estimates:
+        seconds = (each.step_seconds, each.evaluation_seconds, each.write_seconds)
+        memory = "not known" if each.device_bytes is None else f"{each.device_bytes / 1e6:,.0f}"
+        counts = [str(number) for number in (each.batch_size, each.nets, each.at_once, each.mesh)]
+        times = [estimate.duration(time) for time in (each.training, each.rest)]
+        row = [each.norm, *counts, f"{each.rounds} x {each.steps:,}"]
+        rows.append([*row, *(f"{1e3 * time:.1f}" for time in seconds), memory, *times])
+    training, rest = (
+        estimate.duration(sum(getattr(each, name) for each in estimates))
+        for name in ("training", "rest")
+    )
+    size = dataset.train_images.nbytes + dataset.test_images.nbytes
+    note = (
+        f"{nets} nets on {jax.device_count()} devices: about {training} of training and {rest} of "
+        "evaluation and writing. Times are of all nets at once; memory is a device's, with the "
+        f"data's {size / 1e6:,.0f} MB."
+    )
+    if speaks:
+        print(Table("The plan", head, rows, note).plain())
 
 
 def _print_summary(config: Config, options: Options) -> None:
+    from jaxnorm.analysis import tables
     from jaxnorm.model import summary
 
     known = config.dataset in ("cifar10", "digits")
     classes = 10 if known else len(_load(config, options).class_names)
     summary.check_nets(config, classes)
     for norm in config.norms:
-        print(f"{norm} norm, arch {config.arch}, input 32x32x3")
-        print(summary.describe(summary.net_of(config, norm, classes)) + "\n")
+        print(tables.layers(dataclasses.replace(config, norm=norm), classes).plain() + "\n")
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
 from jaxnorm import cli
 from jaxnorm.bench.worker import IMAGES, Job, Peer
-from jaxnorm.config import ALL, UserError
+from jaxnorm.config import UserError
 
 app = App(
     name="python -m jaxnorm.bench",
@@ -59,31 +59,18 @@ class Options:
         Seconds to spend on each net and batch size, once all sides are warm.
     out
         JSON file to write, with every sample.
-    profile
-        Tell where a training step's time goes, by layer and operator, instead of comparing.
     """
 
-    norm: tuple[str, ...] = ALL
-    arch: tuple[str, ...] = ("original",)
+    norm: tuple[Literal["batch", "group", "layer"], ...] = ("batch", "group", "layer")
+    arch: tuple[Literal["original", "matched"], ...] = ("original",)
     batch_size: tuple[int, ...] = (128,)
     seeds: tuple[int, ...] = (1,)
     task: tuple[Literal["train", "evaluate"], ...] = ("train",)
     peers: tuple[Peer, ...] = ("jaxnorm", "torch", "torch-compile")
     seconds: float = 60.0
     out: Path | None = None
-    profile: bool = False
 
     def __post_init__(self) -> None:
-        choices = {
-            "norm": ALL,
-            "arch": ("original", "matched"),
-            "task": ("train", "evaluate"),
-            "peers": get_args(Peer),
-        }
-        for name, allowed in choices.items():
-            for value in getattr(self, name):
-                if value not in allowed:
-                    raise UserError(f"{name}={value} is wrong: choose from {', '.join(allowed)}")
         if "jaxnorm" not in self.peers:
             raise UserError("peers= must name jaxnorm, which the others are held against")
         if not 0 < self.seconds < 1e6:
@@ -96,7 +83,9 @@ class Options:
 
 @dataclass
 class Timing:
-    """One side of a comparison: what it took to get ready, and seconds a step in every round."""
+    """One side of a comparison: what it took to get ready, and seconds a step (or an evaluation of
+    10,000 images) in every round.
+    """
 
     job: Job
     about: dict[str, str]
@@ -109,7 +98,7 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Seconds a step (or an evaluation of 10,000 images)."""
+        """Of the samples."""
         return statistics.median(self.samples)
 
 
@@ -121,16 +110,12 @@ class Worker:
     def __init__(self, job: Job) -> None:
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "jaxnorm.bench.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command = [sys.executable, "-m", "jaxnorm.bench.worker"]
+        pipes["stderr"] = subprocess.DEVNULL
+        self._process = subprocess.Popen(command, **pipes, env=environment)
         self.timing: Timing | None = None
-        answer = self._ask(dataclasses.replace(job, spawned=time.time()).to_line())
+        answer = self._ask(json.dumps(asdict(dataclasses.replace(job, spawned=time.time()))))
         self.failed: str | None = answer.pop("failed", None)
         if self.failed is None:
             self.timing = Timing(job, **answer)
@@ -167,14 +152,11 @@ def main(
     ] = Options(),
 ) -> int:
     """Times each net and batch size, prints a table for each, and writes the JSON."""
-    if options.profile:
-        from jaxnorm.bench import profile as profiling
+    from jaxnorm.storage.directory import RunDirectory
 
-        for arch, norm, size in itertools.product(options.arch, options.norm, options.batch_size):
-            print(profiling.render(profiling.profile(Job("jaxnorm", norm, arch, size))))
-        return 0
     ceiling = measure_ceiling()
-    print(f"{describe_processor()}, {os.cpu_count()} cores: ", end="")
+    machine = describe_machine(ceiling)
+    print(f"{machine['processor']}, {os.cpu_count()} cores: ", end="")
     print(f"{ceiling / 1e9:.0f} GFLOP/s in a 2048 x 2048 matrix product", flush=True)
     comparisons = []
     for task, arch, norm, size, seeds in itertools.product(
@@ -183,69 +165,53 @@ def main(
         timings, failures = compare(
             options, Job("jaxnorm", norm, arch, size, task=task, seeds=seeds)
         )
-        comparison = summarize(timings, failures, ceiling)
-        comparisons.append(comparison)
-        print(render(comparison), flush=True)
+        comparisons.append(summarize(timings, failures, ceiling))
+        print(render(comparisons[-1]), flush=True)
         if options.out:
-            write(options.out, {"machine": describe_machine(ceiling), "comparisons": comparisons})
+            content = json.dumps({"machine": machine, "comparisons": comparisons}, indent=1) + "\n"
+            RunDirectory(options.out.parent).write_bytes(options.out.name, content.encode())
     return 0
 
 
-def jobs_of(options: Options, ours: Job) -> list[Job]:
-    """The sides of one comparison; PyTorch in both layouts."""
-    jobs = []
-    for peer in options.peers:
-        for layout in (
-            ("contiguous", "channels_last") if peer.startswith("torch") else (ours.layout,)
-        ):
-            jobs.append(dataclasses.replace(ours, peer=peer, layout=layout))
-    return jobs
-
-
 def compare(options: Options, ours: Job) -> tuple[list[Timing], dict[str, str]]:
-    """Times all sides of one net in turn until the seconds are spent, at least three rounds.
+    """Times all sides of one net in turn until the seconds are spent, at least three rounds;
+    PyTorch in both layouts.
 
     Our own side starts twice, without compiled code and with that of the first time.
     """
     workers, failures = [], {}
-    cache = tempfile.TemporaryDirectory(prefix="jaxnorm-bench-")
-    try:
-        for job in jobs_of(options, ours):
-            cold = None
-            if job.peer == "jaxnorm":
-                job = dataclasses.replace(job, compilation_cache=cache.name)
-                first = Worker(job)
-                cold = first.timing
-                first.close()
-            worker = Worker(job)
-            workers.append(worker)
-            if worker.timing is not None and cold is not None:
-                worker.timing.warm_first_step_seconds = worker.timing.first_step_seconds
-                worker.timing.first_step_seconds = cold.first_step_seconds
-                worker.timing.compile_seconds = cold.compile_seconds
-            if worker.failed is not None:
-                failures[job.name] = worker.failed
-        ready = [worker for worker in workers if worker.timing is not None]
-        names = [worker.timing.job.peer for worker in ready if worker.timing]
-        if "jaxnorm" not in names:
-            raise UserError(f"our own side failed: {failures.get('jaxnorm')}")
-        counts = {}
-        for worker in ready:  # as many steps as take about a second
-            once = worker.seconds_for(1)
-            counts[worker] = max(1, min(200, round(1 / max(once, 1e-4))))
-        end, rounds = time.monotonic() + options.seconds, 0
-        while rounds < 3 or time.monotonic() < end:
-            turn = rounds % len(ready)
-            for worker in ready[turn:] + ready[:turn]:
-                seconds = worker.seconds_for(counts[worker]) / counts[worker]
-                assert worker.timing is not None
-                worker.timing.samples.append(seconds)
-            rounds += 1
-    finally:
-        for worker in workers:
-            worker.close()
-        cache.cleanup()
-    return [worker.timing for worker in ready if worker.timing], failures
+    with tempfile.TemporaryDirectory(prefix="jaxnorm-bench-") as cache:
+        try:
+            for peer in options.peers:
+                torch = ("contiguous", "channels_last")
+                for layout in torch if peer.startswith("torch") else torch[:1]:
+                    job, cold = dataclasses.replace(ours, peer=peer, layout=layout), None
+                    if peer == "jaxnorm":
+                        job = dataclasses.replace(job, compilation_cache=cache)
+                        (first := Worker(job)).close()
+                        cold = first.timing
+                    workers.append(worker := Worker(job))
+                    if worker.timing is None:
+                        failures[job.name] = worker.failed
+                    elif cold is not None:
+                        warm = worker.timing.first_step_seconds
+                        worker.timing = dataclasses.replace(cold, warm_first_step_seconds=warm)
+            ready = [worker for worker in workers if worker.timing is not None]
+            if "jaxnorm" in failures:
+                raise UserError(f"our own side failed: {failures['jaxnorm']}")
+            # As many steps as take about a second.
+            once = [worker.seconds_for(1) for worker in ready]
+            counts = [max(1, min(200, round(1 / max(seconds, 1e-4)))) for seconds in once]
+            turns = list(zip(ready, counts, strict=True))
+            end, rounds = time.monotonic() + options.seconds, 0
+            while rounds < 3 or time.monotonic() < end:
+                for worker, count in turns[rounds % len(turns) :] + turns[: rounds % len(turns)]:
+                    worker.timing.samples.append(worker.seconds_for(count) / count)
+                rounds += 1
+        finally:
+            for worker in workers:
+                worker.close()
+    return [worker.timing for worker in ready], failures
 
 
 def step_flops(job: Job) -> float:
@@ -257,9 +223,8 @@ def step_flops(job: Job) -> float:
     from jaxnorm.model.cnn import CNN
     from jaxnorm.model.summary import summarize
 
-    forward = [
-        2 * row.shape[0] * row.shape[1] * row.kernel for row in summarize(CNN(job.norm, job.arch))
-    ]
+    rows = summarize(CNN(job.norm, job.arch))
+    forward = [2 * row.shape[0] * row.shape[1] * row.kernel for row in rows]
     if job.task == "evaluate":
         return float(IMAGES * sum(forward))
     return float(job.seeds * job.batch_size * (3 * sum(forward) - forward[0]))
@@ -268,8 +233,8 @@ def step_flops(job: Job) -> float:
 def summarize(timings: Sequence[Timing], failures: dict[str, str], ceiling: float) -> dict:
     """A comparison as it is written: each side, and our ratio to PyTorch's fastest variant."""
     ours = next(timing for timing in timings if timing.job.peer == "jaxnorm")
-    flops = step_flops(ours.job)
-    images = ours.job.batch_size * ours.job.seeds if ours.job.task == "train" else IMAGES
+    job, flops = ours.job, step_flops(ours.job)
+    images = job.batch_size * job.seeds if job.task == "train" else IMAGES
     sides = {}
     for timing in timings:
         sides[timing.job.name] = {
@@ -285,19 +250,17 @@ def summarize(timings: Sequence[Timing], failures: dict[str, str], ceiling: floa
             "about": timing.about,
             "samples_milliseconds": [sample * 1e3 for sample in timing.samples],
         }
-    result = {**asdict(ours.job), "gflop": flops / 1e9, "sides": sides, "failed": failures}
-    for name in ("peer", "layout", "compilation_cache", "spawned"):
-        del result[name]
-    others = [timing for timing in timings if timing.job.peer.startswith("torch")]
-    if others:
+    kept = {name: getattr(job, name) for name in ("norm", "arch", "batch_size", "task", "seeds")}
+    result = {**kept, "gflop": flops / 1e9, "sides": sides, "failed": failures}
+    if others := [timing for timing in timings if timing.job.peer.startswith("torch")]:
         best = min(others, key=lambda timing: timing.median)
         pairs = zip(best.samples, ours.samples, strict=True)
         ratios = sorted(theirs / own for theirs, own in pairs)
-        spread = [ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]]
+        tenth = len(ratios) // 10
         result["ratio"] = {
             "against": best.job.name,
             "median": statistics.median(ratios),
-            "10th_and_90th_percentile": spread,
+            "10th_and_90th_percentile": [ratios[tenth], ratios[-1 - tenth]],
             "rounds": len(ratios),
         }
     return result
@@ -305,38 +268,27 @@ def summarize(timings: Sequence[Timing], failures: dict[str, str], ceiling: floa
 
 def render(comparison: dict) -> str:
     """A comparison as a table for a person."""
+    from jaxnorm.analysis.tables import Table
+
     unit = "step" if comparison["task"] == "train" else "10,000 images"
     title = f"\n{comparison['arch']} {comparison['norm']}, batch {comparison['batch_size']}"
-    if comparison["seeds"] > 1:
-        title += f", {comparison['seeds']} seeds"
-    lines = [f"{title}, {comparison['gflop']:.2f} GFLOP a {unit}"]
-    columns = ("", "ms", "images/s", "GFLOP/s", "of ceiling", "peak MB", "first step s", "warm s")
-    widths = (28, 9, 11, 9, 12, 9, 14, 8)
-    rows: list[tuple[str, ...]] = [columns]
+    title += f", {comparison['seeds']} seeds" if comparison["seeds"] > 1 else ""
+    head = ["side", "ms", "images/s", "GFLOP/s", "of ceiling", "peak MB", "first step s", "warm s"]
+    rows = []
     for name, side in comparison["sides"].items():
-        rows.append(
-            (
-                name,
-                f"{side['milliseconds']:.1f}",
-                f"{side['images_per_second']:,.0f}",
-                f"{side['gflop_per_second']:.1f}",
-                f"{side['share_of_ceiling']:.0%}",
-                f"{side['peak_megabytes']:.0f}",
-                f"{side['first_step_seconds']:.1f}",
-                f"{warm:.1f}" if (warm := side["warm_first_step_seconds"]) else "",
-            )
-        )
-    for first, *others in rows:
-        cells = [f"{other:>{width}}" for other, width in zip(others, widths[1:], strict=True)]
-        lines.append(f"{first:<{widths[0]}}" + "".join(cells))
-    lines += [f"{name:<28} failed: {why}" for name, why in comparison["failed"].items()]
+        warm, row = side["warm_first_step_seconds"], [name, f"{side['milliseconds']:.1f}"]
+        row += [f"{side['images_per_second']:,.0f}", f"{side['gflop_per_second']:.1f}"]
+        row += [f"{side['share_of_ceiling']:.0%}", f"{side['peak_megabytes']:.0f}"]
+        rows.append([*row, f"{side['first_step_seconds']:.1f}", f"{warm:.1f}" if warm else ""])
+    notes = [f"{name} failed: {why}" for name, why in comparison["failed"].items()]
     if ratio := comparison.get("ratio"):
         low, high = ratio["10th_and_90th_percentile"]
-        lines.append(
+        notes.append(
             f"ours is {ratio['median']:.2f} times as fast as {ratio['against']}, the best of "
             f"PyTorch ({low:.2f} to {high:.2f} over {ratio['rounds']} rounds)"
         )
-    return "\n".join(lines)
+    table = Table(title, head, rows, "\n".join(notes))
+    return f"{title}, {comparison['gflop']:.2f} GFLOP a {unit}\n{table.plain()}"
 
 
 def measure_ceiling() -> float:
@@ -353,36 +305,18 @@ def measure_ceiling() -> float:
     return float(done.stdout)
 
 
-def describe_processor() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def describe_machine(ceiling: float) -> dict[str, Any]:
     """Where and when the figures were taken."""
+    from jaxnorm.runs.environment import processor
+
     return {
-        "processor": describe_processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "matrix_product_gflop_per_second": ceiling / 1e9,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def write(path: Path, values: dict[str, Any]) -> None:
-    """Writes the JSON, whole or not at all."""
-    temporary = path.with_name(path.name + ".writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(values, indent=1) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"--out {path} cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

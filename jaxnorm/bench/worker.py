@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -48,10 +48,6 @@ class Job:
     def name(self) -> str:
         """As tables name it."""
         return f"{self.peer} {self.layout}" if self.peer.startswith("torch") else self.peer
-
-    def to_line(self) -> str:
-        """As a line of JSON."""
-        return json.dumps(asdict(self))
 
 
 def draw_data() -> tuple[np.ndarray, np.ndarray]:
@@ -111,7 +107,6 @@ def jax_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
     program, calls, states, (images, labels) = jax_setup(job)
 
     def steps(count: int) -> None:
-        """Trains every seed on so many batches."""
         while count > 0:
             stop = min(count, IMAGES // job.batch_size)
             for i, call in enumerate(calls):
@@ -120,14 +115,11 @@ def jax_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
         jax.block_until_ready(done.losses)
 
     def evaluations(count: int) -> None:
-        """Evaluates all images so many times."""
         for _ in range(count):
             jax.block_until_ready(epoch.evaluate_nets(program, states[0], images, labels))
 
-    about = {
-        "jax": jax.__version__,
-        "device": f"{jax.devices()[0].device_kind} x{program.mesh.devices}",
-    }
+    device = f"{jax.devices()[0].device_kind} x{program.mesh.devices}"
+    about = {"jax": jax.__version__, "device": device}
     return (steps if job.task == "train" else evaluations), about
 
 
@@ -188,16 +180,13 @@ def torch_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
     model = torch.compile(net, mode=mode) if job.peer == "torch-compile" else net
 
     def standardized(rows: Any) -> Any:
-        """The images of these rows, as the net takes them."""
         return (images[rows].float() / 255 - mean) / deviation
 
     def done() -> None:
-        """Waits for the device."""
         if device.type == "cuda":
             torch.cuda.synchronize()
 
     def steps(count: int) -> None:
-        """Trains on so many batches."""
         net.train()
         for i in range(count):
             rows = batches[i % len(batches)]
@@ -209,7 +198,6 @@ def torch_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
 
     @torch.no_grad()
     def evaluations(count: int) -> None:
-        """Evaluates all images so many times."""
         net.eval()
         for _ in range(count):
             for first in range(0, IMAGES, 500):
@@ -230,7 +218,6 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is no answer
 
     def answer(**values: Any) -> None:
-        """Writes a line of JSON to whoever asked."""
         answers.write(json.dumps(values) + "\n")
         answers.flush()
 
@@ -254,9 +241,8 @@ def main() -> None:
         clock = time.perf_counter()
         stepper(int(line))
         seconds = time.perf_counter() - clock
-        answer(
-            seconds=seconds, peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        answer(seconds=seconds, peak_bytes=peak * 1024)
 
 
 if __name__ == "__main__":

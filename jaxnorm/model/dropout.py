@@ -4,6 +4,7 @@ Threefry bits took half of a training step on a CPU. The fused gradient needs no
 output, so no mask is stored or drawn twice.
 """
 
+import math
 from functools import partial
 
 import chex
@@ -41,13 +42,8 @@ def keep_mask(
     gets the same masks as the whole.
     """
     one, two = (jax.random.key_data(key)[..., i].astype(jnp.uint32) for i in (0, -1))
-    one, two = (
-        _mix(one + jnp.uint32(0x9E3779B9 * (layer + 1) & 0xFFFFFFFF)),
-        _mix(two ^ jnp.uint32(layer)),
-    )
-    size = 1
-    for side in shape:
-        size *= side
+    one = _mix(one + jnp.uint32(0x9E3779B9 * (layer + 1) & 0xFFFFFFFF))
+    two, size = _mix(two ^ jnp.uint32(layer)), math.prod(shape)
     offset = jnp.asarray(first_image).astype(jnp.uint32) * jnp.uint32(size // shape[0])
     index = lax.iota(jnp.uint32, size).reshape(shape) + offset
     bits = _mix(_mix(index ^ one) + two)

@@ -110,7 +110,6 @@ class InstanceNorm(nn.InstanceNorm):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalizes."""
         return _normalize(self, x, ops.Over(False, x.shape[-1], epsilon=self.epsilon))
 
 
@@ -119,7 +118,6 @@ class LayerNorm(nn.LayerNorm):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalizes."""
         over = ops.Over(False, 1, epsilon=self.epsilon)
         if self.feature_axes == -1:
             return _normalize(self, x, over)
@@ -134,7 +132,6 @@ class RMSNorm(nn.RMSNorm):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalizes."""
         scale = self.param("scale", self.scale_init, x.shape[-1:])
         over = ops.Over(False, 1, centered=False, epsilon=self.epsilon)
         return ops.normalize(x, scale, jnp.zeros_like(scale), over)[0]
@@ -145,7 +142,6 @@ class Identity(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns x."""
         return x
 
 
@@ -173,10 +169,10 @@ def dropout_relu(x: jax.Array, rate: float, key: jax.Array | None, layer: int) -
 
 
 def _plain_dropout_relu(x: jax.Array, rate: float, key: jax.Array | None, layer: int) -> jax.Array:
-    if key is None:
-        return nn.relu(x)
-    mask = dropout.keep_mask(key, layer, x.shape, rate, _part.get().first_image)
-    return nn.relu(jnp.where(mask, x / (1 - rate), 0))
+    if key is not None:
+        mask = dropout.keep_mask(key, layer, x.shape, rate, _part.get().first_image)
+        x = jnp.where(mask, x / (1 - rate), 0)
+    return nn.relu(x)
 
 
 plain = SimpleNamespace(
@@ -216,10 +212,8 @@ def custom_norm(path: str, train: bool, name: str | None) -> nn.Module:
         raise UserError(f"norm={path} cannot be imported: {error}") from None
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise UserError(f"norm={path} is no flax.linen.Module")
-    fields = (
-        {"use_running_average": not train} if "use_running_average" in kind.__annotations__ else {}
-    )
-    return kind(**fields, name=name)
+    has_field = "use_running_average" in kind.__annotations__
+    return kind(**({"use_running_average": not train} if has_field else {}), name=name)
 
 
 def is_custom(norm: str) -> bool:

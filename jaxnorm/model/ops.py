@@ -168,7 +168,6 @@ def _kernel_gradient(images: jax.Array, gradient: jax.Array, padding: Padding) -
     """
 
     def of_part(images, gradient):
-        """The gradient from a few images."""
         return lax.conv_general_dilated(
             images.transpose(3, 1, 2, 0),
             gradient.transpose(1, 2, 0, 3),
@@ -183,7 +182,6 @@ def _kernel_gradient(images: jax.Array, gradient: jax.Array, padding: Padding) -
         return of_part(images, gradient)
 
     def body(i, total):
-        """Adds one micro-batch."""
         cut = (lax.dynamic_slice_in_dim(a, i * size, size) for a in (images, gradient))
         return total + of_part(*cut)
 
@@ -223,11 +221,8 @@ def _max_pool_forward(images: jax.Array):
 def _max_pool_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array):
     first, images = saved
     corner = jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 2, 1, 2, 1)
-    windows = jnp.where(
-        first[:, :, None, :, None] == corner,
-        gradient[:, :, None, :, None],
-        jnp.zeros((), gradient.dtype),
-    )
+    here, zero = first[:, :, None, :, None] == corner, jnp.zeros((), gradient.dtype)
+    windows = jnp.where(here, gradient[:, :, None, :, None], zero)
     n, height, width, channels = images.shape
     even = windows.reshape(n, height // 2 * 2, width // 2 * 2, channels)
     return (jnp.pad(even, ((0, 0), (0, height % 2), (0, width % 2), (0, 0))),)
@@ -289,7 +284,7 @@ def _by_channel(values: jax.Array) -> jax.Array:
     rows = values.reshape(n, height // tall, tall, width * channels).sum(2)
     rows = lax.optimization_barrier(rows.reshape(n, height // tall * width * channels))
     same_channel = np.tile(np.eye(channels, dtype=np.float32), (height // tall * width, 1))
-    return _product(rows, same_channel)
+    return jnp.matmul(rows, same_channel, precision=lax.Precision.HIGHEST)
 
 
 def _pool(sums: jax.Array, over: Over) -> jax.Array:
@@ -311,11 +306,6 @@ def _over_images(sums: jax.Array) -> jax.Array:
     device. The bits of a net would depend on how many devices train other nets.
     """
     return sums.sum(0)
-
-
-def _product(a: jax.Array | np.ndarray, b: jax.Array | np.ndarray) -> jax.Array:
-    """A matrix product in full float32, on every device."""
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 def _spread(statistic: jax.Array, inputs: jax.Array) -> jax.Array:

@@ -97,17 +97,3 @@ def summarize(net: CNN) -> list[Row]:
 def activation_bytes(net: CNN) -> list[int]:
     """The bytes of one image's output of each layer, in float32."""
     return [4 * math.prod(row.shape) for row in summarize(net)]
-
-
-_LINE = "{:<7}{:>10}{:>17}{:>9}{:>8}{:>9}"
-
-
-def describe(net: CNN) -> str:
-    """The layers of a net as a table for a terminal."""
-    lines = [_LINE.format("layer", "output", "receptive field", "kernel", "norm", "total")]
-    for row in summarize(net):
-        shape = "x".join(map(str, row.shape))
-        numbers = (f"{count:,}" for count in (row.kernel, row.norm, row.kernel + row.norm))
-        lines.append(_LINE.format(row.name, shape, row.receptive_field, *numbers))
-    lines.append(_LINE.format("total", "", "", "", "", f"{count_parameters(net):,}"))
-    return "\n".join(lines)

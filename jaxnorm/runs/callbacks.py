@@ -1,7 +1,4 @@
-"""Callbacks beside the terminal's: several at once, and TensorBoard.
-
-TensorBoard is an extra (`pip install '.[tensorboard]'`): `tensorboard --logdir RUN` shows it.
-"""
+"""TensorBoard, an extra (`pip install '.[tensorboard]'`): `tensorboard --logdir RUN` shows it."""
 
 from pathlib import Path
 from typing import Any
@@ -20,49 +17,28 @@ class TensorBoard(Callback):
     """
 
     def __init__(self, directory: Path, sweep: bool = False) -> None:
-        self.directory, self.sweep = directory, sweep
-        self._writer_class, self._writers = self.writer_class(), {}
-
-    @staticmethod
-    def writer_class() -> Any:
-        """tensorboardX's writer; raises `UserError` where the extra is not installed."""
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
             raise UserError(
                 "tensorboard=True needs an extra: pip install '.[tensorboard]' (or tensorboardX)"
             ) from None
-        return SummaryWriter
+        self.directory, self.sweep = directory, sweep
+        self._make_writer, self._writers = SummaryWriter, {}
 
     def on_epoch(self, config: Config, epoch: Epoch) -> None:
         """Writes the epoch's scalars and has them on disk."""
         name = f"{f'{name_of(config)}-' if self.sweep else ''}{epoch.norm}-{epoch.seed}"
         if name not in self._writers:
-            self._writers[name] = self._writer_class(str(self.directory / name))
+            self._writers[name] = self._make_writer(str(self.directory / name))
+        writer: Any = self._writers[name]
         for field, value in vars(epoch).items():
             if value is not None and field.endswith(("_loss", "_accuracy")):
                 split, _, what = field.partition("_")
-                self._writers[name].add_scalar(f"{what}/{split}", value, epoch.epoch)
-        self._writers[name].flush()
+                writer.add_scalar(f"{what}/{split}", value, epoch.epoch)
+        writer.flush()
 
     def close(self) -> None:
         """Closes every file."""
         for writer in self._writers.values():
             writer.close()
-
-
-class Callbacks(Callback):
-    """Calls several callbacks, in order."""
-
-    def __init__(self, *callbacks: Callback) -> None:
-        for name in (name for name in vars(Callback) if name.startswith("on_")):
-            setattr(self, name, self._all([getattr(each, name) for each in callbacks]))
-
-    @staticmethod
-    def _all(methods: list[Any]) -> Any:
-        def call(*arguments: Any) -> None:
-            """Calls each."""
-            for method in methods:
-                method(*arguments)
-
-        return call

@@ -26,31 +26,16 @@ def describe(
     mesh: str = "seed=1,batch=1",
 ) -> RunInfo:
     """All that `run.json` says of a run that starts now."""
-    platform_name = jax.devices()[0].platform
-    return RunInfo(
-        config,
-        parameters,
-        dataset_info(dataset),
-        environment(command, mesh, self_check),
-        repeatable(platform_name, deterministic),
-        deterministic,
+    kept = ("name", "caption", "fingerprint", "source", "verified", "mean", "deviation")
+    data = DatasetInfo(
+        **{name: getattr(dataset, name) for name in kept},
+        class_names=list(dataset.class_names),
+        train_count=len(dataset.train_labels),
+        test_count=len(dataset.test_labels),
     )
-
-
-def dataset_info(dataset: Dataset) -> DatasetInfo:
-    """What a run records of its data."""
-    return DatasetInfo(
-        dataset.name,
-        dataset.caption,
-        dataset.fingerprint,
-        dataset.source,
-        dataset.verified,
-        list(dataset.class_names),
-        dataset.mean,
-        dataset.deviation,
-        len(dataset.train_labels),
-        len(dataset.test_labels),
-    )
+    promise = repeatable(jax.devices()[0].platform, deterministic)
+    now = environment(command, mesh, self_check)
+    return RunInfo(config, parameters, data, now, promise, deterministic)
 
 
 def environment(command: str, mesh: str, self_check: str) -> Environment:
@@ -99,16 +84,13 @@ def git_revision() -> str | None:
     """
     if not (_ROOT / "pyproject.toml").exists():
         return None
-    try:
-        answers = [
-            subprocess.run(
-                ["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, timeout=5
-            )
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "jaxnorm"])
-        ]
-    except (OSError, subprocess.SubprocessError):
-        return None
-    revision, changes = (answer.stdout.strip() for answer in answers)
-    if answers[0].returncode or not revision:
-        return None
-    return revision + ("+changes" if changes else "")
+    answers = []
+    for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "jaxnorm"]):
+        command = ["git", "-C", str(_ROOT), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=5)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        answers.append("" if done.returncode else done.stdout.strip())
+    revision, changes = answers
+    return revision + ("+changes" if changes else "") if revision else None

@@ -29,7 +29,11 @@ MEASURED_STEPS = 3
 @dataclass(frozen=True)
 class Estimate:
     """What the nets of one norm and batch size take. They train in rounds: in each, the program
-    trains its nets from the first epoch to the last.
+    trains `at_once` nets from the first epoch to the last, in so many steps and epochs.
+
+    Seconds are of a step, an evaluation on the test images and a write of all nets of a round.
+    `device_bytes` is what the program takes on a device, data included; None where XLA keeps no
+    account.
     """
 
     norm: str
@@ -37,22 +41,13 @@ class Estimate:
     nets: int
     mesh: MeshShape
     at_once: int
-    """Nets that train at the same time, on all devices."""
     rounds: int
     steps: int
-    """Of each round."""
     epochs: int
-    """Of each round."""
     step_seconds: float
-    """Of one step of all nets of a round, as measured."""
     evaluation_seconds: float
-    """Of one evaluation of them on the test images, as measured."""
     write_seconds: float
-    """Of writing an epoch of all of them, by process 0, as measured."""
     device_bytes: int | None
-    """Memory that the program takes on a device, data included, by XLA's account; None where XLA
-    gives none.
-    """
 
     @property
     def training(self) -> float:
@@ -76,46 +71,37 @@ def estimate(
     programs: dict[tuple[str, int], list[Group]] = {}
     for group in groups(configs, dataset, mesh):
         programs.setdefault((group.norm, configs[group.nets[0][0]].batch), []).append(group)
-    estimates = []
-    for (norm, batch_size), same in programs.items():
-        nets = Nets(configs, dataset, same[0])
-        (chunk, *_), keys = nets.chunks(1)
-        state = nets.states([None] * len(nets.group.nets))
-        size = _device_bytes(nets.arguments(state, chunk, keys))
-        steps = []
-        for number in range(1 + MEASURED_STEPS):  # the first compiles
-            i = min(number, chunk.batches.shape[1] - 1)
-            clock = time.perf_counter()
-            state, done = nets.train_chunk(state, chunk._replace(start=i, stop=i + 1), keys)
-            jax.block_until_ready(done.losses)
-            steps.append(time.perf_counter() - clock)
-        evaluations = _seconds(lambda nets=nets, state=state: nets.evaluate(state), 2)
-        estimates.append(
-            Estimate(
-                norm,
-                batch_size,
-                sum(len(group.nets) for group in same),
-                same[0].mesh,
-                same[0].size,
-                len(same),
-                nets.steps * nets.config.epochs,
-                nets.config.epochs,
-                statistics.median(steps[1:]),
-                evaluations[1],
-                _write_seconds(nets, state, dataset) * len(nets.group.nets),
-                size,
-            )
-        )
-    return estimates
+    return [_estimate(configs, dataset, same) for same in programs.values()]
 
 
-def _seconds(function: Callable[[], Any], count: int) -> list[float]:
+def _estimate(configs: Sequence[Config], dataset: Dataset, same: Sequence[Group]) -> Estimate:
+    nets, group = Nets(configs, dataset, same[0]), same[0]
+    (chunk, *_), keys = nets.chunks(1)
+    state = nets.states([None] * len(group.nets))
+    size = _device_bytes(nets.arguments(state, chunk, keys))
+
+    def step() -> None:
+        nonlocal state
+        state, done = nets.train_chunk(state, chunk._replace(stop=chunk.start + 1), keys)
+        jax.block_until_ready(done.losses)
+
+    training = _seconds(step)
+    evaluation = _seconds(lambda: nets.evaluate(state))
+    writing = _seconds(_writing(nets, state, dataset)) * len(group.nets)
+    count, last_epoch = sum(len(each.nets) for each in same), nets.config.epochs
+    rounds = (len(same), nets.steps * last_epoch, last_epoch)
+    about = (group.norm, nets.config.batch, count, group.mesh, group.size)
+    return Estimate(*about, *rounds, training, evaluation, writing, size)
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    """The median time of a few calls, after one that compiles."""
     times = []
-    for _ in range(count):
+    for _ in range(1 + MEASURED_STEPS):
         clock = time.perf_counter()
         function()
         times.append(time.perf_counter() - clock)
-    return times
+    return statistics.median(times[1:])
 
 
 def _device_bytes(arguments: tuple) -> int | None:
@@ -127,45 +113,18 @@ def _device_bytes(arguments: tuple) -> int | None:
     return sum(getattr(account, name) for name in sizes) - account.alias_size_in_bytes
 
 
-def _write_seconds(nets: Nets, state: Any, dataset: Dataset) -> float:
-    """The median time of writing an epoch of one net."""
-    record = Epoch(nets.group.norm, 0, 1, *[0.0] * 6)
+def _writing(nets: Nets, state: Any, dataset: Dataset) -> Callable[[], None]:
+    """What writes an epoch of one net, to a folder that is removed."""
     first = jax.tree.map(lambda leaf: leaf[0], meshes.fetch(state))
     losses = np.zeros(nets.steps, np.float32)
     logits = np.zeros((len(dataset.test_labels), len(dataset.class_names)), np.float32)
-    done = Trained(0, record, first, losses, logits)
-    with tempfile.TemporaryDirectory() as folder:
-        directory = RunDirectory(folder)
-        return statistics.median(
-            _seconds(lambda: save_epoch(directory, done, losses, dataset), MEASURED_STEPS)
-        )
+    done = Trained(0, Epoch(nets.group.norm, 0, 1, *[0.0] * 6), first, losses, logits)
 
+    def write() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            save_epoch(RunDirectory(folder), done, losses, dataset)
 
-def describe(estimates: Sequence[Estimate], data_bytes: int) -> str:
-    """Estimates as a table for a terminal."""
-    lines = [
-        f"{'norm':>8}  batch  nets  at once  mesh              rounds x steps  step, ms  "
-        "evaluation, ms  writing, ms  memory, MB  training      rest"
-    ]
-    for each in estimates:
-        memory = "not known" if each.device_bytes is None else f"{each.device_bytes / 1e6:,.0f}"
-        rounds = f"{each.rounds} x {each.steps:,}"
-        lines.append(
-            f"{each.norm:>8}  {each.batch_size:>5}  {each.nets:>4}  {each.at_once:>7}  "
-            f"{each.mesh!s:<16}  {rounds:>14}  {1e3 * each.step_seconds:>8.1f}  "
-            f"{1e3 * each.evaluation_seconds:>14.0f}  {1e3 * each.write_seconds:>11.0f}  "
-            f"{memory:>10}  {duration(each.training):>8}  {duration(each.rest):>8}"
-        )
-    training, rest = (
-        sum(getattr(each, name) for each in estimates) for name in ("training", "rest")
-    )
-    nets = sum(each.nets for each in estimates)
-    lines.append(
-        f"{nets} nets on {jax.device_count()} devices: about {duration(training)} of training and "
-        f"{duration(rest)} of evaluation and writing. Times are of all nets at once; memory is a "
-        f"device's, with the data's {data_bytes / 1e6:,.0f} MB."
-    )
-    return "\n".join(lines)
+    return write
 
 
 def duration(seconds: float) -> str:

@@ -7,7 +7,6 @@ never joined is a job of its own, in which all of this costs nothing.
 
 import contextlib
 import ctypes
-import hashlib
 import json
 import os
 import signal
@@ -31,7 +30,6 @@ LOST = 1
 """Exit code of a process that has lost another."""
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _LOST = "another process of this job was lost, so this one stops too"
-_TEXT_BYTES = 600
 _last_words: list[Any] = []  # what C calls must not be collected
 
 
@@ -57,6 +55,11 @@ def join() -> None:
         if number is not None and not number.isdecimal():
             raise UserError(f"{name} is {number!r}: it must be a whole number")
     count, index = (None if number is None else int(number) for number in numbers)
+    waiting: dict[str, Any] = {
+        "initialization_timeout": JOINING_SECONDS,
+        "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
+        "shutdown_timeout_seconds": PATIENCE_SECONDS,
+    }
     # JAX would take SIGTERM for itself, to tell of a preemption; here it ends the process.
     jax.config.update("jax_enable_preemption_service", False)
     _say_when_aborted(
@@ -64,26 +67,12 @@ def join() -> None:
         "running, and is the coordinator's address right?"
     )
     try:
-        jax.distributed.initialize(
-            address,
-            count,
-            index,
-            initialization_timeout=JOINING_SECONDS,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=PATIENCE_SECONDS,
-        )
-    except (ValueError, TypeError, IndexError) as error:
+        jax.distributed.initialize(address, count, index, **waiting)
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
         raise UserError(
-            f"distributed=True found no whole description of a job ({_one_line(error)}): "
-            f"start it by Slurm, Open MPI or Kubernetes, or set {', '.join(_VARIABLES)} for each "
-            "process"
+            f"distributed=True cannot join a job ({' '.join(str(error).split())[:200]}): start it "
+            f"by Slurm, Open MPI or Kubernetes, or set {', '.join(_VARIABLES)} for each process"
         ) from None
-    except RuntimeError as error:
-        raise UserError(f"distributed=True cannot join its job: {_one_line(error)}") from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _say_when_aborted(text: str) -> None:
@@ -92,7 +81,6 @@ def _say_when_aborted(text: str) -> None:
     """
 
     def last_words(_: int) -> None:
-        """Takes the place of dumping core."""
         with contextlib.suppress(OSError):
             os.write(2, text.encode() + b"\n")
         os._exit(LOST)
@@ -125,22 +113,24 @@ def leave() -> None:
         time.sleep(3)
 
 
-def _gather(values: np.ndarray) -> np.ndarray:
-    return np.asarray(multihost_utils.process_allgather(values))
+def _gather(content: bytes) -> list[bytes]:
+    """The bytes of every process, in every process."""
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(content))))
+    padded = np.frombuffer(content.ljust(int(sizes.max()) + 1, b"\0"), np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
 
 
 def agree(**facts: str) -> None:
     """Raises `UserError` in every process where these facts are not the same in all of them."""
-    if not joined():
-        return
-    for name, fact in facts.items():
-        digest = np.frombuffer(hashlib.sha256(fact.encode()).digest(), np.uint8)
-        digests = _gather(digest)
-        if (other := np.flatnonzero((digests != digests[0]).any(1))).size:
-            raise UserError(
-                f"the processes of this job do not have the same {name}: process {other[0]} "
-                "differs from process 0"
-            )
+    for name, fact in facts.items() if joined() else ():
+        facts_of_all = _gather(fact.encode())
+        for index, other in enumerate(facts_of_all):
+            if other != facts_of_all[0]:
+                raise UserError(
+                    f"the processes of this job do not have the same {name}: process {index} "
+                    "differs from process 0"
+                )
 
 
 def in_every_process(function: Callable[[], Any]) -> Any:
@@ -154,28 +144,21 @@ def in_every_process(function: Callable[[], Any]) -> Any:
         result = function()
     except (UserError, OSError, ArithmeticError) as error:
         failure = error
-    text = "" if failure is None else str(failure) or type(failure).__name__
-    texts = _gather(_encoded(text))
+    texts = _gather(b"" if failure is None else (str(failure) or repr(failure)).encode())
     if failure is not None:
         raise failure
-    for index, each in enumerate(texts):
-        if said := _decoded(each):
-            raise UserError(f"process {index} of this job stopped: {said}")
+    for index, text in enumerate(texts):
+        if text:
+            raise UserError(f"process {index} of this job stopped: {text.decode(errors='replace')}")
     return result
 
 
 def from_process_0(function: Callable[[], Any]) -> Any:
-    """What it returns in process 0, where alone it is called: JSON values, in every
-    process.
-    """
+    """What it returns in process 0, where alone it is called: JSON values, in every process."""
     if not joined():
         return function()
     found = in_every_process(lambda: json.dumps(function()).encode() if is_process_0() else b"")
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(found))))
-    content = np.zeros(size, np.uint8)
-    if is_process_0():
-        content[:] = np.frombuffer(found, np.uint8)
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(content)).tobytes())
+    return json.loads(_gather(found)[0])
 
 
 def arrays_from_process_0(tree: Any) -> Any:
@@ -184,18 +167,9 @@ def arrays_from_process_0(tree: Any) -> Any:
         return tree
 
     def share(array: Any) -> np.ndarray:
-        """As whole numbers: a sum with zeros, which a broadcast is, loses the sign of a zero."""
+        # As whole numbers: a sum with zeros, which a broadcast is, loses the sign of a zero.
         array = np.asarray(array)
         bits = multihost_utils.broadcast_one_to_all(array.view(np.uint32))
         return np.asarray(bits).view(array.dtype).reshape(array.shape)
 
     return jax.tree.map(share, tree)
-
-
-def _encoded(text: str) -> np.ndarray:
-    content = text.encode()[:_TEXT_BYTES]
-    return np.frombuffer(content.ljust(_TEXT_BYTES, b"\0"), np.uint8)
-
-
-def _decoded(content: np.ndarray) -> str:
-    return content.tobytes().rstrip(b"\0").decode(errors="replace")

@@ -28,9 +28,9 @@ def find_progress(
     lines, wrong = run.read_epochs()
     kept: dict[Net, list[Epoch]] = {net: [] for net in config.nets}
     for line in sorted(lines, key=lambda line: line.epoch):
-        own = kept.get((line.norm, line.seed))
-        if own is not None and line.epoch == len(own) + 1 <= config.epochs:
-            own.append(line)
+        before = kept.get((line.norm, line.seed))
+        if before is not None and line.epoch == len(before) + 1 <= config.epochs:
+            before.append(line)
     strays = len(lines) - sum(map(len, kept.values()))
     if wrong or strays:
         aside = run.set_aside("metrics.jsonl")
@@ -38,19 +38,19 @@ def find_progress(
             f"{len(wrong)} damaged and {strays} other lines of metrics.jsonl do not follow on one; "
             f"they are kept in {aside}"
         )
-    progress = {
-        net: _progress_of(run, info, config, net, epochs, warn) for net, epochs in kept.items()
-    }
-    if any(progress[net].epochs < len(epochs) for net, epochs in kept.items()):
-        run.set_aside("metrics.jsonl")
+    progress, lost = {}, []
     for net, epochs in kept.items():
+        progress[net] = _progress_of(run, info, config, net, epochs, warn)
         complete = progress[net].epochs
         if complete < len(epochs):
             text = f"resumes after epoch {complete}" if complete else "starts again"
-            warn(
-                f"{net[0]} norm, seed {net[1]}: a record of epoch {len(epochs)} is damaged; {text}"
-            )
+            last = f"{net[0]} norm, seed {net[1]}: a record of epoch {len(epochs)}"
+            lost.append(f"{last} is damaged; {text}")
         del epochs[complete:]
+    if lost:
+        run.set_aside("metrics.jsonl")
+    for text in lost:
+        warn(text)
     run.write_epochs(in_order(config, [line for epochs in kept.values() for line in epochs]))
     return progress
 

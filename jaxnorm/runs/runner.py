@@ -6,11 +6,10 @@ which makes it complete.
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+import functools
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxnorm.config import Config, Net, UserError
@@ -19,6 +18,7 @@ from jaxnorm.runs import environment, multihost
 from jaxnorm.runs.resume import checkpoint_shapes, find_progress, in_order
 from jaxnorm.storage import checkpoint
 from jaxnorm.storage.directory import RunDirectory
+from jaxnorm.storage.schema import RunInfo
 from jaxnorm.storage.sweep import Sweep
 from jaxnorm.training import probes, trainer
 from jaxnorm.training.mesh import MeshShape
@@ -42,27 +42,29 @@ def run(
     In a job of several processes all of them call it, and process 0 alone touches the disk.
     Raises `UserError`, `NonFiniteLoss` where no net's loss stays finite, and OSError.
     """
-    callback = callback or Callback()
-    for config in sweep.configs:
-        trainer.check(config, dataset)
+    callback, runs = (
+        callback or Callback(),
+        list(zip(sweep.configs, sweep.directories, strict=True)),
+    )
+    counts = [trainer.check(config, dataset) for config in sweep.configs]
+    nets = [(i, *net) for i, config in enumerate(sweep.configs) for net in config.nets]
+    progress: dict[SweptNet, NetProgress] = {}
     with contextlib.ExitStack() as stack:
-        progress: dict[SweptNet, NetProgress] = {}
 
         def begin() -> tuple[bool, list[int]]:
             """Readies the directories; whether any had begun, and the epochs of every net."""
             stack.enter_context(sweep.locked())
             begun = any(directory.exists() for directory in sweep.directories)
-            for i, (config, directory) in enumerate(
-                zip(sweep.configs, sweep.directories, strict=True)
-            ):
-                shape = trainer.mesh_for(sweep.configs, config.batch, mesh)
-                about = (command, self_check, deterministic, str(shape))
-                found = _begin(config, dataset, directory, callback, *about)
+            for i, (config, directory) in enumerate(runs):
+                shape = str(trainer.mesh_for(sweep.configs, config.batch, mesh))
+                about = (command, self_check, deterministic, shape)
+                now = environment.describe(config, dataset, counts[i], *about)
+                found = _begin(directory, now, callback)
                 progress.update({(i, *net): at for net, at in found.items()})
-            return begun, [progress[net].epochs for net in _nets(sweep.configs)]
+            return begun, [progress[net].epochs for net in nets]
 
         begun, complete = multihost.from_process_0(begin)
-        for net, epochs in zip(_nets(sweep.configs), complete, strict=True):
+        for net, epochs in zip(nets, complete, strict=True):
             progress.setdefault(net, NetProgress(epochs))
         if begun:
             callback.on_resume(sum(complete))
@@ -73,36 +75,21 @@ def run(
                 losses[done.net] = np.concatenate([losses[done.net], done.losses])
                 save_epoch(sweep.directories[done.run], done, losses[done.net], dataset)
             callback.on_epoch(sweep.configs[done.run], done.record)
-        if multihost.is_process_0():
-            for config, directory in zip(sweep.configs, sweep.directories, strict=True):
-                directory.write_epochs(in_order(config, directory.epochs()))
-                measure_nets(directory, dataset, callback)
+        for config, directory in runs if multihost.is_process_0() else ():
+            directory.write_epochs(in_order(config, directory.epochs()))
+            measure_nets(directory, dataset, callback)
 
 
-def _nets(configs: Sequence[Config]) -> list[SweptNet]:
-    return [(i, norm, seed) for i, config in enumerate(configs) for norm, seed in config.nets]
-
-
-def _begin(
-    config: Config,
-    dataset: Dataset,
-    directory: RunDirectory,
-    callback: Callback,
-    command: str,
-    self_check: str,
-    deterministic: bool,
-    mesh: str,
-) -> dict[Net, NetProgress]:
+def _begin(directory: RunDirectory, now: RunInfo, callback: Callback) -> dict[Net, NetProgress]:
     """Writes a new run's `run.json`, or finds how far a run is."""
-    counts = trainer.check(config, dataset)
-    now = environment.describe(config, dataset, counts, command, self_check, deterministic, mesh)
+    config = now.config
     if not directory.exists():
         RunDirectory.check_unused(directory.path)
         directory.write_info(now)
         return {net: NetProgress() for net in config.nets}
     info = directory.info()
     check_grown(info.config, config, directory.path)
-    if dataset.fingerprint != info.dataset.fingerprint:
+    if now.dataset.fingerprint != info.dataset.fingerprint:
         raise UserError(
             f"the data found is not what {directory.path} was trained on: give its data_dir="
         )
@@ -110,15 +97,13 @@ def _begin(
     progress = find_progress(directory, info, config, callback.on_warning)
     if all(at.epochs == config.epochs for at in progress.values()):
         return progress
-    if (now.environment.code, now.environment.device) != (
-        info.environment.code,
-        info.environment.device,
-    ):
+    before, after = info.environment, now.environment
+    if (before.code, before.device) != (after.code, after.device):
         callback.on_warning(
             "the run began with other code or on other devices (compare its run.json): it resumes, "
             "but not bit for bit as it would have there"
         )
-    resumed = [*info.resumed, now.environment]
+    resumed = [*info.resumed, after]
     directory.write_info(dataclasses.replace(info, config=config, resumed=resumed))
     return progress
 
@@ -153,17 +138,14 @@ def save_epoch(
 
 def measure_nets(directory: RunDirectory, dataset: Dataset, callback: Callback) -> None:
     """Writes the probes of the finished nets of a run's first seed, where a checkpoint is whole."""
-    info, last = directory.info(), {}
-    for epoch in directory.epochs():
-        last[epoch.norm, epoch.seed] = epoch
-    for norm in info.config.norms:
-        net = norm, info.config.seed
-        finished = net in last and last[net].epoch == info.config.epochs
-        if finished and info.config.epochs in checkpoint.epochs(directory, net):
+    config, epochs = directory.info().config, directory.epochs()
+    for net in [(norm, config.seed) for norm in config.norms]:
+        done = sum((each.norm, each.seed) == net for each in epochs)
+        if done == config.epochs and done in checkpoint.epochs(directory, net):
             try:
                 program, state = load_state(directory.path, *net)
             except UserError as error:
-                callback.on_warning(f"{norm} norm is not measured inside: {error}")
+                callback.on_warning(f"{net[0]} norm is not measured inside: {error}")
                 continue
             logits, _ = directory.predictions(net)
             directory.write_probes(net, probes.measure(program, state, dataset, logits))
@@ -192,10 +174,4 @@ def load_model(path: Path | str, norm: str, seed: int) -> Any:
 
     Raises `UserError` where the run has no checkpoint of that norm and seed.
     """
-    program, state = load_state(path, norm, seed)
-
-    def predict(images: Any) -> jax.Array:
-        """Probabilities f32[N, classes] of u8[N, 32, 32, 3] images; ValueError for any other."""
-        return trainer.predict(program, state, images)
-
-    return predict
+    return functools.partial(trainer.predict, *load_state(path, norm, seed))

@@ -18,7 +18,6 @@ import numpy as np
 from jaxnorm.config import Config, Precision
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.training import mesh as meshes
-from jaxnorm.training.epoch import Chunk
 from jaxnorm.training.mesh import ONE, MeshShape
 from jaxnorm.training.step import Program, TrainState, derive_key, standardize, train_step
 from jaxnorm.training.trainer import Group, Nets, groups
@@ -41,8 +40,8 @@ EVALUATED = 100
 """Test images whose logits are compared."""
 _ROWS = 40_000
 _ONCE: Any = {"xla_backend_optimization_level": 0}
-"""Options for the plain step, which is compiled for a single use and little optimized, so that it
-takes neither the time nor the rewrites of the program that it checks.
+"""For the plain step, which runs once: it takes neither the time nor the rewrites of the program
+that it checks.
 """
 
 
@@ -55,12 +54,11 @@ def self_check(configs: Sequence[Config], dataset: Dataset, mesh: MeshShape | No
     rightly, by the programs that will train them. Raises `WrongNumbers`.
     """
     check_compiler()
-    checked = set()
+    programs = {}
     for group in groups(configs, dataset, mesh):
-        program = group.norm, configs[group.nets[0][0]].batch
-        if program not in checked:
-            checked.add(program)
-            _check_group(configs, dataset, group)
+        programs.setdefault((group.norm, configs[group.nets[0][0]].batch), group)
+    for group in programs.values():
+        _check_group(configs, dataset, group)
 
 
 def check_compiler() -> None:
@@ -90,66 +88,56 @@ def _check_group(configs: Sequence[Config], dataset: Dataset, group: Group) -> N
     plain = dataclasses.replace(nets.program, model=model, mesh=ONE)
     plain_step = jax.jit(partial(train_step, plain), compiler_options=_ONCE)
     allowed = ALLOWED[nets.program.model.precision]
-    epochs = [nets.chunks(epoch) for epoch in range(1, TRIES + 1)]
-    full, ragged = [], []
-    for epoch, (chunks, keys) in enumerate(epochs, 1):
-        full.append((chunks[0], keys, epoch))
-        if chunks[-1].first_step:
-            ragged.append((chunks[-1], keys, epoch))
-    for batches in filter(None, (full, ragged)):
-        said = _disagreement_of_steps(nets, batches, plain_step, initial, dataset, allowed)
+    for which in (0, -1):  # the first full batch, and the ragged one
+        said = ""
+        for epoch in range(1, TRIES + 1):
+            said = _compare_step(nets, dataset, plain_step, initial, epoch, which, allowed)
+            if not said:
+                break
         if said:
             raise _wrong(f"one training step of {group.norm} norm", said)
-    images = np.resize(dataset.test_images, (EVALUATED, 32, 32, 3))
-    wanted = jax.jit(partial(_plain_logits, plain), compiler_options=_ONCE)(initial, images)
-    found = nets.evaluate(nets.states([None]))[0].logits
-    count = min(EVALUATED, len(dataset.test_images))
-    for logits in found[:, :count]:
-        error = _relative(logits, np.asarray(wanted)[:count], 0)
+    images = jnp.asarray(np.resize(dataset.test_images, (EVALUATED, 32, 32, 3)))
+    wanted = np.asarray(
+        jax.jit(partial(_plain_logits, plain), compiler_options=_ONCE)(initial, images)
+    )
+    for logits in nets.evaluate(nets.states([None]))[0].logits:
+        error = _relative(logits[:EVALUATED], wanted[: len(logits)], 0)
         if error > 10 * allowed[0]:  # logits of the initial net nearly cancel
-            raise _wrong(
-                f"the evaluation of {group.norm} norm", f"logits are {100 * error:.3g}% off"
-            )
+            said = f"logits are {100 * error:.3g}% off"
+            raise _wrong(f"the evaluation of {group.norm} norm", said)
 
 
-def _disagreement_of_steps(
+def _compare_step(
     nets: Nets,
-    batches: Sequence[tuple[Chunk, jax.Array, int]],  # chunk, dropout keys, epoch
+    dataset: Dataset,
     plain_step: Any,
     initial: TrainState,
-    dataset: Dataset,
+    epoch: int,
+    which: int,  # of the epoch's chunks, whose first batch is taken
     allowed: tuple[float, float],
 ) -> str:
-    """What a step of the training program and the plain step disagree in, on the first batch of
-    each chunk; empty where they agree on one of them.
-    """
-    worst = ""
-    for chunk, keys, epoch in batches:
-        rows = meshes.fetch(chunk.batches)[0, 0]
-        key = derive_key(nets.group.nets[0][2], "dropout", epoch)
-        state, loss, _ = plain_step(
-            jax.tree.map(jnp.asarray, initial),
-            jnp.asarray(dataset.train_images[rows]),
-            jnp.asarray(dataset.train_labels[rows]),
-            jax.random.fold_in(key, chunk.first_step),
-            nets.config.rate,
-        )
-        wanted = jax.device_get((loss, state))
-        one_step = chunk._replace(start=0, stop=1)
-        states, steps = nets.train_chunk(nets.states([None]), one_step, keys)
-        losses, states = meshes.fetch(steps.losses)[:, 0], meshes.fetch(states)
-        found = [
-            (losses[k], jax.tree.map(lambda leaf, k=k: leaf[k], states)) for k in range(len(losses))
-        ]
-        said = [_disagreement(each, wanted, initial, *allowed) for each in found]
-        worst = next(filter(None, said), "")
-        if not worst:
-            return ""
-    return worst
+    """What a step of the training program and the plain step disagree in; empty for nothing."""
+    chunks, keys = nets.chunks(epoch)
+    chunk = chunks[which]._replace(stop=chunks[which].start + 1)
+    rows = meshes.fetch(chunk.batches)[0, chunk.start]
+    key = derive_key(nets.group.nets[0][2], "dropout", epoch)
+    wanted_state, loss, _ = plain_step(
+        jax.tree.map(jnp.asarray, initial),
+        jnp.asarray(dataset.train_images[rows]),
+        jnp.asarray(dataset.train_labels[rows]),
+        jax.random.fold_in(key, chunk.first_step + chunk.start),
+        nets.config.rate,
+    )
+    states, steps = meshes.fetch(nets.train_chunk(nets.states([None]), chunk, keys))
+    said = ""
+    for k, losses in enumerate(steps.losses):
+        ours = losses[chunk.start], jax.tree.map(lambda leaf, k=k: leaf[k], states)
+        said = said or _disagreement(ours, (loss, wanted_state), initial, *allowed)
+    return said
 
 
-def _plain_logits(program: Program, state: TrainState, images: Any) -> Any:
-    return program.model.apply(state.variables, standardize(program, jnp.asarray(images)))
+def _plain_logits(program: Program, state: TrainState, images: jax.Array) -> Any:
+    return program.model.apply(state.variables, standardize(program, images))
 
 
 def _wrong(what: str, how: str) -> WrongNumbers:
@@ -168,17 +156,13 @@ def _disagreement(
 ) -> str:
     """What differs most beyond what is allowed, in words; empty where nothing does."""
     errors = {"the loss": (_relative(ours[0], plain[0], 0), forward)}
-    leaves = (
-        jax.tree_util.tree_leaves_with_path(jax.device_get(state))
-        for state in (ours[1], plain[1], initial)
-    )
+    trees = (jax.device_get(tree) for tree in (ours[1], plain[1], initial))
+    leaves = map(jax.tree_util.tree_leaves_with_path, trees)
     for (path, got), (_, wanted), (_, before) in zip(*leaves, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator=" ")
         # Parameters as well as momenta move by the gradient, running averages by the statistics.
-        errors[name] = (
-            _relative(got, wanted, before),
-            forward if name.startswith("norm_state") else backward,
-        )
+        limit = forward if name.startswith("norm_state") else backward
+        errors[name] = _relative(got, wanted, before), limit
     name, (error, allowed) = max(errors.items(), key=lambda each: each[1][0] / each[1][1])
     return "" if error <= allowed else f"{name} is {100 * error:.3g}% off"
 

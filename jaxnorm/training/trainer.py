@@ -25,18 +25,14 @@ from jaxnorm.training.mesh import ONE, MeshShape
 from jaxnorm.training.step import Program, TrainState, init_state
 
 CHUNKS = 20
-"""Chunks in which an epoch is run, so that progress shows and a loss that is not finite is found
-soon.
-"""
+"""Chunks of an epoch, so that progress shows and a loss that is not finite is found soon."""
 SweptNet = tuple[int, str, int]
 """A net of a sweep: the number of its run, its norm and its seed."""
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss of a net turned NaN or infinite.
-
-    Names the run's number, norm, seed, epoch (from 1) and the step in it (from 1); the step is None
-    where it is the loss of the evaluation after the epoch.
+    """The loss of a net turned NaN or infinite, at an epoch (from 1) and a step in it (from 1); the
+    step is None where it is the loss of the evaluation after the epoch.
     """
 
     def __init__(self, net: SweptNet, epoch: int, step: int | None, loss: float) -> None:
@@ -70,14 +66,13 @@ class Callback:
 
 
 class NetProgress(NamedTuple):
-    """How far a net is."""
+    """How far a net is: its complete epochs, its state after them (None for the initial one, and
+    for that of a finished net without checkpoints), and its losses so far.
+    """
 
     epochs: int = 0
-    """Epochs that are complete."""
     state: TrainState | None = None
-    """After them; None for the initial one, and for that of a finished net without checkpoints."""
-    losses: np.ndarray = np.zeros(0, np.float32)
-    """f32[epochs * steps]"""
+    losses: np.ndarray = np.zeros(0, np.float32)  # f32[epochs * steps]
 
 
 class Trained(NamedTuple):
@@ -124,26 +119,19 @@ def fit(
     Returns a `Fit` for each (norm, seed) whose loss stayed finite. Raises `UserError`, and
     `NonFiniteLoss` where no net's did.
     """
-    counts = check(config, dataset)
-    callback = callback or Callback()
+    counts, callback = check(config, dataset), callback or Callback()
     history: dict[Net, list[Trained]] = {net: [] for net in config.nets}
     for trained in train([config], dataset, callback, mesh):
         history[trained.net[1:]].append(trained)
         callback.on_epoch(config, trained.record)
-    return {
-        (norm, seed): Fit(
-            norm,
-            seed,
-            counts[norm],
-            [each.record for each in done],
-            np.concatenate([each.losses for each in done]),
-            done[-1].logits,
-            done[-1].state,
-            program_of(config, dataset, norm),
-        )
-        for (norm, seed), done in history.items()
-        if len(done) == config.epochs
-    }
+    fits = {}
+    for (norm, seed), done in history.items():
+        if len(done) == config.epochs:
+            records, losses = [each.record for each in done], [each.losses for each in done]
+            program, last = program_of(config, dataset, norm), done[-1]
+            made = (records, np.concatenate(losses), last.logits, last.state, program)
+            fits[norm, seed] = Fit(norm, seed, counts[norm], *made)
+    return fits
 
 
 def program_of(config: Config, dataset: Any, norm: str, mesh: MeshShape = ONE) -> Program:
@@ -172,18 +160,13 @@ def check(config: Config, dataset: Dataset) -> dict[str, int]:
         raise UserError(
             "precision=tf32 needs an NVIDIA GPU, and there is none: choose float32 or bfloat16"
         )
-    count = len(dataset.train_labels)
-    if config.validation >= count:
-        raise UserError(
-            f"validation={config.validation} leaves none of the {count} training images of "
-            f"{dataset.name} to train on"
-        )
-    if config.batch > count - config.validation:
+    there = f"the {len(dataset.train_labels)} training images of {dataset.name}"
+    count = len(dataset.train_labels) - config.validation
+    if count <= 0:
+        raise UserError(f"validation={config.validation} leaves none of {there} to train on")
+    if config.batch > count:
         held = f", of which {config.validation} are held out" if config.validation else ""
-        raise UserError(
-            f"batch_size={config.batch} is larger than the {count} training images of "
-            f"{dataset.name}{held}"
-        )
+        raise UserError(f"batch_size={config.batch} is larger than {there}{held}")
     return check_nets(config, len(dataset.class_names))
 
 
@@ -204,14 +187,15 @@ def mesh_for(configs: Sequence[Config], batch_size: int, mesh: MeshShape | None)
 
 @dataclass(frozen=True)
 class Group:
-    """Nets that train in one program: of one norm and batch size."""
+    """Nets that train in one program: of one norm and batch size.
+
+    The program trains `size` nets, a multiple of the mesh's rows. Where there are fewer, the last
+    one fills the rest, and its copies are left out.
+    """
 
     nets: tuple[SweptNet, ...]
     mesh: MeshShape
     size: int
-    """How many nets the program trains, a multiple of the mesh's rows. Where there are fewer, the
-    last one fills the rest, and its copies are left out.
-    """
 
     @property
     def norm(self) -> str:
@@ -249,19 +233,16 @@ class Nets:
     def __init__(self, configs: Sequence[Config], dataset: Dataset, group: Group) -> None:
         self.group, self.config = group, configs[group.nets[0][0]]
         self.program = program_of(self.config, dataset, group.norm, group.mesh)
-        self.images, self.labels, self.test_images, self.test_labels = meshes.place(
-            group.mesh,
-            (dataset.train_images, dataset.train_labels, dataset.test_images, dataset.test_labels),
-        )
+        data = (dataset.train_images, dataset.train_labels)
+        self.images, self.labels = meshes.place(group.mesh, data)
+        test = (dataset.test_images, dataset.test_labels)
+        self.test_images, self.test_labels = meshes.place(group.mesh, test)
         seeds = [seed for _, _, seed in group.filled]
+        rates = [configs[run].rate for run, _, _ in group.filled]
         splits = [hold_out(dataset.train_labels, self.config.validation, seed) for seed in seeds]
+        rows, held_out = (np.stack(part) for part in zip(*splits, strict=True))
         self.seeds, self.rates, self.rows, self.held_out = self.place(
-            (
-                np.array(seeds, np.uint32),
-                np.array([configs[run].rate for run, _, _ in group.filled], np.float32),
-                np.stack([rows for rows, _ in splits]),
-                np.stack([held_out for _, held_out in splits]),
-            )
+            (np.array(seeds, np.uint32), np.array(rates, np.float32), rows, held_out)
         )
         self.count = len(dataset.train_labels) - self.config.validation
         self.steps = self.config.steps(len(dataset.train_labels))
@@ -281,9 +262,8 @@ class Nets:
 
     def chunks(self, epoch: int) -> tuple[list[Chunk], jax.Array]:
         """What the nets train on in an epoch, and its dropout keys."""
-        return epochs.epoch_chunks(
-            self.program, self.seeds, epoch, self.rows, self.config.batch, CHUNKS
-        )
+        batch_size = self.config.batch
+        return epochs.epoch_chunks(self.program, self.seeds, epoch, self.rows, batch_size, CHUNKS)
 
     def arguments(self, state: TrainState, chunk: Chunk, keys: jax.Array) -> tuple:
         """What `train_nets` takes for a chunk."""
@@ -301,10 +281,8 @@ class Nets:
         test = epochs.evaluate_nets(self.program, state, self.test_images, self.test_labels)
         if not self.config.validation:
             return meshes.fetch(test), None
-        validation = epochs.evaluate_nets(
-            self.program, state, self.images, self.labels, self.held_out
-        )
-        return meshes.fetch(test), meshes.fetch(validation)
+        data = (self.images, self.labels, self.held_out)
+        return meshes.fetch((test, epochs.evaluate_nets(self.program, state, *data)))
 
 
 def train(
@@ -318,8 +296,8 @@ def train(
     """Trains the nets of a sweep to their last epoch, each from where it is; yields every epoch.
 
     A net whose loss is not finite is left out with a warning, and the others go on; where that
-    leaves none, `NonFiniteLoss` is raised. `share` gives every process of a job the first one's
-    arrays.
+    leaves none, `NonFiniteLoss` is raised. `share` gives every process of a job the arrays of
+    process 0.
     """
     progress, failed, all_groups = progress or {}, [], list(groups(configs, dataset, mesh))
     total = sum(len(group.nets) for group in all_groups)
@@ -331,7 +309,7 @@ def train(
             behind = tuple(net for net in left if at[net].epochs == start)
             stop = min({at[net].epochs for net in left} - {start}, default=last_epoch)
             nets = Nets(configs, dataset, dataclasses.replace(group, nets=behind))
-            states = nets.states([share_state(nets, at[net].state, start, share) for net in behind])
+            states = nets.states([_shared(nets, at[net].state, start, share) for net in behind])
             callback.on_start(group.norm, [seed for _, _, seed in behind], nets.steps)
             try:
                 for epoch in range(start + 1, stop + 1):
@@ -352,10 +330,10 @@ def train(
         raise failed[0]
 
 
-def share_state(
+def _shared(
     nets: Nets, state: TrainState | None, epoch: int, share: Callable[[Any], Any]
 ) -> TrainState | None:
-    """The first process's state of a net; None for the initial one, which every process makes."""
+    """Process 0's state of a net; None for the initial one, which every process makes."""
     if epoch == 0:
         return None
     if state is None:
@@ -368,47 +346,35 @@ def _train_epoch(
     nets: Nets, state: TrainState, epoch: int, callback: Callback, dataset: Dataset
 ) -> tuple[TrainState, list[Trained]]:
     """One epoch of all nets and their evaluation."""
-    clock = time.perf_counter()
-    losses = np.zeros((nets.group.size, 0), np.float32)
-    correct = np.zeros(nets.group.size, int)
+    clock, filled = time.perf_counter(), nets.group.filled
+    losses, correct = np.zeros((len(filled), 0), np.float32), np.zeros(len(filled), int)
     chunks, keys = nets.chunks(epoch)
     for chunk in chunks:
         state, steps = nets.train_chunk(state, chunk, keys)
         done = meshes.fetch(steps)
         losses = np.concatenate([losses, done.losses[:, chunk.start : chunk.stop]], axis=1)
         correct += done.correct
-        if not np.isfinite(losses).all():
-            i, step = np.argwhere(~np.isfinite(losses))[0]
-            raise NonFiniteLoss(nets.group.filled[i], epoch, int(step) + 1, float(losses[i, step]))
+        for i, step in np.argwhere(~np.isfinite(losses))[:1]:
+            raise NonFiniteLoss(filled[i], epoch, int(step) + 1, float(losses[i, step]))
         callback.on_steps(epoch, losses.shape[1])
     trained = time.perf_counter()
     test, validation = nets.evaluate(state)
     tested = time.perf_counter()
-    for evaluation in (test, validation):
-        if evaluation is not None and not np.isfinite(evaluation.logits).all():
-            i = np.argwhere(~np.isfinite(evaluation.logits))[0][0]
-            raise NonFiniteLoss(nets.group.filled[i], epoch, None, float(evaluation.loss[i]))
+    for evaluation in filter(None, (test, validation)):
+        for i, *_ in np.argwhere(~np.isfinite(evaluation.logits))[:1]:
+            raise NonFiniteLoss(filled[i], epoch, None, float(evaluation.loss[i]))
     share = len(nets.group.nets)
     seconds = round((trained - clock) / share, 3), round((tested - trained) / share, 3)
     whole, results = meshes.fetch(state), []
     for i, (run, norm, seed) in enumerate(nets.group.nets):
-        held_out = {}
+        held_out = ()
         if validation is not None:
-            held_out = {
-                "validation_loss": float(validation.loss[i]),
-                "validation_accuracy": _fraction(validation.accuracy[i], nets.config.validation),
-            }
-        record = Epoch(
-            norm,
-            seed,
-            epoch,
-            _mean_loss(losses[i], nets.count, nets.config.batch),
-            int(correct[i]) / nets.count,
-            float(test.loss[i]),
-            _fraction(test.accuracy[i], len(dataset.test_labels)),
-            *seconds,
-            **held_out,
-        )
+            accuracy = _fraction(validation.accuracy[i], nets.config.validation)
+            held_out = (float(validation.loss[i]), accuracy)
+        train_loss = _mean_loss(losses[i], nets.count, nets.config.batch)
+        accuracy = _fraction(test.accuracy[i], len(dataset.test_labels))
+        numbers = (train_loss, int(correct[i]) / nets.count, float(test.loss[i]), accuracy)
+        record = Epoch(norm, seed, epoch, *numbers, *seconds, *held_out)
         net_state = jax.tree.map(lambda leaf, i=i: leaf[i], whole)
         results.append(Trained(run, record, net_state, losses[i], np.asarray(test.logits[i])))
     return state, results

@@ -1,4 +1,4 @@
-"""Callbacks: several at once, and TensorBoard's files."""
+"""TensorBoard's files."""
 
 import sys
 
@@ -7,31 +7,10 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import RecordWriter
 
 from jaxnorm.config import Config, UserError
-from jaxnorm.runs.callbacks import Callbacks, TensorBoard
+from jaxnorm.runs.callbacks import TensorBoard
 from jaxnorm.storage.schema import Epoch
-from jaxnorm.training.trainer import Callback
 
 EPOCH = Epoch("batch", 1, 1, 1.5, 0.25, 1.25, 0.5, 3.0, 1.0)
-
-
-def test_each_callback_hears_everything_in_order():
-    heard = []
-
-    class Diary(Callback):
-        def __init__(self, name):
-            self.name = name
-
-        def on_steps(self, epoch, done):
-            heard.append((self.name, epoch, done))
-
-        def on_epoch(self, config, epoch):
-            heard.append((self.name, config, epoch))
-
-    both = Callbacks(Diary("a"), Diary("b"))
-    both.on_steps(1, 2)
-    both.on_epoch(Config(), EPOCH)
-    both.on_warning("x")
-    assert heard == [("a", 1, 2), ("b", 1, 2), ("a", Config(), EPOCH), ("b", Config(), EPOCH)]
 
 
 def events(path):
