@@ -51,7 +51,7 @@ def example_gradients(
         logits, _ = net.apply(state.variables, inputs, train=True, mutable=list(state.norm_state))
         return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels))
 
-    jacobian = jax.jit(jax.jacrev(losses))(standardize(program, jnp.asarray(images)))
+    jacobian = jax.jit(jax.jacrev(losses))(standardize(state, jnp.asarray(images)))
     return np.asarray(jnp.sqrt((jacobian**2).sum((2, 3, 4))))
 
 

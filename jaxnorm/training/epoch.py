@@ -19,7 +19,9 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from jaxnorm.model.cnn import CNN
 from jaxnorm.model.summary import activation_bytes
+from jaxnorm.training import mesh as meshes
 from jaxnorm.training.mesh import BATCH, SEED, MeshShape
 from jaxnorm.training.step import Program, TrainState, derive_key, standardize, train_step
 
@@ -172,18 +174,22 @@ def nets_at_once(program: Program, batch_size: int) -> int:
     if jax.default_backend() == "cpu":
         return 1
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    # Forward and backward keep some six arrays of the size of each layer's output.
-    images = max(batch_size, EVALUATION_BATCH)
-    return max(1, memory // 2 // (6 * images * sum(activation_bytes(program.model))))
+    return max(1, meshes.least(memory // 2 // net_bytes(program.model, batch_size)))
 
 
-def _logits(program: Program, images: jax.Array, params: Any, norm_state: Any) -> jax.Array:
+def net_bytes(net: CNN, batch_size: int) -> int:
+    """The memory that training or evaluating a net takes beside the data: some six arrays of the
+    size of each layer's output, by XLA's own account (`notebooks/compile_for_cuda.py`).
+    """
+    return 6 * max(batch_size, EVALUATION_BATCH) * sum(activation_bytes(net))
+
+
+def _logits(program: Program, images: jax.Array, state: TrainState) -> jax.Array:
     """What each device does for one net: its share of the images, and all logits of the row."""
 
     def of_batch(batch):
         """One batch, standardized, through the net."""
-        variables = {"params": params, **norm_state}
-        return program.model.apply(variables, standardize(program, batch))
+        return program.model.apply(state.variables, standardize(state, batch))
 
     def of_part(images):
         """Any number of images, a batch at a time."""
@@ -218,7 +224,7 @@ def predict_logits(
     images: jax.Array,  # u8[N, 32, 32, 3]
 ) -> jax.Array:  # f32[K, N, classes]
     """Logits of any number of images, with running averages and without dropout."""
-    per_net = (states.params, states.norm_state)
+    per_net = (states._replace(opt_state=()),)
     return _for_each_net(program.mesh, partial(_logits, program), (images,), per_net)
 
 
@@ -235,13 +241,13 @@ def evaluate_nets(
     """
     chex.assert_equal_shape_prefix([images, labels], 1)
 
-    def of_net(images, labels, params, norm_state, *rows):
+    def of_net(images, labels, state, *rows):
         """One net."""
         if rows:
             images, labels = images[rows[0]], labels[rows[0]]
-        logits, count = _logits(program, images, params, norm_state), labels.shape[0]
+        logits, count = _logits(program, images, state), labels.shape[0]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return Evaluation(logits, losses.sum() / count, (logits.argmax(-1) == labels).sum() / count)
 
-    per_net = (states.params, states.norm_state, *([] if rows is None else [rows]))
+    per_net = (states._replace(opt_state=()), *([] if rows is None else [rows]))
     return _for_each_net(program.mesh, of_net, (images, labels), per_net)

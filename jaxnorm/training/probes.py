@@ -40,7 +40,7 @@ def activations(
     """What each norm is given and what it makes of it: {layer: (before, after)}, each f32[N, H, W,
     C], by the name of the convolution before it.
     """
-    _, captured = _apply(program, state, standardize(program, images), capture=True)
+    _, captured = _apply(program, state, standardize(state, images), capture=True)
     outputs = captured["intermediates"]
     names = [layer.name for layer in program.model.table if layer.kind == "block"]
     pairs = {name: (outputs[name], outputs[f"{name}_norm"]) for name in names}
@@ -57,7 +57,7 @@ def gradient_norms(
     """The Euclidean norm f32[] of the loss's gradient with respect to each convolution's kernel."""
 
     def objective(params: Any) -> jax.Array:
-        logits, _ = _apply(program, state._replace(params=params), standardize(program, images))
+        logits, _ = _apply(program, state._replace(params=params), standardize(state, images))
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     gradients = jax.grad(objective)(state.params)
@@ -83,7 +83,7 @@ def batch_accuracy(
     chex.assert_is_divisible(images.shape[0], batch_size)
 
     def correct(batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-        logits, _ = _apply(program, state, standardize(program, batch[0]))
+        logits, _ = _apply(program, state, standardize(state, batch[0]))
         return (logits.argmax(-1) == batch[1]).sum()
 
     batches = [a.reshape(-1, batch_size, *a.shape[1:]) for a in (images, labels)]

@@ -5,6 +5,7 @@ epoch 7 of a resumed run sees the images in the same order, under the same dropo
 of an unbroken one; and none of it depends on the norm.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -28,7 +29,8 @@ _PURPOSES = {"init": 0, "order": 1, "dropout": 2}
 class Program:
     """What a compiled step depends on besides its arrays; hashable, so that JAX traces it once.
 
-    `mean` and `deviation` standardize each of the three channels of an image scaled to [0, 1].
+    `mean` and `deviation`, of each channel of images scaled to [0, 1], are what an initial state
+    standardizes with.
     """
 
     model: CNN
@@ -49,6 +51,8 @@ class TrainState(NamedTuple):
     norm_state: Any
     """The collections of variables that norms keep, such as `batch_stats`; empty without any."""
     opt_state: Any
+    standard: Any
+    """f32[2, 3]: what images are standardized with (see `standard_of`)."""
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -68,20 +72,23 @@ def derive_key(
     return key
 
 
+def standard_of(mean: Sequence[float], deviation: Sequence[float]) -> np.ndarray:  # f32[2, 3]
+    """What `standardize` takes, from the statistics of images scaled to [0, 1]."""
+    return np.stack([255 * np.array(mean), 1 / (255 * np.array(deviation))]).astype(np.float32)
+
+
 def standardize(
-    program: Program, images: jax.Array
+    state: TrainState, images: jax.Array
 ) -> jax.Array:  # u8[N, 32, 32, 3] -> f32[N, 32, 32, 3]
-    """Scales images to [0, 1], subtracts the mean and divides by the deviation of each channel.
+    """Subtracts the mean of each channel and divides by its deviation.
 
     Written as a difference and then a product, which round alike in every program: a product and
     then a difference are rounded once or twice, as XLA joins them or not.
     """
     chex.assert_shape(images, (None, 32, 32, 3))
     chex.assert_type(images, jnp.uint8)
-    mean, deviation = (
-        255 * np.reshape(values, (1, 1, 1, 3)) for values in (program.mean, program.deviation)
-    )
-    return (images.astype(jnp.float32) - jnp.float32(mean)) * jnp.float32(1 / deviation)
+    mean, factor = jnp.reshape(state.standard, (2, 1, 1, 1, 3))
+    return (images.astype(jnp.float32) - mean) * factor
 
 
 # Runs once, and XLA's optimizer takes four seconds over the random bits, for the same values.
@@ -93,7 +100,8 @@ def init_state(program: Program, seed: int | jax.Array) -> TrainState:
     """
     variables = dict(program.model.init(derive_key(seed, "init"), jnp.zeros((1, 32, 32, 3))))
     params = variables.pop("params")
-    return TrainState(params, variables, program.optimizer(0.0).init(params))
+    standard = jnp.asarray(standard_of(program.mean, program.deviation))
+    return TrainState(params, variables, program.optimizer(0.0).init(params), standard)
 
 
 def train_step(
@@ -122,7 +130,7 @@ def train_step(
         with layers.part_of_batch(first_image, axis):
             logits, norm_state = net.apply(
                 {"params": params, **state.norm_state},
-                standardize(program, images),
+                standardize(state, images),
                 train=True,
                 rngs={"dropout": key},
                 mutable=list(state.norm_state),
@@ -157,7 +165,7 @@ def train_step(
     optimizer = program.optimizer(learning_rate)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(params, norm_state, opt_state), loss, correct
+    return TrainState(params, norm_state, opt_state, state.standard), loss, correct
 
 
 def micro_batch_size(net: CNN, state: TrainState, count: int) -> int:

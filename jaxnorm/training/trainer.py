@@ -22,7 +22,7 @@ from jaxnorm.training import epoch as epochs
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training.epoch import Chunk, Evaluation, Steps
 from jaxnorm.training.mesh import ONE, MeshShape
-from jaxnorm.training.step import Program, TrainState, init_state
+from jaxnorm.training.step import Program, TrainState, init_state, standard_of
 
 CHUNKS = 20
 """Chunks of an epoch, so that progress shows and a loss that is not finite is found soon."""
@@ -241,6 +241,7 @@ class Nets:
         rates = [configs[run].rate for run, _, _ in group.filled]
         splits = [hold_out(dataset.train_labels, self.config.validation, seed) for seed in seeds]
         rows, held_out = (np.stack(part) for part in zip(*splits, strict=True))
+        self.standards = [standard_of(*dataset.statistics(own)) for own in rows]
         self.seeds, self.rates, self.rows, self.held_out = self.place(
             (np.array(seeds, np.uint32), np.array(rates, np.float32), rows, held_out)
         )
@@ -253,10 +254,12 @@ class Nets:
 
     def states(self, start: Sequence[TrainState | None]) -> TrainState:
         """Stacks the states of the group's nets, the initial one for None, on the mesh."""
-        states = [
-            jax.device_get(init_state(self.program, seed)) if state is None else state
-            for state, (_, _, seed) in zip(start, self.group.nets, strict=True)
-        ]
+        states = []
+        for state, (_, _, seed), standard in zip(
+            start, self.group.nets, self.standards, strict=False
+        ):
+            initial = jax.device_get(init_state(self.program, seed)) if state is None else state
+            states.append(initial._replace(standard=standard))
         states += [states[-1]] * (self.group.size - len(states))
         return self.place(jax.tree.map(lambda *leaves: np.stack(leaves), *states))
 

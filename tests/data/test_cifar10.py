@@ -18,6 +18,7 @@ import pytest
 from jaxnorm.config import UserError
 from jaxnorm.data import cifar10 as archive
 from jaxnorm.data import datasets as data
+from jaxnorm.data import prepared
 
 PARTS = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 
@@ -175,6 +176,33 @@ def test_data_imported_unverified_stays_so_and_must_be_allowed_each_time(scratch
     note = scratch / "tfds/cifar10/3.0.2/jaxnorm_import.json"
     note.write_text(note.read_text().replace("false", "true"))  # by hand: it is not believed
     assert archive.read_origin(note.parent) is None
+
+
+@pytest.fixture
+def official(scratch, monkeypatch, counts):
+    """An archive whose checksum passes for an official one, imported."""
+    source = make(scratch / "a.tar.gz")
+    monkeypatch.setitem(archive.OFFICIAL, digest_of(source), "the official archive")
+    assert load(scratch, source).verified is True
+    return scratch / "tfds" / "cifar10" / "3.0.2"
+
+
+def test_data_that_was_changed_after_its_import_is_not_verified(official, scratch):
+    (official / "more.txt").write_text("x")
+    assert data.load("cifar10", scratch / "tfds", cache_dir=scratch / "c").verified is None
+
+
+def test_data_and_caches_that_others_may_write_to_are_not_verified(official, scratch, monkeypatch):
+    decoded = []
+    right = prepared.decode
+    monkeypatch.setattr(prepared, "decode", lambda *args: decoded.append(1) or right(*args))
+    assert data.load("cifar10", scratch / "tfds", cache_dir=scratch / "c").verified is True
+    assert not decoded
+    (scratch / "c" / "decoded").chmod(0o777)
+    assert data.load("cifar10", scratch / "tfds", cache_dir=scratch / "c").verified is True
+    assert decoded
+    official.chmod(0o777)
+    assert data.load("cifar10", scratch / "tfds", cache_dir=scratch / "c").verified is None
 
 
 def test_another_archive_over_the_same_directory_is_refused(scratch, counts):

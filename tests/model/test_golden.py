@@ -49,7 +49,7 @@ def test_three_steps_equal_pytorch(net, plain, stored):
     @jax.jit
     def forward(params, images):
         variables = {**state.variables, "params": params}
-        inputs = train.standardize(program, images)
+        inputs = train.standardize(state, images)
         return model.apply(variables, inputs, train=True, mutable=["batch_stats"])[0]
 
     logits = forward(params, jnp.asarray(images[0]))

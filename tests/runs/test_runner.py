@@ -277,3 +277,19 @@ def test_bfloat16_trains_near_float32_and_is_recorded(tiny, scratch):
     assert state.params["C1"]["kernel"].dtype == np.float32
     with pytest.raises(UserError, match="precision=tf32 needs an NVIDIA GPU"):
         trainer.check(dataclasses.replace(config, precision="tf32"), tiny)
+
+
+def test_held_out_images_have_no_part_in_the_mean(tiny):
+    """They are made white: a net that holds them out is the same net."""
+    config = Config("batch", "three-layers", "tiny", 1, 16, validation=20)
+    _, held_out = data.hold_out(tiny.train_labels, 20, config.seed)
+    images = tiny.train_images.copy()
+    images[held_out] = 255
+    white = dataclasses.replace(tiny, train_images=images)
+    losses = [jaxnorm.fit(config, each)["batch", 1].step_losses for each in (tiny, white)]
+    np.testing.assert_array_equal(*losses)
+    rows = np.delete(np.arange(70), held_out)
+    state = jaxnorm.fit(config, tiny)["batch", 1].state
+    mean, deviation = data.channel_statistics(tiny.train_images[rows])
+    np.testing.assert_allclose(state.standard[0], 255 * np.array(mean), rtol=1e-6)
+    np.testing.assert_allclose(state.standard[1], 1 / (255 * np.array(deviation)), rtol=1e-6)

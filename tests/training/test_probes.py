@@ -50,7 +50,7 @@ def test_gradient_norms_are_those_of_the_loss_without_dropout(tiny):
     model = program.model.clone(fast=False, dropout=0.0)
 
     def loss(params):
-        logits = model.apply({"params": params}, train.standardize(program, jnp.asarray(images)))
+        logits = model.apply({"params": params}, train.standardize(state, jnp.asarray(images)))
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     gradients = jax.grad(loss)(state.params)
@@ -67,7 +67,7 @@ def test_batch_accuracy_uses_each_batchs_own_statistics(tiny):
     variables = state.variables
     right = 0
     for start in (0, 11):
-        inputs = train.standardize(program, images[start : start + 11])
+        inputs = train.standardize(state, images[start : start + 11])
         logits, _ = model.apply(variables, inputs, train=True, mutable=["batch_stats"])
         right += int((logits.argmax(-1) == labels[start : start + 11]).sum())
     found = probes.batch_accuracy(program, state, images, labels, 11)

@@ -12,7 +12,6 @@ import pytest
 from close import assert_gradients_close
 from helpers import evaluate, predict_logits, program_of, train_chunk, train_epoch
 
-from jaxnorm.model.cnn import CNN
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training import step as train
 from jaxnorm.training.epoch import Chunk
@@ -44,13 +43,13 @@ def test_keys_differ_by_seed_purpose_epoch_and_step_and_by_nothing_else():
 def test_standardize_is_the_studys(tiny):
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     mean, deviation = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-    program = train.Program(CNN("group"), 0.9, mean, deviation)
-    outputs = train.standardize(program, jnp.asarray(images))
+    state = train.TrainState((), (), (), train.standard_of(mean, deviation))
+    outputs = train.standardize(state, jnp.asarray(images))
     chex.assert_shape(outputs, images.shape)
     chex.assert_type(outputs, jnp.float32)
     np.testing.assert_allclose(outputs, (images / 255 - mean) / deviation, atol=1e-6)
     with pytest.raises(AssertionError):
-        train.standardize(program, outputs)
+        train.standardize(state, outputs)
 
 
 def test_a_step_counts_what_the_net_before_it_classified_rightly(tiny, arrays):
@@ -135,7 +134,7 @@ def test_train_step_is_sgd_with_momentum_on_the_mean_cross_entropy(tiny, arrays)
     images, labels = arrays[0][:8], arrays[1][:8]
 
     def objective(params):
-        logits = program.model.apply({"params": params}, train.standardize(program, images))
+        logits = program.model.apply({"params": params}, train.standardize(state, images))
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1).mean()
 
     step = jax.jit(train.train_step, static_argnums=0)
