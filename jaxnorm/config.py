@@ -17,7 +17,7 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 ALL = ("batch", "group", "layer")
 """The study's three norms, in its order: what norm=all trains."""
 MOST_EPOCHS, MOST_SEEDS = 1_000_000, 10_000
-DIGITS = {"batch_size": 32, "learning_rate": 0.01}
+DIGITS = {"batch_size": 32, "learning_rate": 0.02}
 """What the digits are trained with where nothing else is asked for."""
 SWEPT = ("batch_size", "learning_rate")
 """The settings of which a sweep takes several values, beside norms and seeds."""

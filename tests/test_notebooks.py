@@ -1,5 +1,6 @@
 """The notebooks: each runs from a clean kernel, and what is committed is a run of its text."""
 
+import shutil
 from pathlib import Path
 
 import jupytext
@@ -36,6 +37,7 @@ def test_it_runs_from_a_clean_kernel(name, tmp_path):
         text = text.replace(right, shorter)
     notebook = jupytext.reads(text, fmt="py:percent")
     options = {"timeout": 600, "kernel_name": "python3"}
+    shutil.copy(FOLDER / "exploring.py", tmp_path)  # what lies beside the notebook
     ExecutePreprocessor(**options).preprocess(notebook, {"metadata": {"path": str(tmp_path)}})
     pictures = [
         output

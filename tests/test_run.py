@@ -9,7 +9,9 @@ import jax
 import numpy as np
 import pytest
 
+import jaxnorm
 from jaxnorm import cli, run
+from jaxnorm.config import Config
 from jaxnorm.data import datasets as data
 from jaxnorm.model import ops
 from jaxnorm.runs import environment, runner, signals
@@ -346,6 +348,9 @@ def test_deterministic_asks_xla_and_the_run_says_what_is_promised(
     info = RunDirectory("x").info()
     assert info.deterministic
     assert info.repeatable.startswith("bit for bit")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    assert call("--resume", "x", "--quiet", "--skip-self-check") == 0
+    assert os.environ["XLA_FLAGS"] == flags  # before JAX would have started
     assert "not promised" in environment.repeatable("gpu", True)
     assert "--deterministic" in environment.repeatable("gpu", False)
 
@@ -397,3 +402,10 @@ def test_digits_from_the_shell_without_tensorflow_or_network_cold_and_warm(insid
     np.testing.assert_array_equal(
         cold.predictions(("batch", 1))[0], warm.predictions(("batch", 1))[0]
     )
+
+
+@pytest.mark.slow
+def test_layer_norm_reads_digits_under_every_seed():
+    """The newcomer's table: the norm whose last epoch jumps most, with the digits' own settings."""
+    fits = jaxnorm.fit(Config("layer", dataset="digits", seeds=3), data.load("digits"))
+    assert min(fit.epochs[-1].test_accuracy for fit in fits.values()) > 0.95

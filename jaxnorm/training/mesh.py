@@ -97,9 +97,13 @@ def choose(nets: int, batch_size: int) -> MeshShape:
     return MeshShape(there // shares if jax.process_count() > 1 else rows, shares)
 
 
-def local(batch_size: int) -> MeshShape:
-    """The mesh for one net in this process alone."""
-    return choose(1, batch_size) if jax.process_count() == 1 else ONE
+def least(number: int) -> int:
+    """The smallest of what the processes of a job say, in all of them: what each measures for
+    itself must not let them part ways.
+    """
+    if jax.process_count() == 1:
+        return number
+    return int(np.min(multihost_utils.process_allgather(np.int32(min(number, 2**31 - 1)))))
 
 
 def use_all_cores() -> None:

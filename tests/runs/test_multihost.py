@@ -210,7 +210,7 @@ def test_a_job_that_nothing_describes_is_refused(monkeypatch):
     command = [sys.executable, "-m", "jaxnorm.run", "--distributed", "--dataset", "digits"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: --distributed found no whole description of a job")
+    assert done.stderr.startswith("error: --distributed cannot join a job (")
     assert done.stderr.count("\n") == 1
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(UserError, match="JAX_NUM_PROCESSES is 'two': it must be a whole number"):

@@ -87,7 +87,7 @@ def test_the_known_miscompilation_is_refused(monkeypatch):
 
 
 def step(loss, params, batch_stats):
-    return np.float32(loss), train.TrainState({"c": params}, {"m": batch_stats}, ())
+    return np.float32(loss), train.TrainState({"c": params}, {"m": batch_stats}, (), ())
 
 
 @pytest.mark.parametrize(
@@ -108,3 +108,10 @@ def test_what_disagrees_is_named(loss, params, batch_stats, said):
     plain = step(2.0, jnp.array([1.1, 0.9]), jnp.array([0.1]))
     ours = step(loss, jnp.array(params), jnp.array(batch_stats))
     assert selfcheck._disagreement(ours, plain, before) == said
+
+
+def test_what_another_process_finds_wrong_is_wrong_in_all(tiny, monkeypatch):
+    monkeypatch.setattr(meshes, "least", lambda number: 0)
+    config = dataclasses.replace(CONFIG, norm="layer", momentum=0.85)
+    with pytest.raises(selfcheck.WrongNumbers, match="in another process"):
+        selfcheck.self_check([config], tiny)
