@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -81,50 +81,40 @@ class Options:
             raise UserError("seeds= must be from 1 to 1000")
 
 
-@dataclass
-class Timing:
-    """One side of a comparison: what it took to get ready, and seconds a step (or an evaluation of
-    10,000 images) in every round.
-    """
-
-    job: Job
-    about: dict[str, str]
-    start_seconds: float
-    compile_seconds: float
-    first_step_seconds: float
-    warm_first_step_seconds: float | None = None
-    samples: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
-
-    @property
-    def median(self) -> float:
-        """Of the samples."""
-        return statistics.median(self.samples)
-
-
 class Worker:
-    """A process that makes steps when it is told to. It starts without compiled code of earlier
-    ones, unless `job.compilation_cache` holds some.
+    """A process that makes a job's steps when it is told to, and what it says of them: how long it
+    took to get ready, or why it failed, and then seconds a step in every round.
     """
 
     def __init__(self, job: Job) -> None:
+        self.job, self.samples, self.peak_bytes = job, [], 0
+        self.start()
+
+    def start(self) -> None:
+        """Starts the process, without compiled code of others unless `compilation_cache` has it."""
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        command = [sys.executable, "-m", "jaxnorm.bench.worker"]
-        pipes["stderr"] = subprocess.DEVNULL
-        self._process = subprocess.Popen(command, **pipes, env=environment)
-        self.timing: Timing | None = None
-        answer = self._ask(json.dumps(asdict(dataclasses.replace(job, spawned=time.time()))))
-        self.failed: str | None = answer.pop("failed", None)
-        if self.failed is None:
-            self.timing = Timing(job, **answer)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "jaxnorm.bench.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        job = dataclasses.replace(self.job, spawned=time.time())
+        self.ready = self._ask(json.dumps(dataclasses.asdict(job)))
+        self.failed: str | None = self.ready.pop("failed", None)
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether it runs on an accelerator, whose memory the sides must not hold together."""
+        return not self.ready["about"]["device"].startswith("cpu")
 
     def seconds_for(self, steps: int) -> float:
         """The time of so many steps."""
         answer = self._ask(str(steps))
-        if self.timing is not None:
-            self.timing.peak_bytes = answer["peak_bytes"]
+        self.peak_bytes = max(self.peak_bytes, answer["peak_bytes"])
         return answer["seconds"]
 
     def _ask(self, line: str) -> dict[str, Any]:
@@ -162,10 +152,8 @@ def main(
     for task, arch, norm, size, seeds in itertools.product(
         options.task, options.arch, options.norm, options.batch_size, options.seeds
     ):
-        timings, failures = compare(
-            options, Job("jaxnorm", norm, arch, size, task=task, seeds=seeds)
-        )
-        comparisons.append(summarize(timings, failures, ceiling))
+        job = Job("jaxnorm", norm, arch, size, task=task, seeds=seeds)
+        comparisons.append(summarize(compare(options, job), ceiling))
         print(render(comparisons[-1]), flush=True)
         if options.out:
             content = json.dumps({"machine": machine, "comparisons": comparisons}, indent=1) + "\n"
@@ -173,45 +161,59 @@ def main(
     return 0
 
 
-def compare(options: Options, ours: Job) -> tuple[list[Timing], dict[str, str]]:
+def compare(options: Options, ours: Job) -> list[Worker]:
     """Times all sides of one net in turn until the seconds are spent, at least three rounds;
-    PyTorch in both layouts.
+    PyTorch in both layouts. A side that fails has no samples.
 
-    Our own side starts twice, without compiled code and with that of the first time.
+    On an accelerator a process ends before another starts. Our own side is first started without
+    compiled code, and then with that of the first time.
     """
-    workers, failures = [], {}
+    workers: list[Worker] = []
     with tempfile.TemporaryDirectory(prefix="jaxnorm-bench-") as cache:
         try:
             for peer in options.peers:
-                torch = ("contiguous", "channels_last")
-                for layout in torch if peer.startswith("torch") else torch[:1]:
-                    job, cold = dataclasses.replace(ours, peer=peer, layout=layout), None
-                    if peer == "jaxnorm":
-                        job = dataclasses.replace(job, compilation_cache=cache)
-                        (first := Worker(job)).close()
-                        cold = first.timing
+                layouts = ("contiguous", "channels_last")[: 2 if peer.startswith("torch") else 1]
+                for layout in layouts:
+                    stored = cache if peer == "jaxnorm" else None
+                    job = dataclasses.replace(ours, peer=peer, layout=layout)
+                    job = dataclasses.replace(job, compilation_cache=stored)
                     workers.append(worker := Worker(job))
-                    if worker.timing is None:
-                        failures[job.name] = worker.failed
-                    elif cold is not None:
-                        warm = worker.timing.first_step_seconds
-                        worker.timing = dataclasses.replace(cold, warm_first_step_seconds=warm)
-            ready = [worker for worker in workers if worker.timing is not None]
-            if "jaxnorm" in failures:
-                raise UserError(f"our own side failed: {failures['jaxnorm']}")
-            # As many steps as take about a second.
-            once = [worker.seconds_for(1) for worker in ready]
-            counts = [max(1, min(200, round(1 / max(seconds, 1e-4)))) for seconds in once]
-            turns = list(zip(ready, counts, strict=True))
+                    if worker.failed and peer == "jaxnorm":
+                        raise UserError(f"our own side failed: {worker.failed}")
+                    if peer == "jaxnorm":
+                        cold = worker.ready
+                        worker.close()
+                        worker.start()
+                        warm = worker.ready.get("first_step_seconds")
+                        worker.ready = {**cold, "warm_first_step_seconds": warm}
+                    if worker.failed or worker.shares_memory:
+                        worker.close()
+            sides = [worker for worker in workers if not worker.failed]
+            counts: dict[str, int] = {}
             end, rounds = time.monotonic() + options.seconds, 0
             while rounds < 3 or time.monotonic() < end:
-                for worker, count in turns[rounds % len(turns) :] + turns[: rounds % len(turns)]:
-                    worker.timing.samples.append(worker.seconds_for(count) / count)
+                first = rounds % len(sides)
+                for side in sides[first:] + sides[:first]:
+                    _take_turn(side, counts)
                 rounds += 1
         finally:
             for worker in workers:
                 worker.close()
-    return [worker.timing for worker in ready], failures
+    return workers
+
+
+def _take_turn(side: Worker, counts: dict[str, int]) -> None:
+    """Has a side make as many steps as take about a second."""
+    if side.shares_memory:
+        ready = side.ready
+        side.start()
+        side.ready = ready
+    if side.job.name not in counts:
+        counts[side.job.name] = max(1, min(200, round(1 / max(side.seconds_for(1), 1e-4))))
+    count = counts[side.job.name]
+    side.samples.append(side.seconds_for(count) / count)
+    if side.shares_memory:
+        side.close()
 
 
 def step_flops(job: Job) -> float:
@@ -230,30 +232,29 @@ def step_flops(job: Job) -> float:
     return float(job.seeds * job.batch_size * (3 * sum(forward) - forward[0]))
 
 
-def summarize(timings: Sequence[Timing], failures: dict[str, str], ceiling: float) -> dict:
+def summarize(workers: Sequence[Worker], ceiling: float) -> dict:
     """A comparison as it is written: each side, and our ratio to PyTorch's fastest variant."""
-    ours = next(timing for timing in timings if timing.job.peer == "jaxnorm")
+    ours = next(worker for worker in workers if worker.job.peer == "jaxnorm")
     job, flops = ours.job, step_flops(ours.job)
     images = job.batch_size * job.seeds if job.task == "train" else IMAGES
-    sides = {}
-    for timing in timings:
-        sides[timing.job.name] = {
-            "milliseconds": timing.median * 1e3,
-            "images_per_second": images / timing.median,
-            "gflop_per_second": flops / timing.median / 1e9,
-            "share_of_ceiling": flops / timing.median / ceiling,
-            "peak_megabytes": timing.peak_bytes / 1e6,
-            "start_seconds": timing.start_seconds,
-            "compile_seconds": timing.compile_seconds,
-            "first_step_seconds": timing.first_step_seconds,
-            "warm_first_step_seconds": timing.warm_first_step_seconds,
-            "about": timing.about,
-            "samples_milliseconds": [sample * 1e3 for sample in timing.samples],
+    sides, medians = {}, {}
+    for worker in (worker for worker in workers if not worker.failed):
+        median = medians[worker.job.name] = statistics.median(worker.samples)
+        sides[worker.job.name] = {
+            "milliseconds": median * 1e3,
+            "images_per_second": images / median,
+            "gflop_per_second": flops / median / 1e9,
+            "share_of_ceiling": flops / median / ceiling,
+            "peak_megabytes": worker.peak_bytes / 1e6,
+            **worker.ready,
+            "samples_milliseconds": [sample * 1e3 for sample in worker.samples],
         }
     kept = {name: getattr(job, name) for name in ("norm", "arch", "batch_size", "task", "seeds")}
-    result = {**kept, "gflop": flops / 1e9, "sides": sides, "failed": failures}
-    if others := [timing for timing in timings if timing.job.peer.startswith("torch")]:
-        best = min(others, key=lambda timing: timing.median)
+    failed = {worker.job.name: worker.failed for worker in workers if worker.failed}
+    result = {**kept, "gflop": flops / 1e9, "sides": sides, "failed": failed}
+    others = [worker for worker in workers if worker.job.name.startswith("torch")]
+    if others := [worker for worker in others if not worker.failed]:
+        best = min(others, key=lambda worker: medians[worker.job.name])
         pairs = zip(best.samples, ours.samples, strict=True)
         ratios = sorted(theirs / own for theirs, own in pairs)
         tenth = len(ratios) // 10
@@ -273,13 +274,19 @@ def render(comparison: dict) -> str:
     unit = "step" if comparison["task"] == "train" else "10,000 images"
     title = f"\n{comparison['arch']} {comparison['norm']}, batch {comparison['batch_size']}"
     title += f", {comparison['seeds']} seeds" if comparison["seeds"] > 1 else ""
-    head = ["side", "ms", "images/s", "GFLOP/s", "of ceiling", "peak MB", "first step s", "warm s"]
-    rows = []
-    for name, side in comparison["sides"].items():
-        warm, row = side["warm_first_step_seconds"], [name, f"{side['milliseconds']:.1f}"]
-        row += [f"{side['images_per_second']:,.0f}", f"{side['gflop_per_second']:.1f}"]
-        row += [f"{side['share_of_ceiling']:.0%}", f"{side['peak_megabytes']:.0f}"]
-        rows.append([*row, f"{side['first_step_seconds']:.1f}", f"{warm:.1f}" if warm else ""])
+    columns = {
+        "ms": ("milliseconds", ".1f"),
+        "images/s": ("images_per_second", ",.0f"),
+        "GFLOP/s": ("gflop_per_second", ".1f"),
+        "of ceiling": ("share_of_ceiling", ".0%"),
+        "peak MB": ("peak_megabytes", ".0f"),
+        "first step s": ("first_step_seconds", ".1f"),
+        "warm s": ("warm_first_step_seconds", ".1f"),
+    }
+    rows = [
+        [name, *(format(side[key], how) if side.get(key) else "" for key, how in columns.values())]
+        for name, side in comparison["sides"].items()
+    ]
     notes = [f"{name} failed: {why}" for name, why in comparison["failed"].items()]
     if ratio := comparison.get("ratio"):
         low, high = ratio["10th_and_90th_percentile"]
@@ -287,7 +294,7 @@ def render(comparison: dict) -> str:
             f"ours is {ratio['median']:.2f} times as fast as {ratio['against']}, the best of "
             f"PyTorch ({low:.2f} to {high:.2f} over {ratio['rounds']} rounds)"
         )
-    table = Table(title, head, rows, "\n".join(notes))
+    table = Table(title, ["side", *columns], rows, "\n".join(notes))
     return f"{title}, {comparison['gflop']:.2f} GFLOP a {unit}\n{table.plain()}"
 
 

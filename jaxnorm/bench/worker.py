@@ -211,6 +211,21 @@ def torch_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
     return (steps if job.task == "train" else evaluations), about
 
 
+def peak_bytes(job: Job) -> int:
+    """The most memory taken so far: an accelerator's where there is one, else the process's."""
+    if job.peer.startswith("torch"):
+        import torch  # pyright: ignore[reportMissingImports]
+
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated()
+    else:
+        import jax
+
+        if account := jax.devices()[0].memory_stats():
+            return account["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def main() -> None:
     """Prepares the job on the first line, then answers line by line until there are no more."""
     began = time.perf_counter()
@@ -241,8 +256,7 @@ def main() -> None:
         clock = time.perf_counter()
         stepper(int(line))
         seconds = time.perf_counter() - clock
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        answer(seconds=seconds, peak_bytes=peak * 1024)
+        answer(seconds=seconds, peak_bytes=peak_bytes(job))
 
 
 if __name__ == "__main__":

@@ -21,9 +21,13 @@ def job_of(batch_size, **changes):
     return Job("jaxnorm", "group", "original", batch_size, **changes)
 
 
-def timing(peer, layout, samples, norm="batch"):
-    job = Job(peer, norm, "original", 128, layout)
-    return bench.Timing(job, {"device": "cpu"}, 1.0, 2.0, 4.0, 3.0, list(samples), 10**9)
+def side(peer, layout, samples, failed=None):
+    worker = bench.Worker.__new__(bench.Worker)
+    worker.job, worker.failed = Job(peer, "batch", "original", 128, layout), failed
+    worker.samples, worker.peak_bytes = list(samples), 10**9
+    worker.ready = {"about": {"device": "cpu"}, "first_step_seconds": 4.0}
+    worker.ready["warm_first_step_seconds"] = 3.0
+    return worker
 
 
 def test_a_step_of_the_studys_nets_is_counted_by_hand():
@@ -42,19 +46,21 @@ def test_a_step_of_the_studys_nets_is_counted_by_hand():
 
 
 def test_the_ratio_is_taken_within_each_round_against_the_fastest_variant():
-    ours = timing("jaxnorm", "contiguous", [0.1, 0.2, 0.1])
-    slow = timing("torch", "contiguous", [0.9, 0.9, 0.9])
-    fast = timing("torch", "channels_last", [0.2, 0.6, 0.3])
-    result = bench.summarize([ours, slow, fast], {"torch-compile": "no"}, 1e11)
+    ours = side("jaxnorm", "contiguous", [0.1, 0.2, 0.1])
+    slow = side("torch", "contiguous", [0.9, 0.9, 0.9])
+    fast = side("torch", "channels_last", [0.2, 0.6, 0.3])
+    result = bench.summarize(
+        [ours, slow, fast, side("torch-compile", "contiguous", [], "no")], 1e11
+    )
     ratio = result["ratio"]
     assert ratio["against"] == "torch channels_last"
     assert ratio["median"] == pytest.approx(3.0)
     assert ratio["10th_and_90th_percentile"] == pytest.approx([2.0, 3.0])
-    side = result["sides"]["jaxnorm"]
-    assert side["milliseconds"] == pytest.approx(100)
-    assert side["images_per_second"] == pytest.approx(1280)
+    one = result["sides"]["jaxnorm"]
+    assert one["milliseconds"] == pytest.approx(100)
+    assert one["images_per_second"] == pytest.approx(1280)
     flops = bench.step_flops(ours.job)
-    assert side["share_of_ceiling"] == pytest.approx(flops / 0.1 / 1e11)
+    assert one["share_of_ceiling"] == pytest.approx(flops / 0.1 / 1e11)
     text = bench.render(result)
     assert "ours is 3.00 times as fast as torch channels_last" in text
     assert "torch-compile" in text
@@ -62,9 +68,9 @@ def test_the_ratio_is_taken_within_each_round_against_the_fastest_variant():
 
 
 def test_a_written_benchmark_becomes_a_table(tmp_path):
-    sides = [timing("jaxnorm", "contiguous", [0.1, 0.2]), timing("torch", "contiguous", [0.3, 0.3])]
-    sides[0].about["jax"], sides[1].about["torch"] = "1.2", "3.4"
-    comparison = bench.summarize(sides, {}, 1e11)
+    sides = [side("jaxnorm", "contiguous", [0.1, 0.2]), side("torch", "contiguous", [0.3, 0.3])]
+    sides[0].ready["about"]["jax"], sides[1].ready["about"]["torch"] = "1.2", "3.4"
+    comparison = bench.summarize(sides, 1e11)
     values = {"machine": bench.describe_machine(2e11), "comparisons": [comparison]}
     table = fill_pages.speed(json.loads(json.dumps(values))).markdown()
     assert "| original batch | 128 | 1 | 150.0 |" in table
@@ -124,32 +130,47 @@ def test_a_side_that_cannot_be_had_is_told(monkeypatch):
     """A job that no process can do: the worker says why, and the comparison says that."""
     worker = bench.Worker(Job("jaxnorm", "no such norm", "original", 128))
     assert worker.failed is not None
-    assert worker.timing is None
     worker.close()
 
 
 class Told:
     """Stands for a worker's process: every step takes a hundredth of a second, PyTorch's two."""
 
+    device, alive, most_alive = "cpu x2", 0, 0
+
     def __init__(self, job):
-        self.job, self.failed, self.timing = job, None, None
-        if job.peer == "torch-compile":
-            self.failed = "it does not compile"
-        else:
-            self.timing = bench.Timing(job, {"device": "cpu"}, 1.0, 2.0, 4.0)
+        self.job, self.samples, self.peak_bytes, self.running = job, [], 1, False
+        self.start()
+
+    def start(self):
+        self.failed = "it does not compile" if self.job.peer == "torch-compile" else None
+        self.ready = {"about": {"device": self.device}, "first_step_seconds": 1.0}
+        self.running = True
+        Told.alive += 1
+        Told.most_alive = max(Told.alive, Told.most_alive)
+
+    shares_memory = bench.Worker.shares_memory
 
     def seconds_for(self, steps):
+        assert self.running
         return steps * (0.02 if self.job.peer == "torch" else 0.01)
 
     def close(self):
-        pass
+        Told.alive -= self.running
+        self.running = False
 
 
-def test_a_comparison_is_printed_and_written(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("device", ["cpu x2", "NVIDIA H100 x1"])
+def test_a_comparison_is_printed_and_written(tmp_path, monkeypatch, capsys, device):
     monkeypatch.setattr(bench, "Worker", Told)
     monkeypatch.setattr(bench, "measure_ceiling", lambda: 1e11)
-    out = tmp_path / "x.json"
-    assert call("--norm", "layer", "--seconds", "0.01", "--out", out) == 0
+    for name, value in {"device": device, "alive": 0, "most_alive": 0}.items():
+        monkeypatch.setattr(Told, name, value)
+    out, peers = tmp_path / "x.json", ("jaxnorm", "flax", "torch", "torch-compile")
+    arguments = ("--norm", "layer", "--seconds", "0.01", "--peers", *peers)
+    assert call(*arguments, "--out", out) == 0
+    assert Told.alive == 0
+    assert Told.most_alive == (5 if device.startswith("cpu") else 1)
     printed = capsys.readouterr().out
     assert "ours is 2.00 times as fast as torch contiguous" in printed
     assert "it does not compile" in printed
@@ -157,9 +178,7 @@ def test_a_comparison_is_printed_and_written(tmp_path, monkeypatch, capsys):
     samples = comparison["sides"]["jaxnorm"]["samples_milliseconds"]
     assert samples == pytest.approx([10] * len(samples))
     assert len(samples) >= 3
-    monkeypatch.setattr(
-        Told, "__init__", lambda self, job: vars(self).update(job=job, timing=None, failed="no")
-    )
+    monkeypatch.setattr(Told, "start", lambda self: vars(self).update(ready={}, failed="no"))
     assert call("--norm", "layer", "--seconds", "0.01") == 2
     assert "our own side failed: no" in capsys.readouterr().err
 
