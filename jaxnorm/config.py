@@ -4,25 +4,30 @@ among them.
 Errors name a setting as `name=value`; `cli.py` turns that into a flag.
 """
 
-import dataclasses
+import functools
 import itertools
 import math
 import re
-import types
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
+
+import pydantic
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 ALL = ("batch", "group", "layer")
 """The study's three norms, in its order: what norm=all trains."""
-MOST_EPOCHS, MOST_SEEDS = 1_000_000, 10_000
+DEFAULTS = {"batch_size": 128, "learning_rate": 0.01}
 DIGITS = {"batch_size": 32, "learning_rate": 0.02}
 """What the digits are trained with where nothing else is asked for."""
 SWEPT = ("batch_size", "learning_rate")
 """The settings of which a sweep takes several values, beside norms and seeds."""
 Net = tuple[str, int]
 """A net of a run: its norm and seed."""
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 T = TypeVar("T")
 
 
@@ -30,58 +35,44 @@ class UserError(ValueError):
     """A mistake that the user can mend. Its text is one line: what is wrong and what to do."""
 
 
-def from_json(kind: type[T], values: Any) -> T:
-    """Builds a dataclass from JSON values, each checked against its type hint.
-
-    A field with a default may be missing. Raises `UserError` that names the field for anything
-    missing, unknown or of another type, and for a number that is not finite.
-    """
-    if not isinstance(values, dict):
-        raise UserError("it is not a JSON object")
-    hints = get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(cast(Any, kind))}
-    if unknown := values.keys() - fields.keys():
-        raise UserError(f"unknown field: {', '.join(sorted(map(str, unknown)))}")
-    for name, field in fields.items():
-        required = field.default is field.default_factory is dataclasses.MISSING
-        if required and name not in values:
-            raise UserError(f"field {name} is missing")
-    return kind(**{name: _typed(hints[name], values[name], name) for name in values})
+@dataclass_transform(frozen_default=True, field_specifiers=(Field,))
+def typed(kind: type[T]) -> type[T]:
+    """A frozen dataclass that Pydantic checks by its type hints; raises `UserError`."""
+    config = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    made: Any = dataclass(frozen=True, config=config)(kind)
+    made.__init__ = _saying(made.__init__)
+    return made
 
 
-def _typed(hint: Any, value: Any, name: str) -> Any:
-    """The value as its type hint asks for; raises `UserError`."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hint is float and type(value) in (int, float) and abs(value) < 1e300:
-        return float(value)
-    if dataclasses.is_dataclass(hint):
+def from_json(kind: type[T], text: str | bytes) -> T:
+    """A `typed` dataclass from JSON; raises `UserError` that names the field that is wrong."""
+    return _saying(pydantic.TypeAdapter(kind).validate_json)(text)
+
+
+def _saying(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Has Pydantic's first error be a `UserError` of one line."""
+
+    @functools.wraps(function)
+    def checked(*arguments: Any, **values: Any) -> Any:
         try:
-            return from_json(cast(Any, hint), value)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from None
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        (hint,) = (each for each in arguments if each is not type(None))
-        return _typed(hint, value, name)
-    if origin is Literal and isinstance(value, str) and value in arguments:
-        return value
-    if origin in (list, tuple) and isinstance(value, (list, tuple)):
-        fixed = origin is tuple and ... not in arguments
-        kinds = arguments if fixed else [arguments[0]] * len(value)
-        if len(kinds) == len(value):
-            return origin(_typed(k, v, name) for k, v in zip(kinds, value, strict=True))
-    if origin is dict and isinstance(value, dict):
-        return {key: _typed(arguments[1], each, name) for key, each in value.items()}
-    if hint in (int, str, bool) and type(value) is hint:
-        return value
-    wanted = (
-        getattr(hint, "__name__", str(hint)) if origin is not Literal else " or ".join(arguments)
-    )
-    raise UserError(f"field {name} is {str(value)[:40]!r}, which is no {wanted}")
+            return function(*arguments, **values)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+        name, message = ".".join(map(str, first["loc"])), first["msg"]
+        match first["type"]:
+            case "missing":
+                raise UserError(f"field {name} is missing")
+            case "unexpected_keyword_argument":
+                raise UserError(f"unknown field: {name}")
+            case "value_error":
+                raise UserError(message.removeprefix("Value error, "))
+        value = f"={str(first['input'])[:40]}" if name else ""
+        raise UserError(f"{name}{value} is wrong: {message[0].lower()}{message[1:]}")
+
+    return checked
 
 
-@dataclass(frozen=True)
+@typed
 class Config:
     """All that decides a result. The defaults are the study's own settings.
 
@@ -128,43 +119,28 @@ class Config:
     norm: str = "all"
     arch: str = "original"
     dataset: str = "cifar10"
-    epochs: int = 20
-    batch_size: int | None = None
-    learning_rate: float | None = None
-    momentum: float = 0.9
-    dropout: float = 0.1
-    groups: int = 4
-    seed: int = 1
-    seeds: int = 1
-    validation: int = 0
+    epochs: Annotated[int, Field(ge=1, le=1_000_000)] = 20
+    batch_size: Positive | None = None
+    learning_rate: Annotated[float, Field(gt=0, lt=3e38)] | None = None
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    dropout: Annotated[float, Field(ge=0, le=0.999)] = 0.1
+    groups: Positive = 4
+    seed: Count = 1
+    seeds: Annotated[int, Field(ge=1, le=10_000)] = 1
+    validation: Count = 0
     precision: Precision = "float32"
     allow_large: bool = False
 
     def __post_init__(self) -> None:
-        defaults = (
-            DIGITS if self.dataset == "digits" else {"batch_size": 128, "learning_rate": 0.01}
-        )
-        for name, default in defaults.items():
+        for name, default in (DIGITS if self.dataset == "digits" else DEFAULTS).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-        for name, hint in get_type_hints(type(self)).items():
-            try:
-                object.__setattr__(self, name, _typed(hint, getattr(self, name), name))
-            except UserError:
-                self._require(False, name, _described(hint))
-        self._require(bool(re.fullmatch(r"[\w.]+(:\w+)?", self.norm)), "norm", "the name of a norm")
-        self._require(bool(re.fullmatch(r"[\w-]+", self.arch)), "arch", "the name of a net")
-        self._require(self.dataset.strip() == self.dataset != "", "dataset", "a dataset's name")
-        self._require(1 <= self.epochs <= MOST_EPOCHS, "epochs", f"1 to {MOST_EPOCHS:,}")
-        self._require(self.batch >= 1, "batch_size", "1 or more")
-        self._require(0 < self.rate < 3e38, "learning_rate", "above 0 and below 3e38")
-        self._require(0 <= self.momentum < 1, "momentum", "at least 0 and below 1")
-        self._require(0 <= self.dropout <= 0.999, "dropout", "0 to 0.999")
-        self._require(self.groups >= 1, "groups", "1 or more")
-        self._require(0 <= self.seed < 2**31, "seed", "at least 0 and below 2**31")
-        seeds = min(MOST_SEEDS, 2**31 - self.seed)
-        self._require(1 <= self.seeds <= seeds, "seeds", f"1 to {seeds:,}")
-        self._require(self.validation >= 0, "validation", "0 or more")
+        names = {"norm": r"[\w.]+(:\w+)?", "arch": r"[\w-]+", "dataset": r"\S(.*\S)?"}
+        for name, pattern in names.items():
+            if not re.fullmatch(pattern, value := getattr(self, name), re.DOTALL):
+                raise UserError(f"{name}={value[:40]} is wrong: it must be a name")
+        if self.seed + self.seeds > 2**31:
+            raise UserError(f"seed={self.seed} is wrong: every seed must be below 2**31")
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -196,19 +172,6 @@ class Config:
     def steps(self, train_count: int) -> int:
         """Batches in an epoch, a ragged last one included, where there are so many images."""
         return math.ceil((train_count - self.validation) / self.batch)
-
-    def _require(self, holds: bool, name: str, wanted: str) -> None:
-        if not holds:
-            value = str(getattr(self, name))[:80]
-            raise UserError(f"{name}={value} is wrong: it must be {wanted}")
-
-
-def _described(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(get_args(hint))
-    hint = next((each for each in get_args(hint) if each is not type(None)), hint)
-    names = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text"}
-    return names[hint]
 
 
 def product(base: Mapping[str, Any], swept: Mapping[str, Sequence[Any]]) -> list[Config]:

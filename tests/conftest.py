@@ -136,11 +136,13 @@ def sweep(tiny, scratch):
             rng = np.random.default_rng([seed, len(norm), ord(norm[0])])
             rights = accuracies[norm][seed - config.seed]
             losses = rng.uniform(0.1, 2, 5 * len(rights)).astype(np.float32)
-            directory.write_step_losses((norm, seed), losses)
+            directory.write_net("step_losses", (norm, seed), values=losses)
             logits = rng.normal(size=(22, 4)).astype(np.float32)
             wrong = rng.permutation(22) >= rights[-1]
             logits[np.arange(22), (dataset.test_labels + wrong) % 4] = 5
-            directory.write_predictions((norm, seed), logits, dataset.test_labels)
+            directory.write_net(
+                "predictions", (norm, seed), logits=logits, labels=dataset.test_labels
+            )
             probabilities = stats.probabilities(logits)[np.arange(22), dataset.test_labels]
             last = float(-np.log(probabilities).mean())
             for epoch, right in enumerate(rights, 1):
@@ -148,7 +150,7 @@ def sweep(tiny, scratch):
                 test = (last * len(rights) / epoch, right / 22)
                 directory.append_epoch(Epoch(norm, seed, epoch, *train, *test, 2.0, 1.0))
             if seed == config.seed:
-                directory.write_probes((norm, seed), made_up_probes(rng))
+                directory.write_net("probes", (norm, seed), **made_up_probes(rng))
         figures.save_examples(Run(directory), dataset)
         return directory
 

@@ -71,7 +71,7 @@ def save_examples(run: Run, dataset: Dataset) -> None:
         "train_images": dataset.train_images[sample],
         "train_labels": dataset.train_labels[sample],
     }
-    run.directory.write_arrays("examples.npz", arrays)
+    run.directory.write_arrays("examples.npz", **arrays)
 
 
 def draw(run: Run) -> tuple[list[Chart], list[str]]:

@@ -21,14 +21,13 @@ import re
 import shutil
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import filelock
 import numpy as np
 
-from jaxnorm.config import UserError, from_json
+from jaxnorm.config import UserError, from_json, typed
 from jaxnorm.data.cache import files_fingerprint
 from jaxnorm.data.download import Progress, fetch
 
@@ -51,7 +50,7 @@ _LARGEST = 512 * 2**20
 """Bytes of a decompressed archive; the official ones have 184 million."""
 
 
-@dataclass(frozen=True)
+@typed
 class Origin:
     """Where prepared data came from: a sentence, the archive's SHA-256, whether that is the
     official one, and the fingerprint of the files that were made of it.
@@ -68,8 +67,8 @@ def read_origin(prepared: Path) -> Origin | None:
     changed it since.
     """
     try:
-        origin = from_json(Origin, json.loads((prepared / NOTE).read_text()))
-    except (OSError, ValueError, RecursionError):
+        origin = from_json(Origin, (prepared / NOTE).read_bytes())
+    except (OSError, UserError):
         return None
     right = origin.verified == (origin.sha256 in OFFICIAL)
     return origin if right and origin.files == files_fingerprint(prepared, NOTE) else None

@@ -86,8 +86,8 @@ def _progress_of(
             continue
         logits, labels = values["logits"], values["labels"]
         if belongs(logits, labels, lines[epoch - 1]):
-            run.write_step_losses(net, values["losses"])
-            run.write_predictions(net, logits, labels)
+            run.write_net("step_losses", net, values=values["losses"])
+            run.write_net("predictions", net, logits=logits, labels=labels)
             return NetProgress(epoch, values["state"], values["losses"])
     if lines and len(lines) == info.config.epochs < config.epochs:
         raise UserError(

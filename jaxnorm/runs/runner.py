@@ -131,8 +131,8 @@ def save_epoch(
     labels = dataset.test_labels
     values = {"state": done.state, "losses": losses, "logits": done.logits, "labels": labels}
     checkpoint.save(directory, net, done.record.epoch, values)
-    directory.write_predictions(net, done.logits, labels)
-    directory.write_step_losses(net, losses)
+    directory.write_net("predictions", net, logits=done.logits, labels=labels)
+    directory.write_net("step_losses", net, values=losses)
     directory.append_epoch(done.record)
 
 
@@ -148,7 +148,8 @@ def measure_nets(directory: RunDirectory, dataset: Dataset, callback: Callback) 
                 callback.on_warning(f"{net[0]} norm is not measured inside: {error}")
                 continue
             logits, _ = directory.predictions(net)
-            directory.write_probes(net, probes.measure(program, state, dataset, logits))
+            measured = probes.measure(program, state, dataset, logits)
+            directory.write_net("probes", net, **measured)
 
 
 def load_state(path: Path | str, norm: str, seed: int) -> tuple[Program, TrainState]:

@@ -7,7 +7,6 @@ come from anybody: links are refused, sizes are bounded, and every value is chec
 
 import contextlib
 import io
-import json
 import os
 import stat
 import tempfile
@@ -110,14 +109,15 @@ class RunDirectory:
         return self.read_json("run.json", RunInfo)
 
     def read_json(self, name: str, kind: type) -> Any:
-        """Reads a JSON file as a dataclass; raises `UserError`."""
-        path = self.path_of(name)
+        """Reads a JSON file as a `typed` dataclass; raises `UserError`."""
         try:
-            return from_json(kind, json.loads(self.read_bytes(name)))
+            return from_json(kind, self.read_bytes(name))
         except FileNotFoundError:
-            raise UserError(f"{path} is missing: {self.path} is not a run directory") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} cannot be read: {str(error)[:200]}") from None
+            raise UserError(
+                f"{self.path / name} is missing: {self.path} is not a run directory"
+            ) from None
+        except (OSError, UserError) as error:
+            raise UserError(f"{self.path / name} cannot be read: {error}") from None
 
     def epochs(self) -> list[Epoch]:
         """Reads `metrics.jsonl`, in order; a half line at its end is dropped.
@@ -131,27 +131,23 @@ class RunDirectory:
 
     def read_epochs(self) -> tuple[list[Epoch], list[str]]:
         """The epochs of the lines that are whole, and what is wrong with each of the others."""
-        try:
-            lines = self.read_bytes("metrics.jsonl").decode(errors="replace").split("\n")
-        except FileNotFoundError:
-            return [], []
         epochs, wrong = [], []
-        for number, line in enumerate(lines[:-1], 1):
-            try:
-                epochs.append(Epoch.from_line(line))
-            except UserError as error:
-                wrong.append(f"line {number} is damaged: {error}")
+        with contextlib.suppress(FileNotFoundError):
+            *lines, _ = self.read_bytes("metrics.jsonl").decode(errors="replace").split("\n")
+            for number, line in enumerate(lines, 1):
+                try:
+                    epochs.append(Epoch.from_line(line))
+                except UserError as error:
+                    wrong.append(f"line {number} is damaged: {error}")
         return epochs, wrong
 
     def step_losses(self, net: Net) -> np.ndarray:
         """The training loss of every batch so far: f32[epochs * steps]."""
-        return self.arrays(f"step_losses/{net[0]}-{net[1]}.npy", {"values": "f S"})["values"]
+        return self.arrays(_file("step_losses", net), {"values": "f S"})["values"]
 
     def predictions(self, net: Net) -> tuple[np.ndarray, np.ndarray]:
-        """Logits f32[N, classes] of the test images after the newest epoch, and their labels
-        i32[N].
-        """
-        name = f"predictions/{net[0]}-{net[1]}.npz"
+        """Logits f32[N, classes] and labels i32[N] of the test images after the newest epoch."""
+        name = _file("predictions", net)
         logits, labels = self.arrays(name, _PREDICTIONS).values()
         if not labels.size or labels.min() < 0 or labels.max() >= logits.shape[1]:
             raise UserError(f"{self.path / name} is damaged: its logits and labels do not fit")
@@ -159,7 +155,7 @@ class RunDirectory:
 
     def probes(self, net: Net, shapes: Shapes) -> dict[str, np.ndarray]:
         """What was measured inside a trained net (see `training.probes`): arrays of `shapes`."""
-        return self.arrays(f"probes/{net[0]}-{net[1]}.npz", shapes)
+        return self.arrays(_file("probes", net), shapes)
 
     def examples(self) -> dict[str, np.ndarray]:
         """The images kept for figures: arrays by name (see `analysis.figures.save_examples`)."""
@@ -168,7 +164,8 @@ class RunDirectory:
     def read_bytes(self, name: Path | str, largest: int = _LARGEST) -> bytes:
         """A regular file of at most so many bytes; raises `UserError` for any other."""
         path = self.path_of(name)
-        with open(path, "rb", opener=_without_waiting) as file:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not wait for a writer
+        with os.fdopen(handle, "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > largest:
                 raise UserError(f"{path} is damaged: it is no file of up to {largest:,} bytes")
@@ -178,26 +175,25 @@ class RunDirectory:
         """The arrays of an .npz file, or the "values" of an .npy file; raises `UserError` where
         they are not finite and of these shapes.
         """
-        path = self.path_of(name)
+        damaged = f"{self.path_of(name)} is damaged"
         try:
-            content = self.read_bytes(name)
+            content = io.BytesIO(self.read_bytes(name))
             if name.endswith(".npz"):
-                with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                    if sum(each.file_size for each in archive.infolist()) > _LARGEST:
-                        raise ValueError("it unpacks to too much")
-            stored: Any = np.load(io.BytesIO(content), allow_pickle=False)
+                unpacked = sum(each.file_size for each in zipfile.ZipFile(content).infolist())
+                if unpacked > _LARGEST:
+                    raise UserError(f"{damaged}: it unpacks to {unpacked:,} bytes")
+                content.seek(0)
+            stored: Any = np.load(content, allow_pickle=False)
             stored = {"values": stored} if isinstance(stored, np.ndarray) else stored
             arrays = {key: stored[key] for key in shapes}
         except FileNotFoundError:
-            raise UserError(f"{path} is missing") from None
-        except UserError:
-            raise
+            raise UserError(f"{self.path_of(name)} is missing") from None
         except Exception as error:  # a damaged file can fail in any way
-            if isinstance(error, OSError) and error.errno is not None:
+            if isinstance(error, UserError) or getattr(error, "errno", None) is not None:
                 raise
-            raise UserError(f"{path} is damaged: {type(error).__name__}") from None
+            raise UserError(f"{damaged}: {type(error).__name__}") from None
         if not _fit(arrays, shapes):
-            raise UserError(f"{path} is damaged: its arrays do not fit together")
+            raise UserError(f"{damaged}: its arrays do not fit together")
         return arrays
 
     # writing
@@ -228,26 +224,17 @@ class RunDirectory:
         self.write_bytes(aside, self.read_bytes(name))
         return self.path / aside
 
-    def write_step_losses(self, net: Net, losses: np.ndarray) -> None:
-        """Writes the losses of every batch so far."""
+    def write_net(self, kind: str, net: Net, **arrays: np.ndarray) -> None:
+        """Writes a net's "step_losses" (values=), "predictions" or "probes"."""
+        self.write_arrays(_file(kind, net), **arrays)
+
+    def write_arrays(self, name: str, **arrays: Any) -> None:
+        """Writes a compressed .npz, or an .npy of `values`."""
         buffer = io.BytesIO()
-        np.save(buffer, losses)
-        self.write_bytes(f"step_losses/{net[0]}-{net[1]}.npy", buffer.getvalue())
-
-    def write_predictions(self, net: Net, logits: np.ndarray, labels: np.ndarray) -> None:
-        """Writes the newest test logits."""
-        arrays = {"logits": logits, "labels": labels}
-        self.write_arrays(f"predictions/{net[0]}-{net[1]}.npz", arrays)
-
-    def write_probes(self, net: Net, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes what was measured inside a trained net."""
-        self.write_arrays(f"probes/{net[0]}-{net[1]}.npz", arrays)
-
-    def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes a compressed .npz."""
-        buffer = io.BytesIO()
-        values: dict[str, Any] = dict(arrays)  # NumPy's stub takes any name for `allow_pickle`
-        np.savez_compressed(buffer, **values)
+        if name.endswith(".npz"):
+            np.savez_compressed(buffer, **arrays)
+        else:
+            np.save(buffer, arrays["values"])
         self.write_bytes(name, buffer.getvalue())
 
     def write_bytes(self, name: Path | str, content: bytes) -> None:
@@ -274,6 +261,11 @@ class RunDirectory:
                 path.unlink()
 
 
+def _file(kind: str, net: Net) -> str:
+    """A net's file of one kind."""
+    return f"{kind}/{net[0]}-{net[1]}.{'npy' if kind == 'step_losses' else 'npz'}"
+
+
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """Has an OSError of the block name this file: a failed write names none."""
@@ -281,11 +273,6 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    """Opens a file: one that is a pipe must not wait for a writer."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _sync(folder: Path) -> None:

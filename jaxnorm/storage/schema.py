@@ -4,15 +4,18 @@ import dataclasses
 import json
 import math
 import zlib
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
-from jaxnorm.config import Config, UserError, from_json
+from jaxnorm.config import Config, Count, Fraction, Positive, UserError, typed
+
+Number = Annotated[float, Field(ge=0)]
+Deviation = Annotated[float, Field(gt=0)]
 
 
-@dataclass(frozen=True)
+@typed
 class Epoch:
     """A line of `metrics.jsonl`. Accuracies are fractions; epochs count from 1; the first epoch's
     time holds compilation.
@@ -23,22 +26,18 @@ class Epoch:
     """
 
     norm: str
-    seed: int
-    epoch: int
-    train_loss: float
-    train_accuracy: float
-    test_loss: float
-    test_accuracy: float
-    train_seconds: float
-    test_seconds: float
-    validation_loss: float | None = None
-    validation_accuracy: float | None = None
+    seed: Count
+    epoch: Positive
+    train_loss: Number
+    train_accuracy: Fraction
+    test_loss: Number
+    test_accuracy: Fraction
+    train_seconds: Number
+    test_seconds: Number
+    validation_loss: Number | None = None
+    validation_accuracy: Fraction | None = None
 
     def __post_init__(self) -> None:
-        numbers = {name: value for name, value in vars(self).items() if isinstance(value, float)}
-        accuracies = [value for name, value in numbers.items() if name.endswith("_accuracy")]
-        if min(self.epoch, *numbers.values()) < 0 or max(accuracies) > 1 or self.epoch == 0:
-            raise UserError("a number is out of range")
         if (self.validation_loss is None) != (self.validation_accuracy is None):
             raise UserError("half of a validation is missing")
 
@@ -57,7 +56,7 @@ class Epoch:
             raise UserError("it is not an epoch's record") from None
         if crc32 != _crc32(values):
             raise UserError("its checksum does not fit")
-        return from_json(cls, values)
+        return cls(**values)
 
 
 def _crc32(values: dict[str, Any]) -> str:
@@ -75,7 +74,7 @@ def belongs(logits: np.ndarray, labels: np.ndarray, epoch: Epoch) -> bool:
     return close and bool((logits.argmax(1) == labels).mean() == epoch.test_accuracy)
 
 
-@dataclass(frozen=True)
+@typed
 class DatasetInfo:
     """What a run knows of its data; `verified` as in `data.datasets.Dataset`."""
 
@@ -84,20 +83,14 @@ class DatasetInfo:
     fingerprint: str
     source: str
     verified: bool | None
-    class_names: list[str]
+    class_names: Annotated[list[str], Field(min_length=1)]
     mean: tuple[float, float, float]
-    deviation: tuple[float, float, float]
-    train_count: int
-    test_count: int
-
-    def __post_init__(self) -> None:
-        if not self.class_names or min(self.train_count, self.test_count) < 1:
-            raise UserError("it has no classes or no images")
-        if min(self.deviation) <= 0:
-            raise UserError("its deviation is not above 0")
+    deviation: tuple[Deviation, Deviation, Deviation]
+    train_count: Positive
+    test_count: Positive
 
 
-@dataclass(frozen=True)
+@typed
 class Environment:
     """When, by what command, on what code and on what devices nets were trained; `self_check` says
     whether the arithmetic was checked before (see `training.selfcheck`).
@@ -117,7 +110,7 @@ class Environment:
         return {**self.versions, **({"jaxnorm": self.git_revision} if self.git_revision else {})}
 
 
-@dataclass(frozen=True)
+@typed
 class RunInfo:
     """`run.json`: the settings, and all that is known of the data and the machine.
 
@@ -132,7 +125,7 @@ class RunInfo:
     environment: Environment
     repeatable: str = "not known"
     deterministic: bool = False
-    resumed: list[Environment] = field(default_factory=list)
+    resumed: list[Environment] = Field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not set(self.config.norms) <= self.parameters.keys():

@@ -8,16 +8,15 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from jaxnorm.config import SWEPT, Config, UserError
+from jaxnorm.config import SWEPT, Config, UserError, typed
 from jaxnorm.storage.directory import RunDirectory
 
 _FILE = "sweep.json"
 
 
-@dataclass(frozen=True)
+@typed
 class SweepInfo:
     """`sweep.json`; raises `UserError` where these are not the runs of one sweep."""
 

@@ -56,10 +56,10 @@ def test_predictions_of_another_epoch_or_another_net_are_refused(sweep):
     logits, labels = directory.predictions(("group", 2))
     for wrong in (logits * 2, logits[:, ::-1], logits[:-1], logits[:, :3]):
         kept = labels[: len(wrong)] % wrong.shape[1]
-        directory.write_predictions(("group", 2), wrong, kept)
+        directory.write_net("predictions", ("group", 2), logits=wrong, labels=kept)
         with pytest.raises(UserError, match="of group norm, seed 2, are not those of its epoch 2"):
             _ = Run(directory).predictions
-    directory.write_predictions(("group", 2), logits, labels)
+    directory.write_net("predictions", ("group", 2), logits=logits, labels=labels)
     assert len(Run(directory).predictions) == 9
 
 

@@ -273,25 +273,25 @@ def test_a_second_process_is_refused_and_a_dead_one_holds_no_lock(copy, tiny):
 
 
 @pytest.mark.parametrize(
-    ("home", "name"),
+    ("home", "name", "number"),
     [
-        (checkpoint, "save"),
-        (RunDirectory, "write_step_losses"),
-        (RunDirectory, "write_predictions"),
-        (RunDirectory, "append_epoch"),
+        (checkpoint, "save", 4),
+        (RunDirectory, "write_net", 7),  # the predictions, and then the losses
+        (RunDirectory, "write_net", 8),
+        (RunDirectory, "append_epoch", 4),
     ],
 )
 def test_a_disk_that_fails_any_write_of_an_epoch_loses_that_epoch_alone(
-    tiny, scratch, whole, monkeypatch, home, name
+    tiny, scratch, whole, monkeypatch, home, name, number
 ):
-    """As where a directory turns read-only: the fourth write of a kind fails."""
+    """As where a directory turns read-only: a write of the fourth epoch fails."""
     right, calls = getattr(home, name), []
 
-    def fails_once(*arguments):
+    def fails_once(*arguments, **arrays):
         calls.append(arguments)
-        if len(calls) == 4:
+        if len(calls) == number:
             raise OSError(errno.EROFS, "Read-only file system", "x")
-        return right(*arguments)
+        return right(*arguments, **arrays)
 
     monkeypatch.setattr(home, name, fails_once)
     with pytest.raises(OSError, match="Read-only"):

@@ -51,10 +51,10 @@ def test_what_is_written_is_read_back(scratch):
     run.append_epoch(validated)
     assert run.epochs()[2] == validated
     losses = np.arange(5, dtype=np.float32)
-    run.write_step_losses(NET, losses)
+    run.write_net("step_losses", NET, values=losses)
     np.testing.assert_array_equal(run.step_losses(NET), losses)
     logits, labels = np.ones((2, 3), np.float32), np.array([1, 2], np.int32)
-    run.write_predictions(NET, logits, labels)
+    run.write_net("predictions", NET, logits=logits, labels=labels)
     np.testing.assert_array_equal(run.predictions(NET)[0], logits)
     np.testing.assert_array_equal(run.predictions(NET)[1], labels)
 
@@ -143,7 +143,7 @@ def test_damaged_arrays_are_refused_by_name(scratch):
     for read in (run.step_losses, run.predictions):
         with pytest.raises(UserError, match="damaged"):
             read(NET)
-    run.write_arrays("predictions/batch-1.npz", {"logits": np.ones(3)})
+    run.write_net("predictions", NET, logits=np.ones(3))
     with pytest.raises(UserError, match="damaged"):
         run.predictions(NET)
 
@@ -174,7 +174,7 @@ def test_links_pipes_and_bombs_are_refused(scratch, tmp_path_factory):
         run.predictions(NET)
     bomb = {"logits": np.zeros((70_000, 1000), np.float32), "labels": np.zeros(70_000, np.int32)}
     (run.path / "predictions" / "batch-1.npz").unlink()
-    run.write_predictions(NET, bomb["logits"], bomb["labels"])
+    run.write_net("predictions", NET, **bomb)
     assert (run.path / "predictions" / "batch-1.npz").stat().st_size < 2_000_000
     with pytest.raises(UserError, match="is damaged"):
         run.predictions(NET)
@@ -182,7 +182,7 @@ def test_links_pipes_and_bombs_are_refused(scratch, tmp_path_factory):
 
 def test_what_cannot_be_read_is_an_oserror_and_no_damage(scratch, monkeypatch):
     run = RunDirectory.create(scratch / "run")
-    run.write_step_losses(NET, np.zeros(3, np.float32))
+    run.write_net("step_losses", NET, values=np.zeros(3, np.float32))
 
     def stale(*_):
         raise OSError(116, "Stale file handle")
