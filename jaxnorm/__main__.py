@@ -7,10 +7,16 @@ import sys
 
 from jaxnorm import cli
 
-COMMANDS = {"run": "jaxnorm.run", "report": "jaxnorm.report", "bench": "jaxnorm.bench.__main__"}
+COMMANDS = {
+    "run": "jaxnorm.run",
+    "tune": "jaxnorm.tune",
+    "report": "jaxnorm.report",
+    "bench": "jaxnorm.bench.__main__",
+}
 USAGE = """usage: jaxnorm COMMAND [FLAGS]
 
   run     train the nets of the study, or go on with a run
+  tune    find a good learning rate for every norm, with the same trials for each
   report  write the reports of run directories
   bench   time our training against PyTorch's
 

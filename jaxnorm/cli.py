@@ -19,12 +19,18 @@ MISTAKE, FAILED = 2, 1
 """Exit codes: the user's mistake, a run that failed. A signal's is 128 and its number."""
 _LONGEST = 1_000
 _arguments: list[str] = []
+_program = "python -m jaxnorm.run"
 _before_failing: list[Callable[[], None]] = []
 
 
 def arguments() -> list[str]:
     """What the command was called with."""
     return list(_arguments)
+
+
+def program() -> list[str]:
+    """How the command is called."""
+    return _program.split()
 
 
 def before_failing(action: Callable[[], None]) -> None:
@@ -46,7 +52,8 @@ def advising(hint: str) -> Iterator[None]:
 
 def run(app: App, arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code; what goes wrong is one line on standard error."""
-    _arguments[:] = sys.argv[1:] if arguments is None else arguments
+    global _program
+    _program, _arguments[:] = app.name[0], sys.argv[1:] if arguments is None else arguments
     options = {"exit_on_error": False, "print_error": False, "result_action": "return_value"}
     try:
         with signals.handled():
@@ -185,7 +192,7 @@ def _time_left(seconds: float) -> str:
 def _epoch_line(epoch: Any, config: Config, swept: bool) -> str:
     parts = [f"{epoch.norm:>8}"]
     if swept:
-        parts.append(f"batch {config.batch:>3}  rate {config.rate:<6g}")
+        parts.append(f"batch {config.batch_size:>3}  rate {config.rate(epoch.norm):<6g}")
     if config.seeds > 1:
         parts.append(f"seed {epoch.seed}")
     parts.append(f"epoch {epoch.epoch:>2}/{config.epochs}")

@@ -18,16 +18,47 @@ from pydantic.dataclasses import dataclass
 Precision = Literal["float32", "tf32", "bfloat16"]
 ALL = ("batch", "group", "layer")
 """The study's three norms, in its order: what norm=all trains."""
-DEFAULTS = {"batch_size": 128, "learning_rate": 0.01}
-DIGITS = {"batch_size": 32, "learning_rate": 0.02}
-"""What the digits are trained with where nothing else is asked for."""
-SWEPT = ("batch_size", "learning_rate")
+RECIPES: dict[str, dict[str, Any]] = {
+    "study": {
+        "arch": "original",
+        "batch_size": 128,
+        "learning_rate": 0.01,
+        "schedule": "constant",
+        "nesterov": False,
+        "weight_decay": 0.0,
+        "dropout": 0.1,
+        "augment": "none",
+        "label_smoothing": 0.0,
+        "weight_average": 0.0,
+    },
+    "tuned": {
+        "arch": "residual",
+        "batch_size": 128,
+        "learning_rate": {"batch": 0.2, "group": 0.2, "layer": 0.2, "pixel": 0.2},
+        "schedule": "one-cycle",
+        "nesterov": True,
+        "weight_decay": 5e-4,
+        "dropout": 0.0,
+        "augment": "crop-flip",
+        "label_smoothing": 0.0,
+        "weight_average": 0.0,
+    },
+}
+"""What each recipe sets where nothing else is asked for; learning rates may be a norm's own."""
+DIGITS = {"study": {"batch_size": 32, "learning_rate": 0.02}, "tuned": {"batch_size": 32}}
+"""What the digits are trained with instead."""
+OTHER_RATE = 0.1
+"""The learning rate of a norm for which a recipe has none of its own."""
+SWEPT = ("batch_size", "learning_rate", "weight_decay")
 """The settings of which a sweep takes several values, beside norms and seeds."""
 Net = tuple[str, int]
 """A net of a run: its norm and seed."""
+Rate = Annotated[float, Field(gt=0, lt=3e38)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+RECIPE: Any = None
+"""The default of a setting that the recipe sets."""
 T = TypeVar("T")
 
 
@@ -58,7 +89,9 @@ def _saying(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*arguments, **values)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
-        name, message = ".".join(map(str, first["loc"])), first["msg"]
+        kinds = ("float", "constrained", "dict[")  # of a union, which are no names of fields
+        name = ".".join(str(part) for part in first["loc"] if not str(part).startswith(kinds))
+        message = first["msg"]
         match first["type"]:
             case "missing":
                 raise UserError(f"field {name} is missing")
@@ -81,10 +114,11 @@ class Config:
     Parameters
     ----------
     norm
-        batch, group, layer, instance, rms or none; or your own, as package.module:Class; all trains
-        batch, group and layer. In the original nets: batch, group and layer alone.
+        batch, group, layer, pixel, instance, rms or none; or your own, as package.module:Class; all
+        trains batch, group and layer. In the original nets: batch, group and layer alone.
     arch
         "original": the study's own three nets. "matched": one net in which only the norm differs.
+        "residual": a net with residual blocks, in which only the norm differs.
     dataset
         "cifar10", "digits" (ships with scikit-learn, needs no download), a prepared TFDS dataset
         of 32x32x3 images, or your own .npz file of arrays.
@@ -93,11 +127,32 @@ class Config:
     batch_size
         Images in a batch. Default: 128, and 32 for digits.
     learning_rate
-        Of SGD, constant.
+        Of SGD; the peak of a schedule. Tuned: each norm's own.
+    recipe
+        "study", or "tuned", which treats every norm well: the defaults of the settings below that
+        name none.
+    schedule
+        Of the learning rate: "constant"; or "one-cycle", up in a straight line and down to zero.
+    warmup
+        Share of the training in which the one-cycle learning rate goes up.
     momentum
         Of SGD.
+    nesterov
+        Nesterov's momentum.
+    weight_decay
+        Times a kernel is added to its gradient (L2 regularization); other parameters are left out.
     dropout
         Probability with which an activation is dropped.
+    augment
+        Of training images: "none"; or "crop-flip", moved by up to 2 pixels, reflected at the
+        edges, and half of them mirrored.
+    label_smoothing
+        Share of the label that is spread over all classes, in the training loss.
+    weight_average
+        Share of the old value that a moving average of the parameters keeps in a step, with which
+        the net is evaluated; 0 evaluates the parameters themselves.
+    weight_standardization
+        Shift and scale each kernel to mean 0 and variance 1 / fan-in before it is applied.
     groups
         Groups of channels in group norm.
     seed
@@ -117,13 +172,22 @@ class Config:
     """
 
     norm: str = "all"
-    arch: str = "original"
+    arch: str = RECIPE
     dataset: str = "cifar10"
     epochs: Annotated[int, Field(ge=1, le=1_000_000)] = 20
-    batch_size: Positive | None = None
-    learning_rate: Annotated[float, Field(gt=0, lt=3e38)] | None = None
+    batch_size: Positive = RECIPE
+    learning_rate: Rate | dict[str, Rate] = RECIPE
+    recipe: Literal["study", "tuned"] = "study"
+    schedule: Literal["constant", "one-cycle"] = RECIPE
+    warmup: Annotated[float, Field(gt=0, lt=1)] = 0.25
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    dropout: Annotated[float, Field(ge=0, le=0.999)] = 0.1
+    nesterov: bool = RECIPE
+    weight_decay: Annotated[float, Field(ge=0, lt=1)] = RECIPE
+    dropout: Annotated[float, Field(ge=0, le=0.999)] = RECIPE
+    augment: Literal["none", "crop-flip"] = RECIPE
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = RECIPE
+    weight_average: Annotated[float, Field(ge=0, lt=1)] = RECIPE
+    weight_standardization: bool = False
     groups: Positive = 4
     seed: Count = 1
     seeds: Annotated[int, Field(ge=1, le=10_000)] = 1
@@ -132,7 +196,8 @@ class Config:
     allow_large: bool = False
 
     def __post_init__(self) -> None:
-        for name, default in (DIGITS if self.dataset == "digits" else DEFAULTS).items():
+        own = DIGITS[self.recipe] if self.dataset == "digits" else {}
+        for name, default in {**RECIPES[self.recipe], **own}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         names = {"norm": r"[\w.]+(:\w+)?", "arch": r"[\w-]+", "dataset": r"\S(.*\S)?"}
@@ -157,21 +222,20 @@ class Config:
         """The norm and seed of every net to train, all norms of a seed before the next seed."""
         return [(norm, seed) for seed in self.seed_numbers for norm in self.norms]
 
-    @property
-    def batch(self) -> int:
-        """Images in a batch, the default filled in."""
-        assert self.batch_size is not None
-        return self.batch_size
+    def rate(self, norm: str) -> float:
+        """The learning rate of a norm."""
+        if isinstance(self.learning_rate, dict):
+            return self.learning_rate.get(norm, OTHER_RATE)
+        return self.learning_rate
 
     @property
-    def rate(self) -> float:
-        """The learning rate, the default filled in."""
-        assert self.learning_rate is not None
-        return self.learning_rate
+    def rate_text(self) -> str:
+        """The learning rate of all norms, for a person."""
+        return "recipe" if isinstance(self.learning_rate, dict) else f"{self.learning_rate:g}"
 
     def steps(self, train_count: int) -> int:
         """Batches in an epoch, a ragged last one included, where there are so many images."""
-        return math.ceil((train_count - self.validation) / self.batch)
+        return math.ceil((train_count - self.validation) / self.batch_size)
 
 
 def product(base: Mapping[str, Any], swept: Mapping[str, Sequence[Any]]) -> list[Config]:

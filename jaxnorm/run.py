@@ -5,10 +5,10 @@ import dataclasses
 import datetime
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 from cyclopts import App, Group, Parameter
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from jaxnorm.data.datasets import Dataset
     from jaxnorm.storage.sweep import Sweep
     from jaxnorm.training.mesh import MeshShape
+
+    Finish = Callable[[Sweep, Dataset, bool], None]
+    """What is done with a trained sweep; with its data, and whether to be quiet."""
 
 app = App(
     suppress_keyboard_interrupt=False,
@@ -102,9 +105,11 @@ def _settings_class() -> type:
     for field in dataclasses.fields(Config):
         kind, default = hints[field.name], field.default
         if field.name in SWEPT:
-            value = int if field.name == "batch_size" else float
+            value = get_args(kind)[0] if get_args(kind) else kind
             several = Parameter(consume_multiple=True, negative_iterable=())
             kind, default = Annotated[tuple[value, ...], several], ()
+        elif default is None:
+            kind = kind | None
         fields.append((field.name, kind, dataclasses.field(default=default)))
     made = dataclasses.make_dataclass("Settings", fields, frozen=True)
     made.__module__, made.__doc__ = __name__, Config.__doc__
@@ -115,36 +120,46 @@ if TYPE_CHECKING:
     Settings = Config
 else:
     Settings = _settings_class()
-_FLAGS = {"name": "*", "negative_bool": ()}
+NO_SETTINGS, NO_OPTIONS = Settings(), Options()
+SETTINGS, OPTIONS = (
+    Parameter(group=Group(title), name="*", negative_bool=())
+    for title in ("Settings that decide the result", "Data, output, devices")
+)
 
 
 @app.default
 def main(
     *,
-    settings: Annotated[
-        Settings, Parameter(group=Group("Settings that decide the result"), **_FLAGS)
-    ] = Settings(),  # noqa: B008 (frozen)
-    options: Annotated[
-        Options, Parameter(group=Group("Data, output, devices"), **_FLAGS)
-    ] = Options(),
+    settings: Annotated[Settings, SETTINGS] = NO_SETTINGS,
+    options: Annotated[Options, OPTIONS] = NO_OPTIONS,
 ) -> int:
     """Trains and reports; returns the exit code."""
-    base = {field.name: getattr(settings, field.name) for field in dataclasses.fields(Config)}
-    configs = product(base, {name: base.pop(name) or (None,) for name in SWEPT})
+    configs = product(*split(settings))
     if options.summary:
         _print_summary(configs[0], options)
         return 0
+    return start(configs, options, report)
+
+
+def split(settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is asked for: settings that all runs share, and the values of those that are swept."""
+    named = {name: value for name, value in vars(settings).items() if value not in (None, ())}
+    return named, {name: named.pop(name) for name in SWEPT if name in named}
+
+
+def start(configs: list[Config], options: Options, finish: "Finish") -> int:
+    """Trains a sweep in this process, or as one of a job of several; returns the exit code."""
     options = _prepare_jax(options)
     from jaxnorm.runs import multihost
     from jaxnorm.training import mesh
 
     mesh.use_all_cores()
     if not options.distributed:
-        return _train(configs, options)
+        return _train(configs, options, finish)
     multihost.join()
     cli.before_failing(multihost.leave)
     with multihost.watched(_how_to_resume(options.resume or options.out, options)):
-        return _train(configs, options)
+        return _train(configs, options, finish)
 
 
 def _prepare_jax(options: Options) -> Options:
@@ -176,7 +191,7 @@ def _prepare_jax(options: Options) -> Options:
     return options
 
 
-def _train(asked: list[Config], options: Options) -> int:
+def _train(asked: list[Config], options: Options, finish: "Finish") -> int:
     """Checks, trains and reports a new sweep or one that resumes. A run is a sweep of one."""
     from jaxnorm.runs import multihost, runner
     from jaxnorm.storage.directory import RunDirectory
@@ -207,7 +222,7 @@ def _train(asked: list[Config], options: Options) -> int:
     mesh = None if options.mesh is None else MeshShape.parse(options.mesh)
     for config in configs:
         trainer.check(config, dataset)
-        trainer.mesh_for(configs, config.batch, mesh)
+        trainer.mesh_for(configs, config.batch_size, mesh)
     if options.plan:
         _print_plan(configs, options, dataset, mesh)
         return 0
@@ -239,7 +254,7 @@ def _train(asked: list[Config], options: Options) -> int:
             if board is not None:
                 board.close()
         if process_0:
-            _report(sweep, dataset, options.quiet)
+            finish(sweep, dataset, options.quiet)
     return 0
 
 
@@ -272,10 +287,10 @@ def _grown(asked: Sequence[Config], had: Sequence[Config], options: Options) -> 
     flags = {token.partition("=")[0].removeprefix("--").replace("-", "_") for token in tokens}
     for name in flags & set(SWEPT):
         values, before = ([getattr(each, name) for each in some] for some in (asked, had))
-        if set(values) != set(before):
+        if {*map(str, values)} != {*map(str, before)}:
             raise UserError(
                 f"{name}={values[0]} conflicts with the run to resume, which has "
-                f"{' '.join(map(str, dict.fromkeys(before)))}: leave it out, or start a new run"
+                f"{' '.join(dict.fromkeys(map(str, before)))}: leave it out, or start a new run"
             )
     named = flags & {field.name for field in dataclasses.fields(Config)} - set(SWEPT)
     changes = {name: getattr(asked[0], name) for name in named}
@@ -297,7 +312,7 @@ def _load(config: Config, options: Options) -> "Dataset":
         bar.close()
 
 
-def _report(sweep: "Sweep", dataset: "Dataset", quiet: bool) -> None:
+def report(sweep: "Sweep", dataset: "Dataset", quiet: bool) -> None:
     """Writes every run's report and the sweep's table, and prints the table."""
     from jaxnorm.analysis import figures, page, tables
     from jaxnorm.analysis.results import Run
@@ -317,6 +332,21 @@ def _report(sweep: "Sweep", dataset: "Dataset", quiet: bool) -> None:
         print(where)
 
 
+def report_tuning(sweep: "Sweep", dataset: "Dataset", quiet: bool) -> None:
+    """Writes what each norm won with, as a table and two figures, and prints the table."""
+    from jaxnorm.analysis import figures, tables
+    from jaxnorm.analysis.results import Run
+
+    runs = [Run(directory) for directory in sweep.directories]
+    table = tables.tuning(runs)
+    sweep.folder.write_bytes("tuning.md", table.markdown().encode())
+    for name, figure in figures.tuning(runs):
+        sweep.folder.write_bytes(f"{name}.png", figures.png(figure))
+    print(table.plain())
+    if not quiet:
+        print(f"the table and two figures are in {sweep.folder.path}")
+
+
 def _default_out(config: Config) -> Path:
     started = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     norm = config.norm.replace(":", ".")
@@ -324,11 +354,11 @@ def _default_out(config: Config) -> Path:
 
 
 def _command() -> str:
-    return shlex.join(["python", "-m", "jaxnorm.run", *cli.arguments()])
+    return shlex.join([*cli.program(), *cli.arguments()])
 
 
 def _how_to_resume(out: Path | None, options: Options) -> str:
-    command = ["python", "-m", "jaxnorm.run", "--resume", str(out or "RUN")]
+    command = [*cli.program(), "--resume", str(out or "RUN")]
     if options.data_dir:
         command += ["--data-dir", str(options.data_dir)]
     if options.distributed:

@@ -63,9 +63,9 @@ def compile_programs(norm: str, precision, nets: int, batch_size: int, sharding)
     states = jax.tree.map(lambda leaf: shaped((nets, *leaf.shape), leaf.dtype), state)
     images, labels = shaped((IMAGES, 32, 32, 3), jnp.uint8), shaped((IMAGES,), jnp.int32)
     batches, step = shaped((nets, STEPS, batch_size), jnp.int32), shaped((), jnp.int32)
-    keys = shaped((nets,), jax.eval_shape(jax.random.key, 0).dtype)
-    rates = shaped((nets,), jnp.float32)
-    training = (program, states, images, labels, batches, keys, rates, step, step, step)
+    keys = shaped((nets, 2), jax.eval_shape(jax.random.key, 0).dtype)
+    rates, decays = shaped((nets, STEPS), jnp.float32), shaped((nets,), jnp.float32)
+    training = (program, states, images, labels, batches, keys, rates, decays, *[step] * 3)
     test = (shaped((TEST, 32, 32, 3), jnp.uint8), shaped((TEST,), jnp.int32))
     compiled = [
         epochs.train_nets.lower(*training).compile(),

@@ -36,9 +36,9 @@ def train_chunk(program, state, images, labels, chunk, keys, rate=0.01):
     state, images, labels = jax.device_get((state, images, labels))
     states = meshes.place(program.mesh, jax.tree.map(lambda a: np.asarray(a)[None], state), True)
     images, labels = meshes.place(program.mesh, (images, labels))
-    rates = jnp.full(1, rate)
+    rates, decays = jnp.full((1, chunk.batches.shape[1]), rate), jnp.zeros(1)
     states, steps = epochs.train_nets(
-        program, states, images, labels, chunk.batches, keys, rates, *chunk[1:]
+        program, states, images, labels, chunk.batches, keys, rates, decays, *chunk[1:]
     )
     states, steps = meshes.fetch((states, steps))
     return first(states), steps.losses[0], int(steps.correct[0])

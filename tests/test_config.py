@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxnorm.config import ALL, Config, UserError, from_json, typed
+from jaxnorm.config import ALL, RECIPES, Config, UserError, from_json, typed
 
 
 def test_defaults_are_the_studys():
     config = Config()
     assert config.norms == ALL == ("batch", "group", "layer")
-    assert (config.epochs, config.batch, config.learning_rate, config.momentum) == (
+    assert (config.epochs, config.batch_size, config.learning_rate, config.momentum) == (
         20,
         128,
         0.01,
@@ -24,8 +24,8 @@ def test_defaults_are_the_studys():
 
 
 def test_digits_have_a_smaller_batch_unless_one_is_asked_for():
-    assert Config(dataset="digits").batch == 32
-    assert Config(dataset="digits", batch_size=64).batch == 64
+    assert Config(dataset="digits").batch_size == 32
+    assert Config(dataset="digits", batch_size=64).batch_size == 64
 
 
 @pytest.mark.parametrize(
@@ -136,3 +136,35 @@ def test_json_that_is_no_object_is_refused():
 def test_settings_cannot_be_changed_afterwards():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().epochs = 3
+
+
+def test_a_recipe_sets_what_is_not_asked_for_and_each_setting_exists_alone():
+    study, tuned = Config(), Config(recipe="tuned")
+    assert (study.arch, study.schedule, study.weight_decay, study.augment) == (
+        *("original", "constant", 0.0, "none"),
+    )
+    assert (tuned.arch, tuned.schedule, tuned.augment) == ("residual", "one-cycle", "crop-flip")
+    assert tuned.nesterov
+    assert tuned.rate("batch") == RECIPES["tuned"]["learning_rate"]["batch"]
+    assert Config(recipe="tuned", learning_rate=0.3).rate("group") == 0.3
+    assert Config(recipe="tuned", dropout=0.2).dropout == 0.2
+    assert Config(augment="crop-flip").arch == "original"
+    assert Config(recipe="tuned", dataset="digits").batch_size == 32
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("recipe", "best"),
+        ("schedule", "step"),
+        ("warmup", 0.0),
+        ("weight_decay", -1e-4),
+        ("augment", "mixup"),
+        ("label_smoothing", 1.0),
+        ("weight_average", 1.0),
+        ("nesterov", 1),
+    ],
+)
+def test_a_wrong_setting_of_a_recipe_is_refused(field, value):
+    with pytest.raises(UserError, match=f"{field}={value}"):
+        Config(**{field: value})

@@ -59,7 +59,7 @@ def test_a_wrong_norm_is_one_line_that_says_what_is_expected(scratch, capsys):
         ("own_norm:Missing", "cannot be imported"),
         ("own_norm:nn", "is no flax.linen.Module"),
         ("missing_module:Norm", "cannot be imported"),
-        ("weight", "choose batch, group, layer, instance, rms, none"),
+        ("weight", "choose batch, group, layer, pixel, instance, rms, none"),
     ):
         flags = ("--norm", norm, "--arch", "matched", "--dataset", "digits", "--out", scratch / "x")
         assert call(run.app, *flags) == 2

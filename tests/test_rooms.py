@@ -17,7 +17,7 @@ BELOW = {
     "runs": {"config", "model", "data", "storage", "training"},
     "analysis": {"config", "model", "data", "storage"},
 }
-COMMANDS = {"cli", "run", "report", "bench", "__main__", "__init__"}
+COMMANDS = {"cli", "run", "tune", "report", "bench", "__main__", "__init__"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

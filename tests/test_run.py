@@ -321,7 +321,7 @@ def test_a_sweep_is_planned_trained_and_resumed(inside, tiny_by_name, capsys, mo
     table = (inside / "s" / "sweep.md").read_text()
     for directory in Sweep.open("s").directories:
         config, last = directory.info().config, directory.epochs()[-1]
-        row = f"| {config.batch} | {config.learning_rate:g} | {last.test_accuracy:.2%} |"
+        row = f"| {config.batch_size} | {config.learning_rate:g} | {last.test_accuracy:.2%} |"
         assert row in table
     assert len(calls) == 9
 

@@ -10,7 +10,7 @@ import io
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from jaxnorm.analysis import stats
 from jaxnorm.analysis.results import Run
+from jaxnorm.analysis.tables import trials
 from jaxnorm.config import UserError
 from jaxnorm.data.datasets import Dataset
 
@@ -380,16 +381,46 @@ def of_probes(probes: Probes, caption: str) -> Named:
             height, label = float(measured["running_accuracy"]), "batch, running averages"
             axes.axhline(height, color=COLOURS[norm], linestyle=":", label=label)
     tested = max(int(measured["tested"]) for measured in probes.values())
-    axes.set(xlabel="images in a batch", ylabel=f"accuracy on {tested:,} test images")
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    _accuracies(axes, "images in a batch", f"accuracy on {tested:,} test images")
     yield "batch-statistics", figure
 
 
+def tuning(runs: Sequence[Run]) -> Named:
+    """Accuracy on held-out images against the learning rate; and the best of k trials against k."""
+    first, said = runs[0], trials(runs)
+    held_out = f"accuracy on {first.info.config.validation:,} held-out images"
+    figure = _figure(first.caption, "Accuracy against learning rate", 8, 4.6)
+    axes = figure.subplots()
+    for norm, pairs in said.items():
+        axes.plot(*zip(*pairs, strict=True), **_look(norm))
+    axes.set_xscale("log")
+    _accuracies(axes, "learning rate", held_out)
+    yield "learning-rate", figure
+    figure = _figure(first.caption, "What so many trials can expect to find", 8, 4.6)
+    axes = figure.subplots()
+    for norm, pairs in said.items():
+        values = [accuracy for _, accuracy in pairs]
+        counts = range(1, len(values) + 1)
+        axes.plot(counts, [stats.expected_best(values, k) for k in counts], **_look(norm))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _accuracies(axes, "trials", f"expected best {held_out}")
+    yield "best-of-k", figure
+
+
+def _accuracies(axes: Axes, across: str, up: str) -> None:
+    axes.set(xlabel=across, ylabel=up)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+
+
+def _look(norm: str) -> dict[str, Any]:
+    """The line of a norm."""
+    return {"color": COLOURS[norm], "marker": MARKERS[norm], "markersize": 5, "label": norm}
+
+
 def _marked(axes: Axes, names: np.ndarray, values: np.ndarray, norm: str) -> None:
-    look = {"color": COLOURS[norm], "marker": MARKERS[norm], "markersize": 5, "label": norm}
-    axes.plot(list(map(str, names)), values, **look)
+    axes.plot(list(map(str, names)), values, **_look(norm))
 
 
 FIGURES: tuple[Callable[[Run], Named], ...] = (

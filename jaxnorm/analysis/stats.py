@@ -28,7 +28,8 @@ RESAMPLES = 9_999
 @dataclass(frozen=True)
 class Summary:
     """One net's training in a line. Accuracies are fractions of the test set; `chosen` is that of
-    the epoch with the best validation accuracy, `train` the last epoch's on the training batches.
+    the epoch with the best validation accuracy, `train` the last epoch's on the training batches,
+    `validation` its accuracy on held-out images.
     """
 
     best: float
@@ -37,6 +38,7 @@ class Summary:
     first_at_target: int | None
     chosen: float | None
     train: float
+    validation: float | None = None
 
 
 def summarize(epochs: Sequence[Epoch]) -> Summary:
@@ -49,7 +51,7 @@ def summarize(epochs: Sequence[Epoch]) -> Summary:
     held_out = [epoch for epoch in epochs if epoch.validation_accuracy is not None]
     chosen = max(held_out, key=lambda each: (each.validation_accuracy, -each.epoch), default=None)
     last, accuracy = epochs[-1], chosen and chosen.test_accuracy
-    ends = (last.test_accuracy, first, accuracy, last.train_accuracy)
+    ends = (last.test_accuracy, first, accuracy, last.train_accuracy, last.validation_accuracy)
     return Summary(best.test_accuracy, best.epoch, *ends)
 
 
@@ -140,6 +142,14 @@ def sign_flip_p(differences: Sequence[int]) -> float:
         shares = (np.roll(shares, size) + np.roll(shares, -size)) / 2
     far = abs(int(sum(differences)))
     return float(shares[: total - far + 1].sum() + shares[total + far :].sum()) if far else 1.0
+
+
+def expected_best(values: Sequence[float], k: int) -> float:
+    """The expected maximum of k of these n values, drawn without replacement: the i-th smallest is
+    it in C(i - 1, k - 1) of C(n, k) draws (Dodge et al., "Show Your Work", 2019).
+    """
+    ways = [math.comb(i, k - 1) for i in range(len(values))]
+    return float(np.dot(sorted(values), ways) / math.comb(len(values), k))
 
 
 def holm(ps: Sequence[float]) -> list[float]:

@@ -121,7 +121,7 @@ def conditions(run: Run) -> str:
     parts = [f"{info.dataset.caption}; {config.arch} nets", f"{config.epochs} epochs"]
     if len(run.finished) < len(config.nets):
         parts.append(f"{len(run.finished)} of {len(config.nets)} nets finished")
-    parts.append(f"batch {config.batch}")
+    parts.append(f"batch {config.batch_size}")
     if config.validation:
         parts.append(f"{config.validation} training images held out")
     text = ", ".join([*parts, run.seeds_text]) + (_MEAN if config.seeds > 1 else ", n = 1")
@@ -305,12 +305,50 @@ def sweep(runs: Sequence[Run]) -> Table:
             if len(done or ()) < config.seeds:
                 cells[-1] += f" ({len(done or ())} of {config.seeds})"
                 lost = " Of nets that are not counted the loss was not finite."
-        rows.append([str(config.batch), f"{config.rate:g}", *cells])
+        rows.append([str(config.batch_size), config.rate_text, *cells])
     note = (
         f"Last test accuracy after {first.epochs} epochs, n = {first.seeds} each"
         f"{_MEAN if first.seeds > 1 else ''}; {first.arch} nets, {runs[0].info.dataset.caption}."
     )
     return Table("The sweep", ["batch", "learning rate", *first.norms], rows, note + lost)
+
+
+def trials(runs: Sequence[Run]) -> dict[str, list[tuple[float, float]]]:
+    """The learning rate of each trial of a tuning, ascending, and the mean accuracy on held-out
+    images at its end, by norm; 0 where no net's loss stayed finite.
+    """
+    found: dict[str, list[tuple[float, float]]] = {norm: [] for norm in runs[0].info.config.norms}
+    for run in sorted(runs, key=lambda run: run.info.config.rate("")):
+        for norm, said in found.items():
+            nets = run.summaries.get(norm, {}).values()
+            ends = [net.validation for net in nets if net.validation is not None]
+            said.append((run.info.config.rate(norm), sum(ends) / len(ends) if ends else 0.0))
+    return found
+
+
+def tuning(runs: Sequence[Run]) -> Table:
+    """What each norm won with: a row a norm."""
+    config, rows = runs[0].info.config, []
+    for norm, said in trials(runs).items():
+        rates = [rate for rate, _ in said]
+        best = max(said, key=lambda trial: trial[1])[0]
+        accuracies = [accuracy for _, accuracy in said]
+        edge = " (the lowest)" * (best == rates[0]) + " (the highest)" * (best == rates[-1])
+        half = stats.expected_best(accuracies, max(1, len(said) // 2))
+        failed = sum(accuracy == 0 for accuracy in accuracies)
+        cells = [f"{best:g}{edge}", f"{max(accuracies):.2%}", f"{half:.2%}", str(failed)]
+        rows.append([norm, *cells])
+    half = f"expected best of {max(1, len(runs) // 2)}"
+    note = (
+        f"Accuracy on {config.validation:,} held-out training images after {config.epochs} epochs, "
+        f"{len(runs)} trials of each norm from {runs[0].info.config.seed} on, n = {config.seeds} "
+        f"each; {config.arch} nets, {runs[0].info.dataset.caption}. An optimum that is the lowest "
+        "or the highest learning rate lies on the edge: a wider range may hold a better one. The "
+        "test set was not looked at."
+    )
+    return Table(
+        "The tuning", ["norm", "best learning rate", "accuracy", half, "failed"], rows, note
+    )
 
 
 def points(difference: float) -> str:

@@ -65,14 +65,15 @@ def batches_of(batch_size: int) -> np.ndarray:
 
 def jax_setup(job: Job) -> tuple[Any, list[tuple], Any, Any]:
     """The program; for every call of `train_nets` that a step of all seeds takes, its arrays
-    (images, labels, batches, dropout keys, learning rates); states; and the images and labels.
+    (images, labels, batches, keys, learning rates, decays); states; and the images and labels.
     """
     import jax
     import numpy as np
 
     from jaxnorm.model.cnn import CNN
     from jaxnorm.training import mesh as meshes
-    from jaxnorm.training.step import Program, derive_key, init_state
+    from jaxnorm.training.epoch import epoch_keys
+    from jaxnorm.training.step import Program, init_state
 
     net = CNN(job.norm, job.arch, fast=job.peer != "flax")
     mesh = meshes.choose(1, job.batch_size) if job.peer == "jaxnorm" else meshes.ONE
@@ -83,12 +84,13 @@ def jax_setup(job: Job) -> tuple[Any, list[tuple], Any, Any]:
     for first in range(0, job.seeds, together):
         seeds = range(first, first + together)
         batches = np.stack([batches_of(job.batch_size)] * together)
-        rates = np.full(together, 0.01, np.float32)
-        keys = jax.numpy.stack([derive_key(seed, "dropout", 1) for seed in seeds])
+        rates, decays = np.full(batches.shape[:2], 0.01, np.float32), np.zeros(together, np.float32)
+        keys = jax.numpy.stack([epoch_keys(seed, 1) for seed in seeds])
         nets = [jax.device_get(init_state(program, seed)) for seed in seeds]
         states.append(meshes.place(mesh, jax.tree.map(lambda *a: np.stack(a), *nets), by_net=True))
-        batches, rates = meshes.place(mesh, (batches, rates), by_net=True)
-        calls.append((images, labels, batches, keys, rates))
+        rates_decays = meshes.place(mesh, (rates, decays), by_net=True)
+        batches = meshes.place(mesh, batches, by_net=True)
+        calls.append((images, labels, batches, keys, *rates_decays))
     return program, calls, states, (images, labels)
 
 

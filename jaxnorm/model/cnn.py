@@ -1,8 +1,9 @@
-"""The CNN: three layer tables, and the norm chosen by a field.
+"""The CNN: layer tables, and the norm chosen by a field.
 
 `original` is the study's three nets, one for each norm; `matched` is one net, the group net's, in
-which only the norm differs. The names of the layers do not depend on the norm, so one seed gives
-the same initial kernels and dropout masks under every norm.
+which only the norm differs; `residual` another one, with residual blocks. The names of the layers
+do not depend on the norm, so one seed gives the same initial kernels and dropout masks under every
+norm.
 
 A new norm is one more `case` in `CNN.normalization`; a new net is one more entry in `ARCHS`.
 """
@@ -26,13 +27,15 @@ IMAGE = (-3, -2, -1)
 class Layer(NamedTuple):
     """A row of a layer table.
 
-    kind: "block" is a 3x3 convolution, norm, dropout and ReLU; "squeeze" a 1x1 convolution and
-    ReLU; "pool" 2x2 max pooling, stride 2; "mean" the average of the top-left `window` x `window`
-    pixels; "head" a 1x1 convolution to the classes. No convolution has a bias.
+    kind: "block" is a 3x3 convolution, norm, dropout and ReLU; "residual" a block that adds, before
+    dropout, what the block before it was given; "squeeze" a 1x1 convolution and ReLU; "pool" 2x2
+    max pooling, stride 2; "mean" the average of the top-left `window` x `window` pixels;
+    "mean-max" the average of all pixels and their maximum; "head" a 1x1 convolution to the classes.
+    No convolution has a bias.
     """
 
     name: str
-    kind: Literal["block", "squeeze", "pool", "mean", "head"]
+    kind: Literal["block", "residual", "squeeze", "pool", "mean", "mean-max", "head"]
     channels: int = 0
     padding: int = 0
     window: int = 0
@@ -86,9 +89,23 @@ LAYER = (
     Layer("GAP", "mean", window=5),
     Layer("c11", "head"),
 )
+RESIDUAL = (
+    Layer("C1", "block", 16, padding=1),
+    Layer("C2", "block", 16, padding=1),
+    Layer("C3", "residual", 16, padding=1),
+    Layer("P1", "pool"),
+    Layer("C4", "block", 32, padding=1),
+    Layer("C5", "block", 32, padding=1),
+    Layer("C6", "residual", 32, padding=1),
+    Layer("P2", "pool"),
+    Layer("C7", "block", 64, padding=1),
+    Layer("GP", "mean-max"),
+    Layer("c8", "head"),
+)
 ARCHS: dict[str, Callable[[str], tuple[Layer, ...] | None]] = {
     "original": {"batch": BATCH, "group": GROUP, "layer": LAYER}.get,
     "matched": lambda norm: GROUP,
+    "residual": lambda norm: RESIDUAL,
 }
 """The layer table of each net, by the norm; None where it has no net for that norm."""
 
@@ -106,6 +123,7 @@ class CNN(nn.Module):
     groups: int = 4
     dropout: float = 0.1
     precision: Precision = "float32"
+    weight_standardization: bool = False
     fast: bool = True
 
     @nn.compact
@@ -116,12 +134,14 @@ class CNN(nn.Module):
         L = layers if self.fast else layers.plain
         key = self.make_rng("dropout") if train and self.dropout else None
         dtype = jnp.bfloat16 if self.precision == "bfloat16" else jnp.float32
-        x = images.astype(dtype)
+        x, given = images.astype(dtype), []
         for number, layer in enumerate(self.table):
+            given.append(x)
             match layer.kind:
-                case "block":
+                case "block" | "residual":
                     x = self.conv(layer, (3, 3), dtype)(x)
                     x = self.normalization(train, f"{layer.name}_norm")(x.astype(jnp.float32))
+                    x = x + given[-2] if layer.kind == "residual" else x
                     x = L.dropout_relu(x.astype(dtype), self.dropout, key, number)
                 case "squeeze":
                     x = nn.relu(self.conv(layer, (1, 1), dtype)(x))
@@ -129,6 +149,9 @@ class CNN(nn.Module):
                     x = L.max_pool(x, (2, 2), strides=(2, 2))
                 case "mean":
                     x = x[:, : layer.window, : layer.window].mean((1, 2), keepdims=True)
+                case "mean-max":
+                    pooled = [x.mean((1, 2), keepdims=True), x.max((1, 2), keepdims=True)]
+                    x = jnp.concatenate(pooled, axis=-1)
                 case "head":
                     x = self.conv(layer, (1, 1), dtype)(x)
         return x.reshape(x.shape[0], self.num_classes).astype(jnp.float32)
@@ -150,6 +173,8 @@ class CNN(nn.Module):
                     reduction_axes=IMAGE, feature_axes=IMAGE if self.arch == "original" else -1,
                     epsilon=EPSILON, use_fast_variance=False, name=name,
                 )  # fmt: skip
+            case "pixel":  # over the channels of each pixel: Flax's default, and ConvNeXt's
+                return L.LayerNorm(epsilon=EPSILON, use_fast_variance=False, name=name)
             case "instance":
                 return L.InstanceNorm(epsilon=EPSILON, use_fast_variance=False, name=name)
             case "rms":
@@ -162,7 +187,8 @@ class CNN(nn.Module):
     def conv(self, layer: Layer, window: tuple[int, int], dtype: jnp.dtype) -> nn.Module:
         """A convolution without a bias, its kernel drawn as in PyTorch: +-1/sqrt(fan_in)."""
         L = layers if self.fast else layers.plain
-        return L.Conv(
+        kind = L.StandardizedConv if self.weight_standardization else L.Conv
+        return kind(
             layer.channels or self.num_classes,
             window,
             padding=layer.padding,

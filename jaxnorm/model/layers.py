@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxnorm.config import UserError
 from jaxnorm.model import dropout, ops
 
-BUILT_IN = ("batch", "group", "layer", "instance", "rms", "none")
+BUILT_IN = ("batch", "group", "layer", "pixel", "instance", "rms", "none")
 
 
 class Part(NamedTuple):
@@ -114,10 +114,14 @@ class InstanceNorm(nn.InstanceNorm):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm over height, width and channels, with a scale for each channel or each element."""
+    """Layer norm over height, width and channels, with a scale for each channel or each element; or
+    over the channels of each pixel.
+    """
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        if self.reduction_axes == -1:
+            return super().__call__(x)
         over = ops.Over(False, 1, epsilon=self.epsilon)
         if self.feature_axes == -1:
             return _normalize(self, x, over)
@@ -151,6 +155,31 @@ class Conv(nn.Conv):
     conv_general_dilated: Any = ops.convolution
 
 
+def _standardized(convolution: Any) -> Any:
+    """The convolution with its kernel shifted and scaled to mean 0 and variance 1 / fan-in for each
+    output (Qiao et al., "Weight Standardization", 2019).
+    """
+
+    def standardized(images: jax.Array, kernel: jax.Array, *arguments: Any, **options: Any):
+        fan_in = math.prod(kernel.shape[:-1])
+        centered = kernel - kernel.mean((0, 1, 2), keepdims=True)
+        variance = jnp.square(centered).mean((0, 1, 2), keepdims=True)
+        kernel = centered * jax.lax.rsqrt(fan_in * variance + 1e-5)
+        return convolution(images, kernel, *arguments, **options)
+
+    return standardized
+
+
+class StandardizedConv(nn.Conv):
+    """`Conv` with standardized kernels."""
+
+    conv_general_dilated: Any = _standardized(ops.convolution)
+
+
+class _PlainStandardizedConv(nn.Conv):
+    conv_general_dilated: Any = _standardized(jax.lax.conv_general_dilated)
+
+
 def max_pool(x: jax.Array, window_shape: Sequence[int], strides: Sequence[int]) -> jax.Array:
     """`nn.max_pool` of 2x2 windows and stride 2; ValueError for any other."""
     if tuple(window_shape) != (2, 2) or tuple(strides) != (2, 2):
@@ -182,6 +211,7 @@ plain = SimpleNamespace(
     LayerNorm=nn.LayerNorm,
     RMSNorm=nn.RMSNorm,
     Conv=nn.Conv,
+    StandardizedConv=_PlainStandardizedConv,
     max_pool=nn.max_pool,
     dropout_relu=_plain_dropout_relu,
 )

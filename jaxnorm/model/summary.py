@@ -29,7 +29,13 @@ class Row(NamedTuple):
 def net_of(config: Config, norm: str, num_classes: int) -> CNN:
     """The net of one norm under a configuration."""
     return CNN(
-        norm, config.arch, num_classes, config.groups, config.dropout, precision=config.precision
+        norm,
+        config.arch,
+        num_classes,
+        config.groups,
+        config.dropout,
+        precision=config.precision,
+        weight_standardization=config.weight_standardization,
     )
 
 
@@ -77,13 +83,15 @@ def summarize(net: CNN) -> list[Row]:
     side, channels, field, jump, rows = 32, 3, 1, 1, []
     for layer in net.table:
         match layer.kind:
-            case "block" | "squeeze" | "head":
-                window = 3 if layer.kind == "block" else 1
+            case "block" | "residual" | "squeeze" | "head":
+                window = 3 if layer.kind in ("block", "residual") else 1
                 side += 2 * layer.padding - window + 1
                 channels = layer.channels or net.num_classes
                 field += (window - 1) * jump
             case "pool":
                 side, field, jump = side // 2, field + jump, jump * 2
+            case "mean-max":
+                field, side, channels = field + (side - 1) * jump, 1, 2 * channels
             case "mean":
                 side, field = 1, field + (layer.window - 1) * jump
         kernel, norm = (

@@ -70,19 +70,19 @@ def estimate(
     """
     programs: dict[tuple[str, int], list[Group]] = {}
     for group in groups(configs, dataset, mesh):
-        programs.setdefault((group.norm, configs[group.nets[0][0]].batch), []).append(group)
+        programs.setdefault((group.norm, configs[group.nets[0][0]].batch_size), []).append(group)
     return [_estimate(configs, dataset, same) for same in programs.values()]
 
 
 def _estimate(configs: Sequence[Config], dataset: Dataset, same: Sequence[Group]) -> Estimate:
     nets, group = Nets(configs, dataset, same[0]), same[0]
-    (chunk, *_), keys = nets.chunks(1)
+    (chunk, *_), of_epoch = nets.chunks(1)
     state = nets.states([None] * len(group.nets))
-    size = _device_bytes(nets.arguments(state, chunk, keys))
+    size = _device_bytes(nets.arguments(state, chunk, of_epoch))
 
     def step() -> None:
         nonlocal state
-        state, done = nets.train_chunk(state, chunk._replace(stop=chunk.start + 1), keys)
+        state, done = nets.train_chunk(state, chunk._replace(stop=chunk.start + 1), of_epoch)
         jax.block_until_ready(done.losses)
 
     training = _seconds(step)
@@ -90,7 +90,7 @@ def _estimate(configs: Sequence[Config], dataset: Dataset, same: Sequence[Group]
     writing = _seconds(_writing(nets, state, dataset)) * len(group.nets)
     count, last_epoch = sum(len(each.nets) for each in same), nets.config.epochs
     rounds = (len(same), nets.steps * last_epoch, last_epoch)
-    about = (group.norm, nets.config.batch, count, group.mesh, group.size)
+    about = (group.norm, nets.config.batch_size, count, group.mesh, group.size)
     return Estimate(*about, *rounds, training, evaluation, writing, size)
 
 

@@ -56,7 +56,7 @@ def run(
             stack.enter_context(sweep.locked())
             begun = any(directory.exists() for directory in sweep.directories)
             for i, (config, directory) in enumerate(runs):
-                shape = str(trainer.mesh_for(sweep.configs, config.batch, mesh))
+                shape = str(trainer.mesh_for(sweep.configs, config.batch_size, mesh))
                 about = (command, self_check, deterministic, shape)
                 now = environment.describe(config, dataset, counts[i], *about)
                 found = _begin(directory, now, callback)
@@ -114,7 +114,7 @@ def check_grown(had: Config, asked: Config, path: Path) -> None:
     """
     for field in dataclasses.fields(Config):
         before, now = getattr(had, field.name), getattr(asked, field.name)
-        grows = field.name in ("epochs", "seeds")
+        grows = field.name == "seeds" or (field.name == "epochs" and had.schedule == "constant")
         if now != before and not (grows and now > before):
             more = " or more" if grows else ""
             raise UserError(

@@ -34,7 +34,8 @@ class SweepInfo:
 
 def name_of(config: Config) -> str:
     """The folder of a run of a sweep."""
-    return f"batch-{config.batch}-rate-{config.rate:g}"
+    decay = f"-decay-{config.weight_decay:g}" if config.weight_decay else ""
+    return f"batch-{config.batch_size}-rate-{config.rate_text}{decay}"
 
 
 class Sweep:

@@ -23,7 +23,14 @@ from jaxnorm.model.cnn import CNN
 from jaxnorm.model.summary import activation_bytes
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training.mesh import BATCH, SEED, MeshShape
-from jaxnorm.training.step import Program, TrainState, derive_key, standardize, train_step
+from jaxnorm.training.step import (
+    Program,
+    TrainState,
+    crop_and_flip,
+    derive_key,
+    standardize,
+    train_step,
+)
 
 EVALUATION_BATCH = 100
 
@@ -64,16 +71,21 @@ def epoch_order(
     return jax.random.permutation(derive_key(seed, "order", epoch), count).astype(jnp.int32)
 
 
+def epoch_keys(seed: int | jax.Array, epoch: int | jax.Array) -> jax.Array:  # [2]
+    """The keys of an epoch's dropout and of its augmentation."""
+    return jnp.stack([derive_key(seed, "dropout", epoch), derive_key(seed, "augment", epoch)])
+
+
 @partial(jax.jit, static_argnums=(0, 4))
 def _batches(
     program: Program, seeds: jax.Array, epoch: int | jax.Array, rows: jax.Array, batch_size: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # i32[K, S, B], i32[K, 1, ragged], [K]
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # i32[K, S, B], i32[K, 1, ragged], [K, 2]
     def of_net(epoch, seed, rows):
-        """One net's full batches, ragged batch and dropout key."""
+        """One net's full batches, ragged batch and keys."""
         order = rows[epoch_order(seed, epoch, rows.shape[0])]
         full = rows.shape[0] // batch_size * batch_size
         batches = order[:full].reshape(-1, batch_size)
-        return batches, order[full:][None], derive_key(seed, "dropout", epoch)
+        return batches, order[full:][None], epoch_keys(seed, epoch)
 
     return _for_each_net(program.mesh, of_net, (epoch,), (seeds, rows))
 
@@ -87,7 +99,7 @@ def epoch_chunks(
     chunks: int = 1,
 ) -> tuple[list[Chunk], jax.Array]:
     """Cuts an epoch of K nets into about `chunks` chunks of full batches, and one of the ragged
-    last batch if there is one. Also returns the epoch's dropout keys [K].
+    last batch if there is one. Also returns the epoch's keys [K, 2], of dropout and augmentation.
     """
     full, ragged, keys = _batches(program, seeds, epoch, rows, batch_size)
     count = full.shape[1]
@@ -103,8 +115,9 @@ def train_nets(
     images: jax.Array,  # u8[N, 32, 32, 3]
     labels: jax.Array,  # i32[N]
     batches: jax.Array,  # i32[K, S, B], rows of `images`
-    dropout_keys: jax.Array,  # [K], of the epoch
-    learning_rates: jax.Array,  # f32[K]
+    keys: jax.Array,  # [K, 2], of the epoch's dropout and augmentation
+    learning_rates: jax.Array,  # f32[K, S]
+    weight_decays: jax.Array,  # f32[K]
     first_step: int | jax.Array,
     start: int | jax.Array,
     stop: int | jax.Array,
@@ -114,25 +127,28 @@ def train_nets(
     `states` is consumed: its memory is used again.
     """
     chex.assert_equal_shape_prefix([images, labels], 1)
-    chex.assert_equal_shape_prefix([batches, dropout_keys, learning_rates], 1)
+    chex.assert_equal_shape_prefix([batches, learning_rates], 2)
     chex.assert_rank(batches, 3)
     chex.assert_type([labels, batches], jnp.int32)
     share = batches.shape[2] // program.mesh.batch
     shared = program.mesh.batch > 1 and batches.shape[2] % program.mesh.batch == 0
 
-    def train_net(images, labels, first_step, start, stop, state, batches, dropout_key, rate):
+    def train_net(images, labels, first_step, start, stop, state, batches, keys, rates, decay):
         """What each device does for one net."""
 
         def train_batch(i, carry):
             """One batch."""
             state, losses, correct = carry
-            rows = batches[i]
+            rows, step = batches[i], first_step + i
+            key, of_images = (jax.random.fold_in(each, step) for each in keys)
+            places = crop_and_flip(of_images, len(rows)) if program.augments else ()
             if shared:
-                rows = lax.dynamic_slice_in_dim(rows, lax.axis_index(BATCH) * share, share)
-            key = jax.random.fold_in(dropout_key, first_step + i)
+                start = lax.axis_index(BATCH) * share
+                rows, *places = (lax.dynamic_slice_in_dim(a, start, share) for a in (rows, *places))
+            batch = augmented(images, rows, *places)
             axis = BATCH if shared else None
             state, loss, hits = train_step(
-                program, state, images[rows], labels[rows], key, rate, axis
+                program, state, batch, labels[rows], key, rates[i], decay, axis
             )
             return state, losses.at[i].set(loss), correct + hits
 
@@ -143,9 +159,17 @@ def train_nets(
         program.mesh,
         train_net,
         (images, labels, first_step, start, stop),
-        (states, batches, dropout_keys, learning_rates),
+        (states, batches, keys, learning_rates, weight_decays),
     )
     return state, Steps(losses, correct)
+
+
+def augmented(images: jax.Array, rows: jax.Array, *places: jax.Array) -> jax.Array:
+    """Images by their rows i32[B], each made anew of the pixels that `crop_and_flip` chose."""
+    if not places:
+        return images[rows]
+    down, across = places
+    return images[rows[:, None, None], down[:, :, None], across[:, None, :]]
 
 
 def _for_each_net(mesh: MeshShape, function: Callable, common: tuple, per_net: tuple) -> Any:

@@ -42,7 +42,7 @@ def activations(
     """
     _, captured = _apply(program, state, standardize(state, images), capture=True)
     outputs = captured["intermediates"]
-    names = [layer.name for layer in program.model.table if layer.kind == "block"]
+    names = [layer.name for layer in program.model.table if f"{layer.name}_norm" in outputs]
     pairs = {name: (outputs[name], outputs[f"{name}_norm"]) for name in names}
     return {n: (pair[0]["__call__"][0], pair[1]["__call__"][0]) for n, pair in pairs.items()}
 

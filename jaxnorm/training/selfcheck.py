@@ -19,7 +19,14 @@ from jaxnorm.config import Config, Precision
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training.mesh import ONE, MeshShape
-from jaxnorm.training.step import Program, TrainState, derive_key, standardize, train_step
+from jaxnorm.training.step import (
+    Program,
+    TrainState,
+    crop_and_flip,
+    derive_key,
+    standardize,
+    train_step,
+)
 from jaxnorm.training.trainer import Group, Nets, groups
 
 ALLOWED: dict[Precision, tuple[float, float]] = {
@@ -56,7 +63,7 @@ def self_check(configs: Sequence[Config], dataset: Dataset, mesh: MeshShape | No
     check_compiler()
     programs = {}
     for group in groups(configs, dataset, mesh):
-        programs.setdefault((group.norm, configs[group.nets[0][0]].batch), group)
+        programs.setdefault((group.norm, configs[group.nets[0][0]].batch_size), group)
     for group in programs.values():
         _check_group(configs, dataset, group)
 
@@ -119,18 +126,24 @@ def _compare_step(
     allowed: tuple[float, float],
 ) -> str:
     """What a step of the training program and the plain step disagree in; empty for nothing."""
-    chunks, keys = nets.chunks(epoch)
+    chunks, of_epoch = nets.chunks(epoch)
     chunk = chunks[which]._replace(stop=chunks[which].start + 1)
     rows = meshes.fetch(chunk.batches)[0, chunk.start]
-    key = derive_key(nets.group.nets[0][2], "dropout", epoch)
+    (_, _, seed), step = nets.group.nets[0], chunk.first_step + chunk.start
+    images, key = dataset.train_images[rows], derive_key(seed, "dropout", epoch, step)
+    if nets.config.augment != "none":
+        places = crop_and_flip(derive_key(seed, "augment", epoch, step), len(rows))
+        down, across = map(np.asarray, places)
+        images = images[np.arange(len(rows))[:, None, None], down[:, :, None], across[:, None]]
     wanted_state, loss, _ = plain_step(
         jax.tree.map(jnp.asarray, initial),
-        jnp.asarray(dataset.train_images[rows]),
+        jnp.asarray(images),
         jnp.asarray(dataset.train_labels[rows]),
-        jax.random.fold_in(key, chunk.first_step + chunk.start),
-        nets.config.rate,
+        key,
+        of_epoch[1][0, step],
+        nets.config.weight_decay,
     )
-    states, steps = meshes.fetch(nets.train_chunk(nets.states([None]), chunk, keys))
+    states, steps = meshes.fetch(nets.train_chunk(nets.states([None]), chunk, of_epoch))
     said = ""
     for k, losses in enumerate(steps.losses):
         ours = losses[chunk.start], jax.tree.map(lambda leaf, k=k: leaf[k], states)

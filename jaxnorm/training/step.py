@@ -22,7 +22,8 @@ from jaxnorm.model.cnn import CNN
 from jaxnorm.model.summary import activation_bytes
 from jaxnorm.training.mesh import ONE, MeshShape
 
-_PURPOSES = {"init": 0, "order": 1, "dropout": 2}
+_PURPOSES = {"init": 0, "order": 1, "dropout": 2, "augment": 3}
+Purpose = Literal["init", "order", "dropout", "augment"]
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,16 @@ class Program:
     mean: tuple[float, float, float]
     deviation: tuple[float, float, float]
     mesh: MeshShape = ONE
+    nesterov: bool = False
+    decays: bool = False
+    """Whether there is weight decay."""
+    augments: bool = False
+    label_smoothing: float = 0.0
+    weight_average: float = 0.0
 
     def optimizer(self, learning_rate: float | jax.Array) -> optax.GradientTransformation:
         """SGD with momentum; its state is one array for each parameter."""
-        return optax.sgd(learning_rate, self.momentum)
+        return optax.sgd(learning_rate, self.momentum, self.nesterov)
 
 
 class TrainState(NamedTuple):
@@ -53,18 +60,18 @@ class TrainState(NamedTuple):
     opt_state: Any
     standard: Any
     """f32[2, 3]: what images are standardized with (see `standard_of`)."""
+    average: Any = ()
+    """The moving average of `params`, where there is one."""
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What `CNN.apply` takes."""
-        return {"params": self.params, **self.norm_state}
+        """What `CNN.apply` takes to evaluate the net."""
+        return {"params": self.average or self.params, **self.norm_state}
 
 
-def derive_key(
-    seed: int | jax.Array, purpose: Literal["init", "order", "dropout"], *numbers: int | jax.Array
-) -> jax.Array:
-    """The random key of a purpose; for "order" and "dropout" `numbers` is the epoch (from 1), for
-    "dropout" then the step (from 0).
+def derive_key(seed: int | jax.Array, purpose: Purpose, *numbers: int | jax.Array) -> jax.Array:
+    """The random key of a purpose; `numbers` is the epoch (from 1), but for "init", and for
+    "dropout" and "augment" then the step (from 0).
     """
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), _PURPOSES[purpose])
     for number in numbers:
@@ -101,7 +108,26 @@ def init_state(program: Program, seed: int | jax.Array) -> TrainState:
     variables = dict(program.model.init(derive_key(seed, "init"), jnp.zeros((1, 32, 32, 3))))
     params = variables.pop("params")
     standard = jnp.asarray(standard_of(program.mean, program.deviation))
-    return TrainState(params, variables, program.optimizer(0.0).init(params), standard)
+    average = params if program.weight_average else ()
+    return TrainState(params, variables, program.optimizer(0.0).init(params), standard, average)
+
+
+def crop_and_flip(
+    key: jax.Array, count: int, most: int = 2
+) -> tuple[jax.Array, jax.Array]:  # i32[count, 32], i32[count, 32]
+    """The rows and columns that each of `count` images is made of anew: moved by up to `most`
+    pixels each way, reflected at the edges, and half of the images mirrored.
+    """
+    for_rows, for_columns, for_mirrors = jax.random.split(key, 3)
+    pixels = jnp.arange(32, dtype=jnp.int32)[None]
+
+    def moved(key: jax.Array) -> jax.Array:
+        """Places that lie over an edge are reflected at it."""
+        places = jnp.abs(pixels + jax.random.randint(key, (count, 1), -most, most + 1))
+        return 31 - jnp.abs(31 - places)
+
+    mirrored, columns = jax.random.bernoulli(for_mirrors, 0.5, (count, 1)), moved(for_columns)
+    return moved(for_rows), jnp.where(mirrored, columns[:, ::-1], columns)
 
 
 def train_step(
@@ -111,6 +137,7 @@ def train_step(
     labels: jax.Array,  # i32[B]
     key: jax.Array,  # decides the dropout masks
     learning_rate: float | jax.Array,
+    weight_decay: float | jax.Array = 0.0,
     axis: str | None = None,
 ) -> tuple[TrainState, jax.Array, jax.Array]:
     """One step of SGD on the mean cross-entropy of a batch.
@@ -136,6 +163,9 @@ def train_step(
                 mutable=list(state.norm_state),
             )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        if smooth := program.label_smoothing:
+            everywhere = jax.nn.logsumexp(logits, -1) - logits.mean(-1)
+            losses = (1 - smooth) * losses + smooth * everywhere
         correct = (logits.argmax(-1) == labels).sum(dtype=jnp.int32)
         return losses.sum() / batch_size, (correct, norm_state)
 
@@ -162,10 +192,21 @@ def train_step(
         nothing = (jnp.zeros(()), jnp.zeros((), jnp.int32), zeros)
         total = lax.fori_loop(0, count // micro_batch, add_micro_batch, nothing)
     loss, correct, gradients = total if axis is None else lax.psum(total, axis)
+    if program.decays:
+        gradients = jax.tree_util.tree_map_with_path(
+            lambda path, gradient, value: (
+                gradient + weight_decay * value if path[-1].key == "kernel" else gradient
+            ),
+            gradients,
+            state.params,
+        )
     optimizer = program.optimizer(learning_rate)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(params, norm_state, opt_state, state.standard), loss, correct
+    average, kept = state.average, program.weight_average
+    if kept:
+        average = jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, average, params)
+    return TrainState(params, norm_state, opt_state, state.standard, average), loss, correct
 
 
 def micro_batch_size(net: CNN, state: TrainState, count: int) -> int:

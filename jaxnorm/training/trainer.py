@@ -136,8 +136,28 @@ def fit(
 
 def program_of(config: Config, dataset: Any, norm: str, mesh: MeshShape = ONE) -> Program:
     """The program that trains a norm's nets; `dataset` is a `Dataset` or a `DatasetInfo`."""
-    net = net_of(config, norm, len(dataset.class_names))
-    return Program(net, config.momentum, tuple(dataset.mean), tuple(dataset.deviation), mesh)
+    return Program(
+        net_of(config, norm, len(dataset.class_names)),
+        config.momentum,
+        tuple(dataset.mean),
+        tuple(dataset.deviation),
+        mesh,
+        config.nesterov,
+        config.weight_decay > 0,
+        config.augment != "none",
+        config.label_smoothing,
+        config.weight_average,
+    )
+
+
+def learning_rates(config: Config, epoch: int, steps: int) -> np.ndarray:  # f32[steps]
+    """The learning rate of each step of an epoch (from 1), as a share of the highest: constant, or
+    "one-cycle" up and down in straight lines (Smith and Topin, "Super-Convergence", 2018).
+    """
+    done = ((epoch - 1) * steps + np.arange(steps) + 0.5) / (config.epochs * steps)
+    if config.schedule == "constant":
+        done = np.full(steps, config.warmup)
+    return np.interp(done, (0, config.warmup, 1), (0, 1, 0)).astype(np.float32)
 
 
 def predict(program: Program, state: TrainState, images: Any) -> jax.Array:
@@ -164,9 +184,9 @@ def check(config: Config, dataset: Dataset) -> dict[str, int]:
     count = len(dataset.train_labels) - config.validation
     if count <= 0:
         raise UserError(f"validation={config.validation} leaves none of {there} to train on")
-    if config.batch > count:
+    if config.batch_size > count:
         held = f", of which {config.validation} are held out" if config.validation else ""
-        raise UserError(f"batch_size={config.batch} is larger than {there}{held}")
+        raise UserError(f"batch_size={config.batch_size} is larger than {there}{held}")
     return check_nets(config, len(dataset.class_names))
 
 
@@ -177,7 +197,7 @@ def mesh_for(configs: Sequence[Config], batch_size: int, mesh: MeshShape | None)
     """
     custom = any(layers.is_custom(norm) for norm in configs[0].norms)
     if mesh is None:
-        nets = sum(config.seeds for config in configs if config.batch == batch_size)
+        nets = sum(config.seeds for config in configs if config.batch_size == batch_size)
         return meshes.choose(nets, 1 if custom else batch_size)
     if custom and mesh.batch > 1:
         raise UserError(f"mesh={mesh} shares batches, which your own norm may not allow: batch=1")
@@ -214,8 +234,8 @@ def groups(
     """All nets of a sweep, in the order in which they train: by batch size; then as many as train
     in one program together, run by run; and all norms of these before the next.
     """
-    for batch_size in dict.fromkeys(config.batch for config in configs):
-        same = [(i, config) for i, config in enumerate(configs) if config.batch == batch_size]
+    for batch_size in dict.fromkeys(config.batch_size for config in configs):
+        same = [(i, config) for i, config in enumerate(configs) if config.batch_size == batch_size]
         shape, norms = mesh_for(configs, batch_size, mesh), same[0][1].norms
         programs = [program_of(same[0][1], dataset, norm, shape) for norm in norms]
         at_once = min(epochs.nets_at_once(program, batch_size) for program in programs)
@@ -238,12 +258,14 @@ class Nets:
         test = (dataset.test_images, dataset.test_labels)
         self.test_images, self.test_labels = meshes.place(group.mesh, test)
         seeds = [seed for _, _, seed in group.filled]
-        rates = [configs[run].rate for run, _, _ in group.filled]
+        rates = [configs[run].rate(norm) for run, norm, _ in group.filled]
+        decays = [configs[run].weight_decay for run, _, _ in group.filled]
         splits = [hold_out(dataset.train_labels, self.config.validation, seed) for seed in seeds]
         rows, held_out = (np.stack(part) for part in zip(*splits, strict=True))
         self.standards = [standard_of(*dataset.statistics(own)) for own in rows]
-        self.seeds, self.rates, self.rows, self.held_out = self.place(
-            (np.array(seeds, np.uint32), np.array(rates, np.float32), rows, held_out)
+        self.rates = np.array(rates, np.float32)
+        self.seeds, self.decays, self.rows, self.held_out = self.place(
+            (np.array(seeds, np.uint32), np.array(decays, np.float32), rows, held_out)
         )
         self.count = len(dataset.train_labels) - self.config.validation
         self.steps = self.config.steps(len(dataset.train_labels))
@@ -263,21 +285,26 @@ class Nets:
         states += [states[-1]] * (self.group.size - len(states))
         return self.place(jax.tree.map(lambda *leaves: np.stack(leaves), *states))
 
-    def chunks(self, epoch: int) -> tuple[list[Chunk], jax.Array]:
-        """What the nets train on in an epoch, and its dropout keys."""
-        batch_size = self.config.batch
-        return epochs.epoch_chunks(self.program, self.seeds, epoch, self.rows, batch_size, CHUNKS)
+    def chunks(self, epoch: int) -> tuple[list[Chunk], tuple]:
+        """What the nets train on in an epoch; its keys, and its learning rates f32[K, steps]."""
+        about = (self.program, self.seeds, epoch, self.rows, self.config.batch_size, CHUNKS)
+        shares = learning_rates(self.config, epoch, self.steps)
+        chunks, keys = epochs.epoch_chunks(*about)
+        return chunks, (keys, self.rates[:, None] * shares[None])
 
-    def arguments(self, state: TrainState, chunk: Chunk, keys: jax.Array) -> tuple:
+    def arguments(self, state: TrainState, chunk: Chunk, of_epoch: tuple) -> tuple:
         """What `train_nets` takes for a chunk."""
         batches, *bounds = chunk
-        return self.program, state, self.images, self.labels, batches, keys, self.rates, *bounds
+        keys, rates = of_epoch
+        rates = self.place(rates[:, chunk.first_step : chunk.first_step + batches.shape[1]])
+        data = (self.images, self.labels, batches)
+        return self.program, state, *data, keys, rates, self.decays, *bounds
 
     def train_chunk(
-        self, state: TrainState, chunk: Chunk, keys: jax.Array
+        self, state: TrainState, chunk: Chunk, of_epoch: tuple
     ) -> tuple[TrainState, Steps]:
         """Trains on one chunk of an epoch. `state` is consumed."""
-        return epochs.train_nets(*self.arguments(state, chunk, keys))
+        return epochs.train_nets(*self.arguments(state, chunk, of_epoch))
 
     def evaluate(self, state: TrainState) -> tuple[Evaluation, Evaluation | None]:
         """On the test images and, if any are, on the held-out ones; in NumPy's arrays."""
@@ -326,8 +353,8 @@ def train(
                 config = configs[error.net[0]]
                 if total > 1:
                     callback.on_warning(
-                        f"batch size {config.batch}, learning rate {config.rate:g}: {error}; the "
-                        "others go on without this net"
+                        f"batch size {config.batch_size}, learning rate "
+                        f"{config.rate(group.norm):g}: {error}; the others go on without this net"
                     )
     if failed and len(failed) == total:
         raise failed[0]
@@ -351,9 +378,9 @@ def _train_epoch(
     """One epoch of all nets and their evaluation."""
     clock, filled = time.perf_counter(), nets.group.filled
     losses, correct = np.zeros((len(filled), 0), np.float32), np.zeros(len(filled), int)
-    chunks, keys = nets.chunks(epoch)
+    chunks, of_epoch = nets.chunks(epoch)
     for chunk in chunks:
-        state, steps = nets.train_chunk(state, chunk, keys)
+        state, steps = nets.train_chunk(state, chunk, of_epoch)
         done = meshes.fetch(steps)
         losses = np.concatenate([losses, done.losses[:, chunk.start : chunk.stop]], axis=1)
         correct += done.correct
@@ -374,7 +401,7 @@ def _train_epoch(
         if validation is not None:
             accuracy = _fraction(validation.accuracy[i], nets.config.validation)
             held_out = (float(validation.loss[i]), accuracy)
-        train_loss = _mean_loss(losses[i], nets.count, nets.config.batch)
+        train_loss = _mean_loss(losses[i], nets.count, nets.config.batch_size)
         accuracy = _fraction(test.accuracy[i], len(dataset.test_labels))
         numbers = (train_loss, int(correct[i]) / nets.count, float(test.loss[i]), accuracy)
         record = Epoch(norm, seed, epoch, *numbers, *seconds, *held_out)

@@ -1,6 +1,7 @@
 """Numbers from records, each pinned by a case worked out by hand."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -184,3 +185,10 @@ def test_no_mistake_gives_no_row():
     right = (LOGITS[:1], LABELS[:1])
     assert len(stats.confident_mistakes([right[0]], right[1], 10)) == 0
     assert len(stats.drawn_mistakes(*right, 10, 0)) == 0
+
+
+def test_the_expected_best_of_k_is_the_mean_over_all_choices_of_k():
+    values = [0.3, 0.9, 0.1, 0.5]
+    for k in range(1, 5):
+        wanted = np.mean([max(chosen) for chosen in itertools.combinations(values, k)])
+        assert stats.expected_best(values, k) == pytest.approx(wanted)

@@ -110,7 +110,7 @@ def test_fit_is_the_run_without_the_disk_and_repeats_bit_for_bit(tiny_run, tiny,
 
 def test_a_run_whose_batches_were_shared_by_devices_is_a_run_like_any_other(tiny, scratch):
     config = Config(norm="batch", dataset="tiny", epochs=1, batch_size=70)
-    assert meshes.choose(1, config.batch).batch == 2
+    assert meshes.choose(1, config.batch_size).batch == 2
     directory = RunDirectory.create(scratch / "run")
     run(config, tiny, directory.path)
     logits, _ = directory.predictions(("batch", 1))

@@ -18,7 +18,7 @@ def configs():
 def test_every_combination_is_a_run():
     assert [name_of(config) for config in configs()] == NAMES
     assert {config.epochs for config in configs()} == {2}
-    (default,) = product({"dataset": "digits"}, {"batch_size": (None,), "learning_rate": (None,)})
+    (default,) = product({"dataset": "digits"}, {})
     assert default == Config(dataset="digits")
     with pytest.raises(UserError, match="batch_size=4 and more: a value is there twice"):
         product(BASE, {"batch_size": (4, 4)})

@@ -14,7 +14,7 @@ from helpers import evaluate, predict_logits, program_of, train_chunk, train_epo
 
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training import step as train
-from jaxnorm.training.epoch import Chunk
+from jaxnorm.training.epoch import Chunk, epoch_keys
 from jaxnorm.training.mesh import MeshShape
 
 BATCH = 16
@@ -80,7 +80,7 @@ def test_a_step_in_pieces_or_shared_by_devices_is_the_plain_step(tiny, arrays, n
     assert meshes.choose(1, 31).batch == meshes.choose(1, 16).batch == 1
 
     def step(program, seed):
-        keys = train.derive_key(seed, "dropout", 1)[None]
+        keys = epoch_keys(seed, 1)[None]
         state = train.init_state(micro, seed)
         return train_chunk(program, state, images, labels, chunk, keys)
 
@@ -108,7 +108,7 @@ def test_a_step_in_pieces_or_shared_by_devices_is_the_plain_step(tiny, arrays, n
 
 def test_a_batch_that_devices_cannot_share_evenly_is_trained_whole(tiny, arrays):
     chunk = Chunk(jnp.arange(15, dtype=jnp.int32)[None, None], 0, 0, 1)
-    keys = train.derive_key(1, "dropout", 1)[None]
+    keys = epoch_keys(1, 1)[None]
     one, losses = program_of("group", tiny), []
     for program in (one, dataclasses.replace(one, mesh=MeshShape(batch=2))):
         _, loss, _ = train_chunk(program, train.init_state(one, 1), *arrays, chunk, keys)

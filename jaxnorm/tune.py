@@ -1,0 +1,82 @@
+"""The fair tuning: `python -m jaxnorm.tune --recipe tuned --trials 12`. Every norm gets the same
+learning rates, drawn once, and is judged on images that it was not trained on.
+
+It is a sweep with a drawn list: it resumes, grows and reports like any other. The test set decides
+nothing: winners are chosen by the accuracy on held-out training images.
+"""
+
+import dataclasses
+from typing import Annotated
+
+import numpy as np
+from cyclopts import App, Parameter
+
+from jaxnorm import cli, run
+from jaxnorm.config import Config, UserError, product
+
+HELD_OUT = 5_000
+"""Training images on which a trial is judged, where nothing else is asked for."""
+
+app = App(
+    suppress_keyboard_interrupt=False,
+    name="python -m jaxnorm.tune",
+    help=(
+        "Train every norm with the same learning rates, drawn at random on a logarithmic scale, "
+        "and say which was best on held-out training images."
+    ),
+    help_format="plaintext",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trials:
+    """The learning rates to try.
+
+    Parameters
+    ----------
+    trials
+        How many learning rates to draw.
+    lowest
+        The lowest that may be drawn.
+    highest
+        The highest that may be drawn.
+    """
+
+    trials: int = 12
+    lowest: float = 0.01
+    highest: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.trials <= 1_000:
+            raise UserError(f"trials={self.trials} is wrong: it must be 1 to 1,000")
+        if not 0 < self.lowest < self.highest < 1e6:
+            raise UserError(f"lowest={self.lowest:g} must be above 0 and below highest=")
+
+    def draw(self, seed: int) -> list[float]:
+        """The learning rates, to three digits: the logarithm of each is drawn uniformly from its
+        own part of the range, so that few trials leave no hole.
+        """
+        within = np.random.default_rng(seed).uniform(size=self.trials)
+        places = (np.arange(self.trials) + within) / self.trials
+        rates = self.lowest * (self.highest / self.lowest) ** places
+        return list(dict.fromkeys(float(f"{rate:.3g}") for rate in rates))
+
+
+@app.default
+def main(
+    *,
+    trials: Annotated[Trials, Parameter(name="*")] = Trials(),
+    settings: Annotated[run.Settings, run.SETTINGS] = run.NO_SETTINGS,
+    options: Annotated[run.Options, run.OPTIONS] = run.NO_OPTIONS,
+) -> int:
+    """Trains the trials and reports what each norm won with; returns the exit code."""
+    named, swept = run.split(settings)
+    if "learning_rate" in swept:
+        raise UserError("learning_rate= is what is tuned: give lowest= and highest=")
+    named["validation"] = named.get("validation") or HELD_OUT
+    swept["learning_rate"] = trials.draw(named.get("seed", Config.seed))
+    return run.start(product(named, swept), options, run.report_tuning)
+
+
+if __name__ == "__main__":
+    cli.leave(cli.run(app))

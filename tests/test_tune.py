@@ -1,0 +1,84 @@
+"""The command that tunes: the same drawn trials for each norm, judged on held-out images."""
+
+import numpy as np
+import pytest
+
+from jaxnorm import cli, tune
+from jaxnorm.analysis import tables
+from jaxnorm.analysis.results import Run
+from jaxnorm.data import datasets
+from jaxnorm.storage.sweep import Sweep
+from jaxnorm.tune import Trials
+
+
+def call(*arguments) -> int:
+    return cli.run(tune.app, [str(argument) for argument in arguments])
+
+
+FLAGS = ("--dataset", "tiny", "--arch", "three-layers", "--epochs", "1", "--batch-size", "35")
+FLAGS += ("--validation", "20", "--trials", "3", "--skip-self-check", "--quiet")
+
+
+def test_trials_are_drawn_by_the_seed_one_in_each_part_of_the_range():
+    rates = Trials(12, 0.01, 1.0).draw(3)
+    assert rates == Trials(12, 0.01, 1.0).draw(3) != Trials(12, 0.01, 1.0).draw(4)
+    parts = np.floor(12 * np.log(np.array(rates) / 0.01) / np.log(100))
+    assert parts.tolist() == list(range(12))
+
+
+def test_every_norm_has_the_same_trials_and_the_best_on_held_out_images_wins(
+    scratch, tiny, monkeypatch, capsys
+):
+    monkeypatch.setitem(datasets.SOURCES, "tiny", lambda: tiny)
+    out = scratch / "t"
+    assert call(*FLAGS, "--highest", "0.1", "--out", out) == 0
+    runs = [Run(directory) for directory in Sweep.open(out).directories]
+    assert [run.info.config.learning_rate for run in runs] == Trials(3, 0.01, 0.1).draw(1)
+    table = tables.tuning(runs)
+    assert [row[0] for row in table.rows] == ["batch", "group", "layer"]
+    for row in table.rows:
+        last = [run.epochs[row[0], 1][-1].validation_accuracy for run in runs]
+        assert row[2] == f"{max(last):.2%}"
+        best = runs[int(np.argmax(last))].info.config.learning_rate
+        assert row[1].split(" (")[0] == f"{best:g}"
+    assert (out / "tuning.md").read_text() == table.markdown()
+    for name in ("learning-rate", "best-of-k"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert call("--resume", out, "--quiet") == 0
+    assert table.plain() in capsys.readouterr().out
+
+
+def test_an_optimum_on_the_edge_is_said(sweep):
+    runs = []
+    for rate, accuracy in ((0.01, 5), (0.02, 9), (0.04, 20)):
+        run = Run(
+            sweep(
+                f"r{rate}",
+                accuracies={"group": ((accuracy,),)},
+                norm="group",
+                epochs=1,
+                seeds=1,
+                learning_rate=rate,
+            )
+        )
+        summary = run.summaries["group"][1]
+        run.summaries["group"][1] = type(summary)(**{**vars(summary), "validation": accuracy / 22})
+        runs.append(run)
+    ((_, best, accuracy, half, failed),) = tables.tuning(runs).rows
+    assert (best, accuracy, failed) == ("0.04 (the highest)", "90.91%", "0")
+    assert half == f"{(5 + 9 + 20) / 66:.2%}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--trials", "0"), "--trials 0 is wrong"),
+        (("--lowest", "2"), "--lowest 2"),
+        (("--learning-rate", "0.1"), "--learning-rate"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, said, capsys):
+    assert call(*arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
