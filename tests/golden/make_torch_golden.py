@@ -3,9 +3,9 @@
     pip install torch numpy && python tests/golden/make_torch_golden.py
 
 The nets are written here a second time, from the study's own tables and in PyTorch's terms, so that
-a mistake in jaxnorm/model.py cannot hide. Parameters and images are drawn by NumPy from fixed
+a mistake in jaxnorm/model/cnn.py cannot hide. Parameters and images are drawn by NumPy from fixed
 seeds, so only results are stored. Dropout is off: its masks are each library's own.
-Made with PyTorch 2.13.0 (CPU), float64 rounded to float32.
+Made with PyTorch 2.15.0 (CPU), float64 rounded to float32.
 """
 
 from pathlib import Path
@@ -42,6 +42,16 @@ NARROW = {
     "C10": (16, 32),
     "c11": (32, 10),
 }
+RESIDUAL = {
+    "C1": (3, 16),
+    "C2": (16, 16),
+    "C3": (16, 16),
+    "C4": (16, 32),
+    "C5": (32, 32),
+    "C6": (32, 32),
+    "C7": (32, 64),
+    "c8": (128, 10),
+}
 PAD_BATCH = {"C1": 1, "C2": 1, "c3": 1, "C8": 1, "C9": 1, "C10": 1}
 PAD_OTHER = {"C4": 1, "C5": 1, "C6": 1, "C8": 1, "C9": 1}
 SIDES = {
@@ -59,7 +69,15 @@ NETS = {
     "original-group": (WIDE, PAD_OTHER),
     "original-layer": (NARROW, PAD_OTHER),
 } | {f"matched-{norm}": (WIDE, PAD_OTHER) for norm in ("batch", "group", "layer")}
-NORMED = tuple(SIDES)
+NETS |= {
+    f"residual-{norm}": (RESIDUAL, {f"C{i}": 1 for i in range(1, 8)})
+    for norm in ("batch", "group", "layer", "pixel")
+}
+
+
+def normed(net: str) -> list[str]:
+    """The layers with a norm: those whose convolution is 3x3."""
+    return [layer for layer in NETS[net][0] if layer.startswith("C")]
 
 
 def draw_parameters(net: str) -> dict[str, np.ndarray]:
@@ -68,10 +86,10 @@ def draw_parameters(net: str) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(11)
     values = {}
     for layer, (inputs, outputs) in channels.items():
-        side = 1 if layer in ("c3", "c7", "c11") else 3
+        side = 1 if layer.startswith("c") else 3
         bound = (side * side * inputs) ** -0.5
         values[f"{layer}/kernel"] = rng.uniform(-bound, bound, (side, side, inputs, outputs))
-        if layer in NORMED:
+        if layer in normed(net):
             shape = (SIDES[layer], SIDES[layer], outputs) if net == "original-layer" else (outputs,)
             values[f"{layer}_norm/scale"] = rng.uniform(0.5, 1.5, shape)
             values[f"{layer}_norm/bias"] = rng.uniform(-0.5, 0.5, shape)
@@ -108,7 +126,7 @@ def make(net: str) -> dict[str, np.ndarray]:
                 {
                     layer: nn.Conv2d(
                         *io,
-                        1 if layer in ("c3", "c7", "c11") else 3,
+                        1 if layer.startswith("c") else 3,
                         padding=padding.get(layer, 0),
                         bias=False,
                     )
@@ -116,7 +134,7 @@ def make(net: str) -> dict[str, np.ndarray]:
                 }
             )
             self.norms = nn.ModuleDict(
-                {layer: self.norm(layer, channels[layer][1]) for layer in NORMED}
+                {layer: self.norm(layer, channels[layer][1]) for layer in normed(net)}
             )
 
         def norm(self, layer, width):
@@ -125,16 +143,36 @@ def make(net: str) -> dict[str, np.ndarray]:
                 return nn.BatchNorm2d(width)
             if kind == "group":
                 return nn.GroupNorm(4, width)
+            if kind == "pixel":
+                return nn.LayerNorm(width)
             return (
                 nn.LayerNorm([width, SIDES[layer], SIDES[layer]])
                 if net == "original-layer"
                 else nn.GroupNorm(1, width)
             )
 
+        def normalized(self, layer, x):
+            x = self.convs[layer](x)
+            if net.endswith("pixel"):  # PyTorch takes the channels last
+                return self.norms[layer](x.movedim(1, -1)).movedim(-1, 1)
+            return self.norms[layer](x)
+
         def block(self, layer, x):
-            return torch.relu(self.norms[layer](self.convs[layer](x)))
+            return torch.relu(self.normalized(layer, x))
+
+        def residual_block(self, one, two, x):
+            return torch.relu(self.normalized(two, self.block(one, x)) + x)
 
         def forward(self, x):
+            if net.startswith("residual"):
+                x = self.residual_block("C2", "C3", self.block("C1", x))
+                x = self.block("C4", nn.functional.max_pool2d(x, 2, 2))
+                x = nn.functional.max_pool2d(self.residual_block("C5", "C6", x), 2, 2)
+                x = self.block("C7", x)
+                x = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
+                return nn.functional.log_softmax(
+                    self.convs["c8"](x[..., None, None]).flatten(1), -1
+                )
             x = self.block("C2", self.block("C1", x))
             x = nn.functional.max_pool2d(torch.relu(self.convs["c3"](x)), 2, 2)
             x = self.block("C6", self.block("C5", self.block("C4", x)))
@@ -155,7 +193,7 @@ def make(net: str) -> dict[str, np.ndarray]:
     named = {}
     for layer in channels:
         named[f"{layer}/kernel"] = model.convs[layer].weight
-        if layer in NORMED:
+        if layer in normed(net):
             named[f"{layer}_norm/scale"], named[f"{layer}_norm/bias"] = (
                 model.norms[layer].weight,
                 model.norms[layer].bias,
@@ -186,7 +224,7 @@ def make(net: str) -> dict[str, np.ndarray]:
         f"parameter/{name}": sample(to_flax(parameter)) for name, parameter in named.items()
     }
     if net.endswith("batch"):
-        for layer in NORMED:
+        for layer in normed(net):
             results[f"mean/{layer}_norm"] = (
                 model.norms[layer].running_mean.numpy().astype(np.float32)
             )
