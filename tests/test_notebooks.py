@@ -9,17 +9,21 @@ import pytest
 from nbconvert.preprocessors import ExecutePreprocessor
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
-NAMES = sorted(path.stem for path in FOLDER.glob("*_norms.py"))
+NAMES = sorted(path.stem for path in FOLDER.glob("*_norm*.py"))
 
 
-def test_both_are_there():
-    assert NAMES == ["compare_norms", "explore_norms"]
+def test_all_are_there():
+    assert NAMES == ["compare_norms", "explore_norms", "own_norm"]
 
 
 SHORTER = {
     "compare_norms": [
         ('EPOCHS, SEEDS = "digits", 4, 2', 'EPOCHS, SEEDS = "digits", 1, 1'),
         ("learning_rate=0.02,", "learning_rate=0.02, batch_size=479,"),
+    ],
+    "own_norm": [
+        ("EPOCHS, SEEDS = 4, 2", "EPOCHS, SEEDS = 1, 1"),
+        ("epochs=EPOCHS, seeds=SEEDS", "epochs=EPOCHS, batch_size=479, seeds=SEEDS"),
     ],
     "explore_norms": [("EPOCHS, SIZES = 3, probes.SIZES", "EPOCHS, SIZES = 1, (479,)")],
 }
@@ -45,7 +49,7 @@ def test_it_runs_from_a_clean_kernel(name, tmp_path):
         for output in cell.get("outputs", [])
         if "image/png" in output.get("data", {})
     ]
-    assert len(pictures) >= 6
+    assert len(pictures) >= (1 if name == "own_norm" else 6)
 
 
 @pytest.mark.parametrize("name", NAMES)
