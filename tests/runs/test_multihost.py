@@ -177,6 +177,7 @@ def work(arguments, **options):
     multihost.agree(data=what + mine)
     return 0
 
+work.name = ("python -m x",)  # as a command has one
 what = sys.argv[1]
 multihost.join()
 cli.before_failing(multihost.leave)
