@@ -45,7 +45,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 """What each recipe sets where nothing else is asked for; learning rates may be a norm's own."""
-DIGITS = {"study": {"batch_size": 32, "learning_rate": 0.02}, "tuned": {"batch_size": 32}}
+DIGITS = {
+    "study": {"batch_size": 32, "learning_rate": 0.02},
+    "tuned": {"batch_size": 32, "learning_rate": 0.05},
+}
 """What the digits are trained with instead."""
 OTHER_RATE = 0.1
 """The learning rate of a norm for which a recipe has none of its own."""
