@@ -5,7 +5,7 @@
 The nets are written here a second time, from the study's own tables and in PyTorch's terms, so that
 a mistake in jaxnorm/model/cnn.py cannot hide. Parameters and images are drawn by NumPy from fixed
 seeds, so only results are stored. Dropout is off: its masks are each library's own.
-Made with PyTorch 2.15.0 (CPU), float64 rounded to float32.
+Made with PyTorch 2.13.0 (CPU), float64 rounded to float32.
 """
 
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 
 GOLDEN = Path(__file__).with_name("torch_golden.npz")
 STEPS, BATCH, KEPT = 3, 12, 256
+SEEDS = {"residual-batch": 13}
 MEAN, DEVIATION = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2470, 0.2435, 0.2616])
 
 WIDE = {
@@ -96,9 +97,13 @@ def draw_parameters(net: str) -> dict[str, np.ndarray]:
     return {name: value.astype(np.float32).astype(np.float64) for name, value in values.items()}
 
 
-def draw_batches() -> tuple[np.ndarray, np.ndarray]:
-    """Images u8[STEPS + 1, BATCH, 32, 32, 3], the last batch for evaluation, and labels."""
-    rng = np.random.default_rng(12)
+def draw_batches(net: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images u8[STEPS + 1, BATCH, 32, 32, 3], the last batch for evaluation, and labels.
+
+    Of the residual batch net other ones: there the first draw has an activation within float32's
+    rounding of a tie, and which way it falls moves the third loss by 1.5e-4.
+    """
+    rng = np.random.default_rng(SEEDS.get(net, 12))
     coarse = rng.integers(0, 256, (STEPS + 1, BATCH, 8, 8, 3)).repeat(4, 2).repeat(4, 3)
     return np.clip(coarse + rng.integers(-20, 21, (*coarse.shape[:2], 32, 32, 3)), 0, 255).astype(
         np.uint8
@@ -201,7 +206,7 @@ def make(net: str) -> dict[str, np.ndarray]:
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(to_torch(drawn[name]))
-    images, labels = draw_batches()
+    images, labels = draw_batches(net)
     inputs = torch.tensor(((images / 255 - MEAN) / DEVIATION).transpose(0, 1, 4, 2, 3).copy())
     targets = torch.tensor(labels)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)

@@ -41,7 +41,7 @@ def test_three_steps_equal_pytorch(net, plain, stored):
     params = nested(golden.draw_parameters(net))
     assert jax.tree.structure(params) == jax.tree.structure(empty.params)
     state = empty._replace(params=params)
-    images, labels = golden.draw_batches()
+    images, labels = golden.draw_batches(net)
     wanted = {
         name.split(":")[1]: value for name, value in stored.items() if name.startswith(net + ":")
     }
