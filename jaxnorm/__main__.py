@@ -1,4 +1,4 @@
-"""`jaxnorm run`, `jaxnorm report`, `jaxnorm bench`: also as `python -m jaxnorm`."""
+"""`jaxnorm run`, `jaxnorm tune`, `jaxnorm report`, `jaxnorm bench`: also as `python -m jaxnorm`."""
 
 import importlib
 import importlib.metadata
@@ -28,15 +28,14 @@ def main() -> None:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("--version", "-V"):
         print(f"jaxnorm {importlib.metadata.version('jaxnorm')}")
-        sys.exit(0)
-    if name in ("--help", "-h"):
+    elif name in ("--help", "-h"):
         print(USAGE)
-        sys.exit(0)
-    if name not in COMMANDS:
+    elif name in COMMANDS:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: a norm of one's own may lie here
+        cli.leave(cli.run(importlib.import_module(COMMANDS[name]).app, arguments))
+    else:
         print(f"error: there is no command {name!r}: choose {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(cli.MISTAKE)
-    sys.path.insert(0, os.getcwd())  # as `python -m` does: a norm of one's own may lie here
-    cli.leave(cli.run(importlib.import_module(COMMANDS[name]).app, arguments))
 
 
 if __name__ == "__main__":

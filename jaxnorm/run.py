@@ -373,27 +373,16 @@ def _print_plan(
     import jax
 
     from jaxnorm.analysis.tables import Table
-    from jaxnorm.runs import estimate, multihost
+    from jaxnorm.runs import multihost
+    from jaxnorm.runs.estimate import COLUMNS, duration, estimate
 
     nets = sum(len(config.nets) for config in configs)
     speaks = multihost.is_process_0() and (options.plan or not options.quiet)
     if speaks:
         print(f"planning {nets} nets: compiling, and a few steps")
-    estimates = estimate.estimate(configs, dataset, mesh)
-    head = ["norm", "batch", "nets", "at once", "mesh", "rounds x steps", "step, ms"]
-    head += ["evaluation, ms", "writing, ms", "memory, MB", "training", "rest"]
-    rows = []
-    for each in estimates:
-        seconds = (each.step_seconds, each.evaluation_seconds, each.write_seconds)
-        memory = "not known" if each.device_bytes is None else f"{each.device_bytes / 1e6:,.0f}"
-        counts = [str(number) for number in (each.batch_size, each.nets, each.at_once, each.mesh)]
-        times = [estimate.duration(time) for time in (each.training, each.rest)]
-        row = [each.norm, *counts, f"{each.rounds} x {each.steps:,}"]
-        rows.append([*row, *(f"{1e3 * time:.1f}" for time in seconds), memory, *times])
-    training, rest = (
-        estimate.duration(sum(getattr(each, name) for each in estimates))
-        for name in ("training", "rest")
-    )
+    estimates = estimate(configs, dataset, mesh)
+    training = duration(sum(each.training for each in estimates))
+    rest = duration(sum(each.rest for each in estimates))
     size = dataset.train_images.nbytes + dataset.test_images.nbytes
     note = (
         f"{nets} nets on {jax.device_count()} devices: about {training} of training and {rest} of "
@@ -401,7 +390,7 @@ def _print_plan(
         f"data's {size / 1e6:,.0f} MB."
     )
     if speaks:
-        print(Table("The plan", head, rows, note).plain())
+        print(Table("The plan", COLUMNS, [each.row for each in estimates], note).plain())
 
 
 def _print_summary(config: Config, options: Options) -> None:

@@ -1,5 +1,6 @@
 """What code and devices a run is trained with, for its `run.json`."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import platform
@@ -42,10 +43,9 @@ def environment(command: str, mesh: str, self_check: str) -> Environment:
     """The environment now."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        versions[package] = "not installed"
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     device = jax.devices()[0]
     hosts = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     hardware = f"{device.device_kind} x{jax.device_count()}{hosts}"
@@ -82,8 +82,6 @@ def git_revision() -> str | None:
     """The revision of the checkout that this package lies in, with "+changes" where its files
     differ from it; None where it is installed.
     """
-    if not (_ROOT / "pyproject.toml").exists():
-        return None
     answers = []
     for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "jaxnorm"]):
         command = ["git", "-C", str(_ROOT), *arguments]
@@ -93,4 +91,5 @@ def git_revision() -> str | None:
             return None
         answers.append("" if done.returncode else done.stdout.strip())
     revision, changes = answers
-    return revision + ("+changes" if changes else "") if revision else None
+    checkout = revision and (_ROOT / "pyproject.toml").exists()
+    return revision + ("+changes" if changes else "") if checkout else None

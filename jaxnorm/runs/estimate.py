@@ -20,78 +20,66 @@ from jaxnorm.storage.schema import Epoch
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training.mesh import MeshShape
-from jaxnorm.training.trainer import Group, Nets, Trained, groups
+from jaxnorm.training.trainer import Nets, Trained, groups
 
 MEASURED_STEPS = 3
 """Steps from which an estimate knows how long one takes; their median counts."""
+COLUMNS = ("norm", "batch", "nets", "at once", "mesh", "rounds x steps", "step, ms")
+COLUMNS += ("evaluation, ms", "writing, ms", "memory, MB", "training", "rest")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the nets of one norm and batch size take. They train in rounds: in each, the program
-    trains `at_once` nets from the first epoch to the last, in so many steps and epochs.
-
-    Seconds are of a step, an evaluation on the test images and a write of all nets of a round.
-    `device_bytes` is what the program takes on a device, data included; None where XLA keeps no
-    account.
+    """What the nets of one norm and batch size take: a row of text for `COLUMNS`, and the seconds
+    of all training and of all evaluation and writing.
     """
 
-    norm: str
-    batch_size: int
-    nets: int
-    mesh: MeshShape
-    at_once: int
-    rounds: int
-    steps: int
-    epochs: int
-    step_seconds: float
-    evaluation_seconds: float
-    write_seconds: float
-    device_bytes: int | None
-
-    @property
-    def training(self) -> float:
-        """Seconds of all training steps."""
-        return self.rounds * self.steps * self.step_seconds
-
-    @property
-    def rest(self) -> float:
-        """Seconds of evaluation and writing."""
-        return self.rounds * self.epochs * (self.evaluation_seconds + self.write_seconds)
+    row: list[str]
+    training: float
+    rest: float
 
 
 def estimate(
     configs: Sequence[Config], dataset: Dataset, mesh: MeshShape | None = None
 ) -> list[Estimate]:
-    """Estimates the training of all nets. Compiles every program, runs a few steps of each, and
-    writes to a folder of its own, which it removes.
+    """Estimates the training of all nets, by norm and batch size. Compiles every program, runs a
+    few steps of each, and writes to a folder of its own, which it removes.
 
     In a job of several processes all of them call it.
     """
-    programs: dict[tuple[str, int], list[Group]] = {}
+    rounds: dict[tuple[str, int], list] = {}
     for group in groups(configs, dataset, mesh):
-        programs.setdefault((group.norm, configs[group.nets[0][0]].batch_size), []).append(group)
-    return [_estimate(configs, dataset, same) for same in programs.values()]
+        rounds.setdefault((group.norm, configs[group.nets[0][0]].batch_size), []).append(group)
+    return [_estimate(configs, dataset, *key, same) for key, same in rounds.items()]
 
 
-def _estimate(configs: Sequence[Config], dataset: Dataset, same: Sequence[Group]) -> Estimate:
-    nets, group = Nets(configs, dataset, same[0]), same[0]
+def _estimate(
+    configs: Sequence[Config], dataset: Dataset, norm: str, batch_size: int, rounds: list
+) -> Estimate:
+    """Each round trains as many nets as the program does, from the first epoch to the last."""
+    group, nets = rounds[0], Nets(configs, dataset, rounds[0])
     (chunk, *_), of_epoch = nets.chunks(1)
     state = nets.states([None] * len(group.nets))
-    size = _device_bytes(nets.arguments(state, chunk, of_epoch))
+    memory = _device_bytes(nets.arguments(state, chunk, of_epoch))
 
     def step() -> None:
+        """One training step."""
         nonlocal state
         state, done = nets.train_chunk(state, chunk._replace(stop=chunk.start + 1), of_epoch)
         jax.block_until_ready(done.losses)
 
-    training = _seconds(step)
-    evaluation = _seconds(lambda: nets.evaluate(state))
-    writing = _seconds(_writing(nets, state, dataset)) * len(group.nets)
-    count, last_epoch = sum(len(each.nets) for each in same), nets.config.epochs
-    rounds = (len(same), nets.steps * last_epoch, last_epoch)
-    about = (group.norm, nets.config.batch_size, count, group.mesh, group.size)
-    return Estimate(*about, *rounds, training, evaluation, writing, size)
+    step_seconds, evaluation = _seconds(step), _seconds(lambda: nets.evaluate(state))
+    writing = _seconds(lambda: _write(nets, state, dataset)) * len(group.nets)
+    last_epoch = nets.config.epochs
+    steps = nets.steps * last_epoch
+    training = len(rounds) * steps * step_seconds
+    rest = len(rounds) * last_epoch * (evaluation + writing)
+    count = sum(len(each.nets) for each in rounds)
+    row = [norm, *map(str, (batch_size, count, group.size, group.mesh))]
+    row += [f"{len(rounds)} x {steps:,}"]
+    row += [f"{1e3 * time:.1f}" for time in (step_seconds, evaluation, writing)]
+    row += ["not known" if memory is None else f"{memory / 1e6:,.0f}"]
+    return Estimate([*row, duration(training), duration(rest)], training, rest)
 
 
 def _seconds(function: Callable[[], Any]) -> float:
@@ -105,7 +93,7 @@ def _seconds(function: Callable[[], Any]) -> float:
 
 
 def _device_bytes(arguments: tuple) -> int | None:
-    """The memory of `train_nets` on a device by XLA's account, its data included."""
+    """The memory of `train_nets` on a device by XLA's account, its data included; None for none."""
     account: Any = epochs.train_nets.lower(*arguments).compile().memory_analysis()
     sizes = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
     if account is None or not all(hasattr(account, name) for name in sizes):
@@ -113,18 +101,14 @@ def _device_bytes(arguments: tuple) -> int | None:
     return sum(getattr(account, name) for name in sizes) - account.alias_size_in_bytes
 
 
-def _writing(nets: Nets, state: Any, dataset: Dataset) -> Callable[[], None]:
-    """What writes an epoch of one net, to a folder that is removed."""
+def _write(nets: Nets, state: Any, dataset: Dataset) -> None:
+    """Writes an epoch of one net to a folder that is removed."""
     first = jax.tree.map(lambda leaf: leaf[0], meshes.fetch(state))
     losses = np.zeros(nets.steps, np.float32)
     logits = np.zeros((len(dataset.test_labels), len(dataset.class_names)), np.float32)
     done = Trained(0, Epoch(nets.group.norm, 0, 1, *[0.0] * 6), first, losses, logits)
-
-    def write() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            save_epoch(RunDirectory(folder), done, losses, dataset)
-
-    return write
+    with tempfile.TemporaryDirectory() as folder:
+        save_epoch(RunDirectory(folder), done, losses, dataset)
 
 
 def duration(seconds: float) -> str:

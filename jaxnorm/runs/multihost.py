@@ -124,9 +124,9 @@ def _gather(content: bytes) -> list[bytes]:
 def agree(**facts: str) -> None:
     """Raises `UserError` in every process where these facts are not the same in all of them."""
     for name, fact in facts.items() if joined() else ():
-        facts_of_all = _gather(fact.encode())
-        for index, other in enumerate(facts_of_all):
-            if other != facts_of_all[0]:
+        first, *others = _gather(fact.encode())
+        for index, other in enumerate(others, 1):
+            if other != first:
                 raise UserError(
                     f"the processes of this job do not have the same {name}: process {index} "
                     "differs from process 0"
@@ -137,14 +137,13 @@ def in_every_process(function: Callable[[], Any]) -> Any:
     """Calls it in every process, and returns what it does there; where it fails in one with an
     error that a user can read, it fails in all.
     """
-    if not joined():
-        return function()
     result, failure = None, None
     try:
         result = function()
     except (UserError, OSError, ArithmeticError) as error:
         failure = error
-    texts = _gather(b"" if failure is None else (str(failure) or repr(failure)).encode())
+    text = "" if failure is None else str(failure) or repr(failure)
+    texts = _gather(text.encode()) if joined() else []
     if failure is not None:
         raise failure
     for index, text in enumerate(texts):
@@ -157,8 +156,8 @@ def from_process_0(function: Callable[[], Any]) -> Any:
     """What it returns in process 0, where alone it is called: JSON values, in every process."""
     if not joined():
         return function()
-    found = in_every_process(lambda: json.dumps(function()).encode() if is_process_0() else b"")
-    return json.loads(_gather(found)[0])
+    content = in_every_process(lambda: json.dumps(function()).encode() if is_process_0() else b"")
+    return json.loads(_gather(content)[0])
 
 
 def arrays_from_process_0(tree: Any) -> Any:

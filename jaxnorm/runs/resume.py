@@ -28,7 +28,7 @@ def find_progress(
     lines, wrong = run.read_epochs()
     kept: dict[Net, list[Epoch]] = {net: [] for net in config.nets}
     for line in sorted(lines, key=lambda line: line.epoch):
-        before = kept.get((line.norm, line.seed))
+        before = kept.get(line.net)
         if before is not None and line.epoch == len(before) + 1 <= config.epochs:
             before.append(line)
     strays = len(lines) - sum(map(len, kept.values()))
@@ -49,8 +49,7 @@ def find_progress(
         del epochs[complete:]
     if lost:
         run.set_aside("metrics.jsonl")
-    for text in lost:
-        warn(text)
+        warn("; ".join(lost))
     run.write_epochs(in_order(config, [line for epochs in kept.values() for line in epochs]))
     return progress
 
@@ -60,7 +59,7 @@ def in_order(config: Config, epochs: Sequence[Epoch]) -> list[Epoch]:
     next seed, and each net's epochs one after the other.
     """
     place = {net: number for number, net in enumerate(config.nets)}
-    return sorted(epochs, key=lambda line: (place[line.norm, line.seed], line.epoch))
+    return sorted(epochs, key=lambda line: (place[line.net], line.epoch))
 
 
 def _progress_of(
@@ -71,11 +70,15 @@ def _progress_of(
     lines: Sequence[Epoch],
     warn: Callable[[str], None],
 ) -> NetProgress:
-    """The newest epoch of a net of which everything is whole."""
+    """The newest epoch of which everything is whole; a finished net needs no checkpoint."""
     if lines and len(lines) == config.epochs:
-        losses = _finished_losses(run, config, info, net, lines[-1])
-        if losses is not None:
-            return NetProgress(len(lines), None, losses)
+        try:
+            losses = run.step_losses(net)
+            whole = len(losses) == config.epochs * config.steps(info.dataset.train_count)
+            if whole and belongs(*run.predictions(net), lines[-1]):
+                return NetProgress(len(lines), None, losses)
+        except UserError:
+            pass  # it is written again, from the checkpoint
     for epoch in reversed(checkpoint.epochs(run, net)):
         if epoch > len(lines):
             continue
@@ -97,23 +100,11 @@ def _progress_of(
     return NetProgress()
 
 
-def _finished_losses(
-    run: RunDirectory, config: Config, info: RunInfo, net: Net, last: Epoch
-) -> np.ndarray | None:
-    """The losses of a finished net, which needs no checkpoint; None where a record is damaged."""
-    try:
-        losses = run.step_losses(net)
-        whole = len(losses) == config.epochs * config.steps(info.dataset.train_count)
-        return losses if whole and belongs(*run.predictions(net), last) else None
-    except UserError:
-        return None
-
-
 def checkpoint_shapes(info: RunInfo, net: Net) -> dict:
     """A tree like what a net's checkpoint holds."""
-    program = program_of(info.config, info.dataset, net[0])
+    program, count = program_of(info.config, info.dataset, net[0]), info.dataset.test_count
     shapes = init_state.eval_shape(program, net[1])
     state: TrainState = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    empty = np.zeros((info.dataset.test_count, len(info.dataset.class_names)), np.float32)
-    labels = np.zeros(info.dataset.test_count, np.int32)
-    return {"state": state, "losses": np.zeros(0, np.float32), "logits": empty, "labels": labels}
+    logits = np.zeros((count, len(info.dataset.class_names)), np.float32)
+    labels, losses = np.zeros(count, np.int32), np.zeros(0, np.float32)
+    return {"state": state, "losses": losses, "logits": logits, "labels": labels}

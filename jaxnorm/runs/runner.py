@@ -42,12 +42,9 @@ def run(
     In a job of several processes all of them call it, and process 0 alone touches the disk.
     Raises `UserError`, `NonFiniteLoss` where no net's loss stays finite, and OSError.
     """
-    callback, runs = (
-        callback or Callback(),
-        list(zip(sweep.configs, sweep.directories, strict=True)),
-    )
-    counts = [trainer.check(config, dataset) for config in sweep.configs]
-    nets = [(i, *net) for i, config in enumerate(sweep.configs) for net in config.nets]
+    callback, configs = callback or Callback(), sweep.configs
+    counts = [trainer.check(config, dataset) for config in configs]
+    nets = [(i, *net) for i, config in enumerate(configs) for net in config.nets]
     progress: dict[SweptNet, NetProgress] = {}
     with contextlib.ExitStack() as stack:
 
@@ -55,12 +52,12 @@ def run(
             """Readies the directories; whether any had begun, and the epochs of every net."""
             stack.enter_context(sweep.locked())
             begun = any(directory.exists() for directory in sweep.directories)
-            for i, (config, directory) in enumerate(runs):
-                shape = str(trainer.mesh_for(sweep.configs, config.batch_size, mesh))
+            for i, (config, directory) in enumerate(zip(configs, sweep.directories, strict=True)):
+                shape = str(trainer.mesh_for(configs, config.batch_size, mesh))
                 about = (command, self_check, deterministic, shape)
                 now = environment.describe(config, dataset, counts[i], *about)
-                found = _begin(directory, now, callback)
-                progress.update({(i, *net): at for net, at in found.items()})
+                for net, at in _begin(directory, now, callback).items():
+                    progress[i, *net] = at
             return begun, [progress[net].epochs for net in nets]
 
         begun, complete = multihost.from_process_0(begin)
@@ -70,13 +67,13 @@ def run(
             callback.on_resume(sum(complete))
         share = multihost.arrays_from_process_0
         losses = {net: at.losses for net, at in progress.items()}
-        for done in trainer.train(sweep.configs, dataset, callback, mesh, progress, share):
+        for done in trainer.train(configs, dataset, callback, mesh, progress, share):
             if multihost.is_process_0():
                 losses[done.net] = np.concatenate([losses[done.net], done.losses])
                 save_epoch(sweep.directories[done.run], done, losses[done.net], dataset)
-            callback.on_epoch(sweep.configs[done.run], done.record)
-        for config, directory in runs if multihost.is_process_0() else ():
-            directory.write_epochs(in_order(config, directory.epochs()))
+            callback.on_epoch(configs[done.run], done.record)
+        for directory in sweep.directories if multihost.is_process_0() else ():
+            directory.write_epochs(in_order(directory.info().config, directory.epochs()))
             measure_nets(directory, dataset, callback)
 
 
@@ -127,11 +124,10 @@ def save_epoch(
     directory: RunDirectory, done: Trained, losses: np.ndarray, dataset: Dataset
 ) -> None:
     """Writes a net's epoch; the line, which makes it complete, is the last."""
-    net = done.record.norm, done.record.seed
-    labels = dataset.test_labels
-    values = {"state": done.state, "losses": losses, "logits": done.logits, "labels": labels}
+    net, predictions = done.record.net, {"logits": done.logits, "labels": dataset.test_labels}
+    values = {"state": done.state, "losses": losses, **predictions}
     checkpoint.save(directory, net, done.record.epoch, values)
-    directory.write_net("predictions", net, logits=done.logits, labels=labels)
+    directory.write_net("predictions", net, **predictions)
     directory.write_net("step_losses", net, values=losses)
     directory.append_epoch(done.record)
 
@@ -140,7 +136,7 @@ def measure_nets(directory: RunDirectory, dataset: Dataset, callback: Callback) 
     """Writes the probes of the finished nets of a run's first seed, where a checkpoint is whole."""
     config, epochs = directory.info().config, directory.epochs()
     for net in [(norm, config.seed) for norm in config.norms]:
-        done = sum((each.norm, each.seed) == net for each in epochs)
+        done = sum(each.net == net for each in epochs)
         if done == config.epochs and done in checkpoint.epochs(directory, net):
             try:
                 program, state = load_state(directory.path, *net)
@@ -159,7 +155,7 @@ def load_state(path: Path | str, norm: str, seed: int) -> tuple[Program, TrainSt
     """
     directory, net = RunDirectory(path), (norm, seed)
     info = directory.info()
-    complete = sum((each.norm, each.seed) == net for each in directory.epochs())
+    complete = sum(each.net == net for each in directory.epochs())
     if net not in info.config.nets or complete not in checkpoint.epochs(directory, net):
         raise UserError(f"{path} has no checkpoint of {norm} norm, seed {seed}")
     try:

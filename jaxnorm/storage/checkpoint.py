@@ -26,22 +26,21 @@ class Damaged(Exception):
     """A checkpoint that does not hold what was written; says which and why."""
 
 
-def _folder(net: Net) -> str:
-    return f"checkpoints/{net[0]}-{net[1]}"
+def _path(run: RunDirectory, net: Net, epoch: int) -> Path:
+    return run.path_of(f"checkpoints/{net[0]}-{net[1]}/epoch-{epoch}.msgpack")
 
 
 def epochs(run: RunDirectory, net: Net) -> list[int]:
     """The epochs of which a net has a checkpoint, ascending."""
-    folder = run.path_of(_folder(net))
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(found[1]) for name in names if (found := _NAME.fullmatch(name)))
+    names = [path.name for path in _path(run, net, 0).parent.glob("*")]
+    return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
 
 
 def save(run: RunDirectory, net: Net, epoch: int, values: dict[str, Any]) -> None:
     """Writes a tree of arrays, and then removes all but the newest checkpoints. Raises OSError."""
     content = flax.serialization.to_bytes(jax.device_get(values))
-    digest = hashlib.sha256(content).digest()
-    run.write_bytes(f"{_folder(net)}/epoch-{epoch}.msgpack", digest + content)
+    path = _path(run, net, epoch).relative_to(run.path)
+    run.write_bytes(path, hashlib.sha256(content).digest() + content)
     for old in epochs(run, net):
         if not epoch - KEPT < old <= epoch:
             _path(run, net, old).unlink()
@@ -69,11 +68,4 @@ def restore(run: RunDirectory, net: Net, epoch: int, shapes: Any) -> Any:
 
 def set_aside(run: RunDirectory, net: Net, epoch: int) -> Path:
     """Renames a damaged checkpoint, so that nothing reads it again; returns its new path."""
-    path = _path(run, net, epoch)
-    aside = path.with_suffix(".damaged")
-    path.rename(aside)
-    return aside
-
-
-def _path(run: RunDirectory, net: Net, epoch: int) -> Path:
-    return run.path_of(f"{_folder(net)}/epoch-{epoch}.msgpack")
+    return (path := _path(run, net, epoch)).rename(path.with_suffix(".damaged"))

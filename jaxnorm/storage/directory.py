@@ -6,7 +6,9 @@ come from anybody: links are refused, sizes are bounded, and every value is chec
 """
 
 import contextlib
+import dataclasses
 import io
+import json
 import os
 import stat
 import tempfile
@@ -21,7 +23,7 @@ import numpy as np
 from jaxnorm.config import Net, UserError, from_json
 from jaxnorm.storage.schema import Epoch, RunInfo
 
-_LOCK, _TEMPORARY = ".lock", ".writing-"
+_LOCK, _TEMPORARY, _METRICS = ".lock", ".writing-", "metrics.jsonl"
 _LARGEST = 2**28
 """The most bytes of a record, also of what a compressed one unpacks to."""
 Shapes = Mapping[str, str]
@@ -72,8 +74,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes from writing here; a process that has ended holds no lock, and who
-        has it may take it again.
+        """Keeps other processes from writing here; a process that has ended holds no lock.
 
         Raises `UserError` where another process holds it, and OSError where there can be none.
         """
@@ -126,14 +127,14 @@ class RunDirectory:
         """
         epochs, wrong = self.read_epochs()
         if wrong:
-            raise UserError(f"{self.path / 'metrics.jsonl'} {wrong[0]}")
+            raise UserError(f"{self.path / _METRICS} {wrong[0]}")
         return epochs
 
     def read_epochs(self) -> tuple[list[Epoch], list[str]]:
         """The epochs of the lines that are whole, and what is wrong with each of the others."""
         epochs, wrong = [], []
         with contextlib.suppress(FileNotFoundError):
-            *lines, _ = self.read_bytes("metrics.jsonl").decode(errors="replace").split("\n")
+            *lines, _ = self.read_bytes(_METRICS).decode(errors="replace").split("\n")
             for number, line in enumerate(lines, 1):
                 try:
                     epochs.append(Epoch.from_line(line))
@@ -175,36 +176,40 @@ class RunDirectory:
         """The arrays of an .npz file, or the "values" of an .npy file; raises `UserError` where
         they are not finite and of these shapes.
         """
-        damaged = f"{self.path_of(name)} is damaged"
+        path = self.path_of(name)
         try:
             content = io.BytesIO(self.read_bytes(name))
             if name.endswith(".npz"):
                 unpacked = sum(each.file_size for each in zipfile.ZipFile(content).infolist())
                 if unpacked > _LARGEST:
-                    raise UserError(f"{damaged}: it unpacks to {unpacked:,} bytes")
+                    raise ValueError(f"it unpacks to {unpacked:,} bytes")
                 content.seek(0)
             stored: Any = np.load(content, allow_pickle=False)
             stored = {"values": stored} if isinstance(stored, np.ndarray) else stored
             arrays = {key: stored[key] for key in shapes}
+            _check(arrays, shapes)
         except FileNotFoundError:
-            raise UserError(f"{self.path_of(name)} is missing") from None
+            raise UserError(f"{path} is missing") from None
         except Exception as error:  # a damaged file can fail in any way
             if isinstance(error, UserError) or getattr(error, "errno", None) is not None:
                 raise
-            raise UserError(f"{damaged}: {type(error).__name__}") from None
-        if not _fit(arrays, shapes):
-            raise UserError(f"{damaged}: its arrays do not fit together")
+            raise UserError(f"{path} is damaged: {type(error).__name__}, {error}") from None
         return arrays
 
     # writing
 
+    def write_json(self, name: str, values: Any) -> None:
+        """Writes a `typed` dataclass; `read_json` reads it back."""
+        text = json.dumps(dataclasses.asdict(values), indent=2) + "\n"
+        self.write_bytes(name, text.encode())
+
     def write_info(self, info: RunInfo) -> None:
         """Writes `run.json`."""
-        self.write_bytes("run.json", info.to_json().encode())
+        self.write_json("run.json", info)
 
     def append_epoch(self, epoch: Epoch) -> None:
         """Adds a line to `metrics.jsonl` and waits until it is on disk."""
-        path = self.path_of("metrics.jsonl")
+        path = self.path_of(_METRICS)
         with _naming(path), path.open("a") as file:
             file.write(epoch.to_line())
             file.flush()
@@ -213,16 +218,15 @@ class RunDirectory:
     def write_epochs(self, epochs: Sequence[Epoch]) -> None:
         """Makes these all the lines of `metrics.jsonl`."""
         content = "".join(epoch.to_line() for epoch in epochs).encode()
-        path = self.path_of("metrics.jsonl")
+        path = self.path_of(_METRICS)
         if content != (path.read_bytes() if path.exists() else b""):
-            self.write_bytes(path.name, content)
+            self.write_bytes(_METRICS, content)
 
     def set_aside(self, name: str) -> Path:
         """Keeps a copy of a record that is damaged, for a person to look at; returns its path."""
-        number = sum(1 for path in self.path.iterdir() if path.name.startswith(f"{name}.damaged"))
-        aside = f"{name}.damaged-{number + 1}"
-        self.write_bytes(aside, self.read_bytes(name))
-        return self.path / aside
+        number = 1 + len(list(self.path.glob(f"{name}.damaged-*")))
+        self.write_bytes(f"{name}.damaged-{number}", self.read_bytes(name))
+        return self.path / f"{name}.damaged-{number}"
 
     def write_net(self, kind: str, net: Net, **arrays: np.ndarray) -> None:
         """Writes a net's "step_losses" (values=), "predictions" or "probes"."""
@@ -249,10 +253,13 @@ class RunDirectory:
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(temporary, target)
-                _sync(target.parent)
             except BaseException:
                 Path(temporary).unlink(missing_ok=True)
                 raise
+        with contextlib.suppress(OSError):  # where the system cannot sync a folder
+            folder = os.open(target.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
 
     def remove_half_written(self) -> None:
         """Removes what a killed process left half written. To be called under the lock."""
@@ -275,27 +282,17 @@ def _naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
-def _sync(folder: Path) -> None:
-    """Waits until the names in a folder are on disk, where the system has that."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _fit(arrays: Mapping[str, np.ndarray], shapes: Shapes) -> bool:
-    """Whether the arrays are finite, and their kinds and shapes are those that are wanted."""
+def _check(arrays: Mapping[str, np.ndarray], shapes: Shapes) -> None:
+    """Raises ValueError where arrays are not finite, or not of the kinds and shapes wanted."""
     lengths: dict[str, int] = {}
     for name, shape in shapes.items():
         array, (kinds, *axes) = arrays[name], shape.split()
-        if array.dtype.kind not in kinds or array.ndim != len(axes):
-            return False
+        wanted = [
+            int(a) if a.isdecimal() else lengths.setdefault(a, n)
+            for a, n in zip(axes, array.shape, strict=False)
+        ]
+        fits = array.dtype.kind in kinds and array.ndim == len(axes)
+        if not fits or wanted != list(array.shape):
+            raise ValueError("its arrays do not fit together")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            return False
-        for axis, length in zip(axes, array.shape, strict=True):
-            wanted = int(axis) if axis.isdecimal() else lengths.setdefault(axis, length)
-            if length != wanted:
-                return False
-    return True
+            raise ValueError("its numbers are not finite")

@@ -41,6 +41,11 @@ class Epoch:
         if (self.validation_loss is None) != (self.validation_accuracy is None):
             raise UserError("half of a validation is missing")
 
+    @property
+    def net(self) -> tuple[str, int]:
+        """The norm and seed."""
+        return self.norm, self.seed
+
     def to_line(self) -> str:
         """A line of JSON that ends with a checksum of the rest; `from_line` reads it back."""
         values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
@@ -130,7 +135,3 @@ class RunInfo:
     def __post_init__(self) -> None:
         if not set(self.config.norms) <= self.parameters.keys():
             raise UserError("parameters are missing")
-
-    def to_json(self) -> str:
-        """As JSON; `from_json(RunInfo, ...)` reads it back."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""A sweep: the runs of one command, which differ in batch size and learning rate alone.
+"""A sweep: the runs of one command, which differ in the settings of `SWEPT` alone.
 
 On disk it is a folder with `sweep.json` and a run directory for each run, each a run like any
 other. A run alone is a sweep of one, whose folder is the run directory itself.
@@ -6,7 +6,6 @@ other. A run alone is a sweep of one, whose folder is the run directory itself.
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -42,8 +41,7 @@ class Sweep:
     """The runs in a folder: `directories[i]` holds the run of `configs[i]`."""
 
     def __init__(self, path: Path | str, configs: Sequence[Config]) -> None:
-        self.folder = RunDirectory(path)
-        self.configs = list(configs)
+        self.folder, self.configs = RunDirectory(path), list(configs)
         self.directories = [self.folder]
         if len(configs) > 1:
             self.directories = [RunDirectory(self.folder.path / name_of(c)) for c in configs]
@@ -51,12 +49,9 @@ class Sweep:
     @classmethod
     def create(cls, path: Path, configs: Sequence[Config], command: str) -> "Sweep":
         """Makes the folder, private to the user. Raises `UserError`."""
-        info = SweepInfo(command, list(configs))
-        folder = RunDirectory.create(path)
+        info, folder = SweepInfo(command, list(configs)), RunDirectory.create(path)
         if len(configs) > 1:
-            folder.write_bytes(
-                _FILE, (json.dumps(dataclasses.asdict(info), indent=2) + "\n").encode()
-            )
+            folder.write_json(_FILE, info)
         return cls(path, configs)
 
     @classmethod
@@ -71,8 +66,7 @@ class Sweep:
     def locked(self) -> Iterator[None]:
         """Keeps other processes from training it (see `RunDirectory.locked`)."""
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.folder.locked())
-            for directory in self.directories:
+            for directory in dict.fromkeys((self.folder, *self.directories)):
                 directory.path.mkdir(mode=0o700, exist_ok=True)
                 stack.enter_context(directory.locked())
             yield
