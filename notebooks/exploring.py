@@ -31,7 +31,7 @@ def averaged_over(
     def output(x):
         return module.apply(variables, x, mutable=["batch_stats"])[0][at]
 
-    return np.asarray(jax.grad(output)(inputs) != 0)
+    return np.asarray(jax.jit(jax.grad(output))(inputs) != 0)
 
 
 def example_gradients(

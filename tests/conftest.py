@@ -98,7 +98,9 @@ def _tiny_run(tiny, path):
 
     if (path / "examples.npz").exists():
         return RunDirectory(path)
-    directory = run(Config(dataset="tiny", epochs=2, batch_size=16, seed=3), tiny, path)
+    directory = run(
+        Config(arch="three-layers", dataset="tiny", epochs=2, batch_size=16, seed=3), tiny, path
+    )
     figures.save_examples(Run(directory), tiny)
     return directory
 

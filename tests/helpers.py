@@ -15,9 +15,9 @@ from jaxnorm.training.mesh import ONE
 from jaxnorm.training.step import Program
 
 
-def program_of(norm, dataset, dropout=0.1, mesh=ONE, **fields):
-    """A program of the matched net."""
-    net = CNN(norm, "matched", len(dataset.class_names), dropout=dropout, **fields)
+def program_of(norm, dataset, arch="three-layers", dropout=0.1, mesh=ONE, **fields):
+    """A program of a net of `conftest`'s, which compiles soon."""
+    net = CNN(norm, arch, len(dataset.class_names), dropout=dropout, **fields)
     return Program(net, 0.9, dataset.mean, dataset.deviation, mesh)
 
 

@@ -131,6 +131,7 @@ def tiny_by_name(tiny, monkeypatch):
 
 
 SMALL = ("--dataset", "tiny", "--epochs", "1", "--batch-size", "35", "--norm", "layer")
+SMALL += ("--arch", "three-layers")
 
 
 def test_a_run_prints_a_line_an_epoch_and_the_table(inside, tiny_by_name, capsys):
@@ -141,8 +142,8 @@ def test_a_run_prints_a_line_an_epoch_and_the_table(inside, tiny_by_name, capsys
     assert lines[1].startswith("   layer  epoch  1/1  train loss ")
     for part in ("train loss", "test loss", "accuracy", "%", " s"):
         assert part in lines[1]
-    assert "46,220" in lines[3]
-    assert lines[4].startswith("tiny; original nets, 1 epochs, batch 35, seed 1, n = 1; cpu")
+    assert "132" in lines[3]
+    assert lines[4].startswith("tiny; three-layers nets, 1 epochs, batch 35, seed 1, n = 1; cpu")
     assert lines[5].startswith("the report is a run/report.html; 11 figures")
     assert captured.err == ""
     (epoch,) = RunDirectory("a run").epochs()
@@ -186,7 +187,7 @@ def test_quiet_prints_the_table_alone(inside, tiny_by_name, capsys):
     assert len(captured.out.splitlines()) == 3  # head, norm, conditions
     assert captured.err == ""
     (made,) = (inside / "runs").iterdir()
-    assert made.name.endswith("-original-layer-tiny")
+    assert made.name.endswith("-three-layers-layer-tiny")
 
 
 def test_a_loss_that_turns_nan_is_exit_code_1(inside, tiny_by_name, capsys):
@@ -289,6 +290,7 @@ def test_settings_become_flags_in_errors():
 
 
 FLAGS = ("--norm", "layer", "--dataset", "tiny", "--epochs", "2", "--skip-self-check")
+FLAGS += ("--arch", "three-layers")
 SWEPT = ("--batch-size", "35", "70", "--learning-rate", "0.01", "0.002")
 
 

@@ -205,7 +205,7 @@ def test_running_averages_equal_the_closed_form_and_evaluation_leaves_and_uses_t
 
 
 def test_initial_kernels_are_uniform_within_one_over_root_fan_in():
-    params = CNN("group").init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    params = jax.jit(CNN("group").init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     for name, leaves in params.items():
         if "kernel" in leaves:
             kernel = np.asarray(leaves["kernel"])
@@ -221,15 +221,20 @@ def test_initial_kernels_are_uniform_within_one_over_root_fan_in():
 def test_one_seed_gives_the_same_kernels_and_masks_under_every_norm(monkeypatch):
     images = jnp.asarray(RNG.normal(size=(2, 32, 32, 3)), jnp.float32)
     kernels, masks, original = {}, {}, dropout.keep_mask
-    for norm in [*ALL_NORMS, "none"]:
-        net = CNN(norm, "matched")
-        variables = net.init(jax.random.key(4), images)
-        kernels[norm] = {k: v["kernel"] for k, v in variables["params"].items() if "kernel" in v}
-        drawn = masks[norm] = []
+
+    def masks_of(net, variables):
+        drawn = []
         with monkeypatch.context() as patch:
-            patch.setattr(dropout, "keep_mask", lambda *a, d=drawn: d.append(original(*a)) or d[-1])
+            patch.setattr(dropout, "keep_mask", lambda *a: drawn.append(original(*a)) or drawn[-1])
             rngs = {"dropout": jax.random.key(9)}
             net.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
+        return drawn
+
+    for norm in [*ALL_NORMS, "none"]:
+        net = CNN(norm, "matched")
+        variables = jax.jit(net.init)(jax.random.key(4), images)
+        kernels[norm] = {k: v["kernel"] for k, v in variables["params"].items() if "kernel" in v}
+        masks[norm] = jax.jit(masks_of, static_argnums=0)(net, variables)
     assert len(masks["batch"]) == 8
     for norm in kernels:
         chex.assert_trees_all_equal(kernels[norm], kernels["batch"])

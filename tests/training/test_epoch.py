@@ -153,7 +153,7 @@ def test_a_tiny_set_is_learned(tiny, arrays, norm):
     At a learning rate at which every norm and seed tried learns by the 30th epoch; from 0.02 on
     layer norm's first epochs are chaotic, and rounding decides when it recovers.
     """
-    program = program_of(norm, tiny)
+    program = program_of(norm, tiny, "matched")
     state, best = train.init_state(program, 0), 0.0
     test = jnp.asarray(tiny.test_images), jnp.asarray(tiny.test_labels)
     for epoch in range(1, 81):

@@ -69,16 +69,14 @@ def test_a_compiled_epoch_trains_on_the_images_that_its_keys_choose(tiny):
         program, initial, tiny.train_images, tiny.train_labels, 3, 1, 16, rate=0.1
     )
     order = np.asarray(epochs.epoch_order(3, 1, 70))
-    wanted, by_step = initial, []
+    wanted, by_step, train_step = initial, [], jax.jit(train.train_step, static_argnums=0)
     for step, start in enumerate(range(0, 70, 16)):
         rows = order[start : start + 16]
         places = train.crop_and_flip(train.derive_key(3, "augment", 1, step), len(rows))
         images = epochs.augmented(jnp.asarray(tiny.train_images), jnp.asarray(rows), *places)
         key = train.derive_key(3, "dropout", 1, step)
         labels = jnp.asarray(tiny.train_labels[rows])
-        wanted, loss, _ = jax.jit(train.train_step, static_argnums=0)(
-            program, wanted, images, labels, key, 0.1
-        )
+        wanted, loss, _ = train_step(program, wanted, images, labels, key, 0.1)
         by_step.append(loss)
     np.testing.assert_allclose(losses, by_step, rtol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
@@ -96,16 +94,17 @@ def test_a_step_is_pytorchs_sgd_with_nesterov_and_decay_of_kernels_alone(tiny):
         logits = program.model.apply({"params": params}, train.standardize(state, images))
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
+    step, gradient = jax.jit(train.train_step, static_argnums=0), jax.jit(jax.grad(loss))
     params = state.params
     velocity = jax.tree.map(jnp.zeros_like, params)
     for _ in range(3):
-        gradients = jax.grad(loss)(params)
+        gradients = gradient(params)
         for layer, leaves in gradients.items():
             if "kernel" in leaves:
                 gradients[layer]["kernel"] += 0.01 * params[layer]["kernel"]
         velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, gradients)
         params = jax.tree.map(lambda p, g, v: p - 0.1 * (g + 0.9 * v), params, gradients, velocity)
-        state, _, _ = train.train_step(program, state, images, labels, key, 0.1, 0.01)
+        state, _, _ = step(program, state, images, labels, key, 0.1, 0.01)
     for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
@@ -114,7 +113,8 @@ def test_labels_are_smoothed_and_parameters_averaged(tiny):
     program = program_of(dataclasses.replace(TUNED, augment="none"), tiny, "group")
     images, labels = jnp.asarray(tiny.train_images[:8]), jnp.asarray(tiny.train_labels[:8])
     before, key = train.init_state(program, 1), train.derive_key(1, "dropout", 1, 0)
-    after, loss, _ = train.train_step(program, before, images, labels, key, 0.1)
+    step = jax.jit(train.train_step, static_argnums=0)
+    after, loss, _ = step(program, before, images, labels, key, 0.1)
     logits = program.model.apply({"params": before.params}, train.standardize(before, images))
     smooth = optax.smooth_labels(jax.nn.one_hot(labels, 4), 0.1)
     np.testing.assert_allclose(loss, optax.softmax_cross_entropy(logits, smooth).mean(), rtol=1e-6)

@@ -14,7 +14,7 @@ from jaxnorm.training import mesh as meshes
 from jaxnorm.training import selfcheck
 from jaxnorm.training import step as train
 
-CONFIG = Config(arch="matched", dataset="tiny", batch_size=32, epochs=1)
+CONFIG = Config(arch="three-layers", dataset="tiny", batch_size=32, epochs=1)
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer"])

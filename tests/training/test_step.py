@@ -73,8 +73,8 @@ def test_a_step_in_pieces_or_shared_by_devices_is_the_plain_step(tiny, arrays, n
     """
     images, labels = (array[:32] for array in arrays)
     chunk = Chunk(jnp.arange(32, dtype=jnp.int32)[None, None], 0, 0, 1)
-    micro = program_of(norm, tiny)
-    plain = program_of(norm, tiny, fast=False)
+    micro = program_of(norm, tiny, "matched")
+    plain = program_of(norm, tiny, "matched", fast=False)
     shared = dataclasses.replace(micro, mesh=MeshShape(batch=2))
     assert meshes.choose(1, 32).batch == 2
     assert meshes.choose(1, 31).batch == meshes.choose(1, 16).batch == 1
@@ -160,7 +160,7 @@ def test_one_golden_step(tiny):
     name (Flax folds it into the key) or of a default moves these numbers. If that is what you
     meant, say so in the commit, and write in the numbers that the failure prints.
     """
-    program = program_of("batch", tiny)
+    program = program_of("batch", tiny, "matched")
     state = train.init_state(program, 1)
     images, labels = jnp.asarray(tiny.train_images[:8]), jnp.asarray(tiny.train_labels[:8])
     key = train.derive_key(1, "dropout", 1, 0)
