@@ -30,6 +30,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "augment": "none",
         "label_smoothing": 0.0,
         "weight_average": 0.0,
+        "weight_standardization": False,
     },
     "tuned": {
         "arch": "residual",
@@ -42,6 +43,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "augment": "crop-flip",
         "label_smoothing": 0.0,
         "weight_average": 0.0,
+        "weight_standardization": True,
     },
 }
 """What each recipe sets where nothing else is asked for; learning rates may be a norm's own."""
@@ -190,7 +192,7 @@ class Config:
     augment: Literal["none", "crop-flip"] = RECIPE
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = RECIPE
     weight_average: Annotated[float, Field(ge=0, lt=1)] = RECIPE
-    weight_standardization: bool = False
+    weight_standardization: bool = RECIPE
     groups: Positive = 4
     seed: Count = 1
     seeds: Annotated[int, Field(ge=1, le=10_000)] = 1

@@ -108,8 +108,8 @@ def _settings_class() -> type:
             value = get_args(kind)[0] if get_args(kind) else kind
             several = Parameter(consume_multiple=True, negative_iterable=())
             kind, default = Annotated[tuple[value, ...], several], ()
-        elif default is None:
-            kind = kind | None
+        elif default is None:  # of the recipe, which may be undone
+            kind = Annotated[kind | None, Parameter(negative_bool="no-")]
         fields.append((field.name, kind, dataclasses.field(default=default)))
     made = dataclasses.make_dataclass("Settings", fields, frozen=True)
     made.__module__, made.__doc__ = __name__, Config.__doc__

@@ -145,6 +145,9 @@ def test_a_recipe_sets_what_is_not_asked_for_and_each_setting_exists_alone():
     )
     assert (tuned.arch, tuned.schedule, tuned.augment) == ("residual", "one-cycle", "crop-flip")
     assert tuned.nesterov
+    assert tuned.weight_standardization
+    assert not study.weight_standardization
+    assert not Config(recipe="tuned", weight_standardization=False).weight_standardization
     assert tuned.rate("batch") == RECIPES["tuned"]["learning_rate"]["batch"]
     assert Config(recipe="tuned", learning_rate=0.3).rate("group") == 0.3
     assert Config(recipe="tuned", dropout=0.2).dropout == 0.2

@@ -277,6 +277,15 @@ def test_how_to_resume_names_where_the_data_is():
     assert hint.endswith("python -m jaxnorm.run --resume 'a run' --data-dir 'my data'")
 
 
+def test_what_a_recipe_turns_on_a_flag_turns_off(monkeypatch):
+    asked = []
+    monkeypatch.setattr(run, "start", lambda configs, *_: asked.extend(configs) or 0)
+    assert call("--recipe", "tuned") == 0
+    assert call("--recipe", "tuned", "--no-nesterov", "--no-weight-standardization") == 0
+    assert [each.nesterov for each in asked] == [True, False]
+    assert [each.weight_standardization for each in asked] == [True, False]
+
+
 def test_settings_become_flags_in_errors():
     for text, wanted in (
         ("batch_size=71 is larger", "--batch-size 71 is larger"),
