@@ -45,7 +45,7 @@ class Options:
     norm
         The norms to time.
     arch
-        The nets to time.
+        The nets to time; the residual one by the tuned recipe, crops and flips included.
     batch_size
         The batch sizes to time.
     seeds
@@ -62,7 +62,7 @@ class Options:
     """
 
     norm: tuple[Literal["batch", "group", "layer"], ...] = ("batch", "group", "layer")
-    arch: tuple[Literal["original", "matched"], ...] = ("original",)
+    arch: tuple[Literal["original", "matched", "residual"], ...] = ("original",)
     batch_size: tuple[int, ...] = (128,)
     seeds: tuple[int, ...] = (1,)
     task: tuple[Literal["train", "evaluate"], ...] = ("train",)

@@ -3,9 +3,10 @@
 It reads a job from standard input, a line of JSON, prepares it (imports,
 compilation and warm-up, timed apart), and then answers each further line, a number of steps, with
 the seconds that they took. Both sides hold the same images as uint8 in memory, take the same
-batches, standardize them, and make the same step of SGD with momentum.
+batches, crop and mirror them where the recipe does, standardize them, and make the same step.
 """
 
+import dataclasses
 import json
 import os
 import resource
@@ -13,9 +14,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
+
+from jaxnorm.config import Config
 
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 IMAGES = 10_000
@@ -63,34 +67,42 @@ def batches_of(batch_size: int) -> np.ndarray:
     return order[: IMAGES // batch_size * batch_size].reshape(-1, batch_size)
 
 
+def config_of(job: Job) -> Config:
+    """The settings of the net: the residual one is trained by the tuned recipe."""
+    recipe = "tuned" if job.arch == "residual" else "study"
+    return Config(job.norm, job.arch, batch_size=job.batch_size, recipe=recipe)
+
+
 def jax_setup(job: Job) -> tuple[Any, list[tuple], Any, Any]:
     """The program; for every call of `train_nets` that a step of all seeds takes, its arrays
     (images, labels, batches, keys, learning rates, decays); states; and the images and labels.
     """
     import jax
-    import numpy as np
 
-    from jaxnorm.model.cnn import CNN
     from jaxnorm.training import mesh as meshes
     from jaxnorm.training.epoch import epoch_keys
-    from jaxnorm.training.step import Program, init_state
+    from jaxnorm.training.step import init_state
+    from jaxnorm.training.trainer import program_of
 
-    net = CNN(job.norm, job.arch, fast=job.peer != "flax")
+    config = config_of(job)
     mesh = meshes.choose(1, job.batch_size) if job.peer == "jaxnorm" else meshes.ONE
-    program = Program(net, 0.9, MEAN, DEVIATION, mesh)
+    known = SimpleNamespace(class_names=range(10), mean=MEAN, deviation=DEVIATION)
+    program = program_of(config, known, job.norm, mesh)
+    model = program.model.clone(fast=job.peer != "flax")
+    program = dataclasses.replace(program, model=model)
     images, labels = meshes.place(mesh, draw_data())
     together = job.seeds if job.peer == "jaxnorm-vmap" else 1
     calls, states = [], []
     for first in range(0, job.seeds, together):
         seeds = range(first, first + together)
         batches = np.stack([batches_of(job.batch_size)] * together)
-        rates, decays = np.full(batches.shape[:2], 0.01, np.float32), np.zeros(together, np.float32)
+        rates = np.full(batches.shape[:2], config.rate(job.norm), np.float32)
+        decays = np.full(together, config.weight_decay, np.float32)
         keys = jax.numpy.stack([epoch_keys(seed, 1) for seed in seeds])
         nets = [jax.device_get(init_state(program, seed)) for seed in seeds]
         states.append(meshes.place(mesh, jax.tree.map(lambda *a: np.stack(a), *nets), by_net=True))
-        rates_decays = meshes.place(mesh, (rates, decays), by_net=True)
-        batches = meshes.place(mesh, batches, by_net=True)
-        calls.append((images, labels, batches, keys, *rates_decays))
+        batches, rates, decays = meshes.place(mesh, (batches, rates, decays), by_net=True)
+        calls.append((images, labels, batches, keys, rates, decays))
     return program, calls, states, (images, labels)
 
 
@@ -125,40 +137,76 @@ def jax_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
     return (steps if job.task == "train" else evaluations), about
 
 
-def torch_net(norm: str, arch: str) -> Any:
+def torch_net(config: Config) -> Any:
     """The same net in PyTorch, from the same layer tables."""
     import torch  # pyright: ignore[reportMissingImports]
     from torch import nn  # pyright: ignore[reportMissingImports]
 
-    from jaxnorm.model.cnn import CNN
-    from jaxnorm.model.summary import summarize
+    from jaxnorm.model.summary import net_of, summarize
 
-    net = CNN(norm, arch)
-    modules: list[Any] = []
-    inputs = 3
-    for layer, row in zip(net.table, summarize(net), strict=True):
-        height, width, channels = row.shape
-        match layer.kind:
-            case "block":
-                modules.append(nn.Conv2d(inputs, channels, 3, padding=layer.padding, bias=False))
-                if norm == "batch":
-                    modules.append(nn.BatchNorm2d(channels))
-                elif norm == "layer" and arch == "original":
-                    modules.append(nn.LayerNorm([channels, height, width]))
-                else:
-                    modules.append(nn.GroupNorm({"group": 4, "layer": 1}[norm], channels))
-                modules += [nn.Dropout(0.1), nn.ReLU()]
-            case "squeeze":
-                modules.append(nn.Conv2d(inputs, channels, 1, padding=layer.padding, bias=False))
-                modules.append(nn.ReLU())
-            case "pool":
-                modules.append(nn.MaxPool2d(2, 2))
-            case "mean":
-                modules.append(nn.AvgPool2d(layer.window))
-            case "head":
-                modules += [nn.Conv2d(inputs, channels, 1, bias=False), nn.Flatten()]
-        inputs = channels
-    return torch.nn.Sequential(*modules)
+    net = net_of(config, config.norm, 10)
+
+    class Conv(nn.Conv2d):
+        """A convolution without a bias, its kernel standardized where that is asked for."""
+
+        def forward(self, input: Any) -> Any:
+            """The outputs."""
+            kernel = self.weight
+            if config.weight_standardization:
+                variance, mean = torch.var_mean(kernel, (1, 2, 3), correction=0, keepdim=True)
+                fan_in = kernel[0].numel()
+                kernel = (kernel - mean) * torch.rsqrt(fan_in * variance + 1e-5)
+            return nn.functional.conv2d(input, kernel, padding=self.padding)
+
+    def norm_of(shape: tuple[int, int, int]) -> Any:
+        """The norm of an output of this height, width and number of channels."""
+        height, width, channels = shape
+        if config.norm == "batch":
+            return nn.BatchNorm2d(channels)
+        if config.norm == "layer" and config.arch == "original":
+            return nn.LayerNorm([channels, height, width])
+        return nn.GroupNorm({"group": config.groups, "layer": 1}[config.norm], channels)
+
+    class Net(nn.Module):
+        """The layer table, row by row, as `model.cnn.CNN`."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.convs, self.norms, inputs = nn.ModuleDict(), nn.ModuleDict(), 3
+            for layer, row in zip(net.table, summarize(net), strict=True):
+                channels, window = row.shape[2], {"block": 3, "residual": 3}.get(layer.kind, 1)
+                if row.kernel:
+                    self.convs[layer.name] = Conv(
+                        inputs, channels, window, padding=layer.padding, bias=False
+                    )
+                if row.norm:
+                    self.norms[layer.name] = norm_of(row.shape)
+                inputs = channels
+
+        def forward(self, x: Any) -> Any:
+            """Logits."""
+            given = []
+            for layer in net.table:
+                given.append(x)
+                match layer.kind:
+                    case "block" | "residual":
+                        x = self.norms[layer.name](self.convs[layer.name](x))
+                        x = x + given[-2] if layer.kind == "residual" else x
+                        x = torch.relu(nn.functional.dropout(x, config.dropout, self.training))
+                    case "squeeze":
+                        x = torch.relu(self.convs[layer.name](x))
+                    case "pool":
+                        x = nn.functional.max_pool2d(x, 2, 2)
+                    case "mean":
+                        x = nn.functional.avg_pool2d(x, layer.window)
+                    case "mean-max":
+                        pooled = (x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True))
+                        x = torch.cat(pooled, 1)
+                    case "head":
+                        x = self.convs[layer.name](x).flatten(1)
+            return x
+
+    return Net()
 
 
 def torch_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
@@ -166,33 +214,54 @@ def torch_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
     import torch  # pyright: ignore[reportMissingImports]
 
     torch.backends.cudnn.allow_tf32 = False  # ours is full float32
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, config = torch.device("cuda" if torch.cuda.is_available() else "cpu"), config_of(job)
     layout = getattr(torch, f"{job.layout}_format" if job.layout == "contiguous" else job.layout)
-    net = torch_net(job.norm, job.arch).to(device).to(memory_format=layout)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    net = torch_net(config).to(device).to(memory_format=layout)
+    kernels = [weight for weight in net.parameters() if weight.ndim == 4]
+    others = [weight for weight in net.parameters() if weight.ndim != 4]
+    optimizer = torch.optim.SGD(
+        [{"params": kernels, "weight_decay": config.weight_decay}, {"params": others}],
+        lr=config.rate(job.norm),
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+    )
     images, labels = draw_data()
-    images = torch.tensor(images.transpose(0, 3, 1, 2).copy(), device=device)
-    images = images.contiguous(memory_format=layout)
+    images = torch.tensor(images, device=device)
     labels = torch.tensor(labels, dtype=torch.int64, device=device)
     batches = torch.tensor(batches_of(job.batch_size), dtype=torch.int64, device=device)
-    mean, deviation = (
-        torch.tensor(values, device=device).reshape(1, 3, 1, 1) for values in (MEAN, DEVIATION)
-    )
+    mean, deviation = (torch.tensor(values, device=device) for values in (MEAN, DEVIATION))
     mode = "reduce-overhead" if device.type == "cuda" else None
     model = torch.compile(net, mode=mode) if job.peer == "torch-compile" else net
 
-    def standardized(rows: Any) -> Any:
-        return (images[rows].float() / 255 - mean) / deviation
+    def moved(count: int) -> Any:
+        """The rows or columns of images moved by up to 2 pixels, reflected at the edges."""
+        pixels = torch.arange(32, device=device)[None]
+        places = (pixels + torch.randint(-2, 3, (count, 1), device=device)).abs()
+        return 31 - (31 - places).abs()
+
+    def standardized(rows: Any, augment: bool = False) -> Any:
+        """The images of these rows, cropped and mirrored where that is asked for."""
+        chosen = images[rows]
+        if augment:
+            down, across = moved(len(rows)), moved(len(rows))
+            mirrored = torch.rand(len(rows), 1, device=device) < 0.5
+            across = torch.where(mirrored, across.flip(1), across)
+            chosen = images[rows[:, None, None], down[:, :, None], across[:, None]]
+        chosen = (chosen.float() / 255 - mean) / deviation
+        return chosen.permute(0, 3, 1, 2).contiguous(memory_format=layout)
 
     def done() -> None:
+        """Waits for the device."""
         if device.type == "cuda":
             torch.cuda.synchronize()
 
     def steps(count: int) -> None:
+        """Trains on so many batches."""
         net.train()
         for i in range(count):
             rows = batches[i % len(batches)]
-            loss = torch.nn.functional.cross_entropy(model(standardized(rows)), labels[rows])
+            logits = model(standardized(rows, config.augment != "none"))
+            loss = torch.nn.functional.cross_entropy(logits, labels[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -200,6 +269,7 @@ def torch_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
 
     @torch.no_grad()
     def evaluations(count: int) -> None:
+        """Evaluates all images so many times."""
         net.eval()
         for _ in range(count):
             for first in range(0, IMAGES, 500):

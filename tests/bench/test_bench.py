@@ -11,6 +11,7 @@ from jaxnorm import cli
 from jaxnorm.bench import __main__ as bench
 from jaxnorm.bench import worker as peers
 from jaxnorm.bench.worker import IMAGES, Job, batches_of, draw_data
+from jaxnorm.model.summary import count_parameters, net_of
 
 
 def call(*arguments) -> int:
@@ -197,20 +198,22 @@ def few_images(monkeypatch):
 )
 def test_our_side_makes_steps(few_images, monkeypatch, peer, task):
     monkeypatch.setattr(peers, "MEAN", (0.5, 0.5, 0.5))
-    stepper, about = peers.jax_stepper(Job(peer, "layer", "original", 16, seeds=2, task=task))
+    stepper, about = peers.jax_stepper(Job(peer, "layer", "three-layers", 16, seeds=2, task=task))
     stepper(3)
     assert "jax" in about
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "layer"])
-def test_pytorchs_side_makes_steps_of_a_net_of_the_same_size(few_images, norm):
+@pytest.mark.parametrize("arch", ["original", "residual"])
+def test_pytorchs_side_makes_steps_of_a_net_of_the_same_size(few_images, norm, arch):
     torch = pytest.importorskip("torch")
-    net = peers.torch_net(norm, "original")
+    config = peers.config_of(Job("torch", norm, arch, 16))
+    net = peers.torch_net(config)
     count = sum(each.numel() for each in net.parameters())
-    assert count == {"batch": 45_776, "group": 45_776, "layer": 46_412}[norm]
+    assert count == count_parameters(net_of(config, norm, 10))
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     for task in ("train", "evaluate"):
-        stepper, about = peers.torch_stepper(Job("torch", norm, "original", 16, task=task))
+        stepper, about = peers.torch_stepper(Job("torch", norm, arch, 16, task=task))
         stepper(2)
         assert about["device"] == "cpu"
 

@@ -29,13 +29,21 @@ def stored():
         return {name: file[name] for name in file.files}
 
 
-CASES = [*((net, False) for net in golden.NETS), ("original-batch", True)]
+CASES = [*((net, False) for net in golden.NETS)]
+CASES += [("original-batch", True), ("standardized-layer", True)]
 
 
 @pytest.mark.parametrize(("net", "plain"), CASES)
 def test_three_steps_equal_pytorch(net, plain, stored):
     arch, norm = net.split("-")
-    model = CNN(norm, arch, dropout=0.0, fast=not plain)
+    standardized = arch == "standardized"
+    model = CNN(
+        norm,
+        "residual" if standardized else arch,
+        dropout=0.0,
+        weight_standardization=standardized,
+        fast=not plain,
+    )
     program = train.Program(model, 0.9, tuple(golden.MEAN), tuple(golden.DEVIATION))
     empty = train.init_state(program, 0)
     params = nested(golden.draw_parameters(net))
