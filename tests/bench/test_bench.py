@@ -184,6 +184,21 @@ def test_a_comparison_is_printed_and_written(tmp_path, monkeypatch, capsys, devi
     assert "our own side failed: no" in capsys.readouterr().err
 
 
+def test_a_round_on_a_busy_machine_is_made_again(monkeypatch):
+    """The second round ends slow, and the third begins so: both are dropped from every side."""
+    speeds = iter([100, 100, 70, 100, *[90] * 10**4])
+    monkeypatch.setattr(bench, "Worker", Told)
+    monkeypatch.setattr(bench, "matrix_speed", lambda: next(speeds))
+    made = []
+    monkeypatch.setattr(bench, "_take_turn", lambda side, _: side.samples.append(made.append(1)))
+    clock = iter(range(10**4))
+    monkeypatch.setattr(bench.time, "monotonic", lambda: next(clock))
+    options = bench.Options(peers=("jaxnorm", "torch"), seconds=20)
+    workers = bench.compare(options, Job("jaxnorm", "layer", "original", 128))
+    kept = {len(worker.samples) for worker in workers}
+    assert kept == {len(made) // 3 - 2}
+
+
 def test_the_ceiling_is_that_of_a_processor():
     assert 1e8 < bench.measure_ceiling() < 1e15
 
