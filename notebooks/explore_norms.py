@@ -62,7 +62,7 @@ show(exploring.draw_averaged(masks))
 config = jaxnorm.Config(arch="matched", dataset="digits", epochs=EPOCHS, learning_rate=0.02)
 fits = jaxnorm.fit(config, dataset)
 measured = {
-    norm: probes.measure(fit.program, fit.state, dataset, fit.logits)
+    norm: probes.measure(fit.program, fit.state, dataset, fit.logits, fit.seed)
     for (norm, _), fit in fits.items()
 }
 caption = f"{dataset.caption}; matched nets, seed 1, {EPOCHS} epochs"

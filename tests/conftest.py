@@ -170,5 +170,11 @@ def made_up_probes(rng):
         "sizes": np.array([4, 16], np.int32),
         "batch_accuracy": rng.uniform(size=2).astype(np.float32),
         "running_accuracy": np.array(0.5, np.float32),
+        "precise_accuracy": np.array(0.6, np.float32),
+        "initial_gradients": rng.uniform(0.1, 1, 3).astype(np.float32),
+        "similarities": rng.uniform(size=(2, 2)).astype(np.float32),
+        "corruptions": np.array(["noise", "blur"]),
+        "corrupted_accuracy": rng.uniform(size=2).astype(np.float32),
+        "epoch": np.array(2, np.int32),
         "tested": np.array(22, np.int32),
     }

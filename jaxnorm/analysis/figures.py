@@ -30,6 +30,10 @@ SAMPLE = 20
 ACTIVATIONS = {"layers": "U L", "before": "f L 2", "after": "f L 2"}
 GRADIENTS = {"kernels": "U K", "gradients": "f K"}
 BATCHES = {"sizes": "iu S", "batch_accuracy": "f S", "running_accuracy": "f", "tested": "iu"}
+DEPTH = {"layers": "U L", "similarities": "f 2 L", "kernels": "U K", "gradients": "f K"}
+DEPTH |= {"initial_gradients": "f K"}
+CORRUPTED = {"corruptions": "U C", "corrupted_accuracy": "f C", "running_accuracy": "f"}
+CORRUPTED |= {"tested": "iu"}
 """The arrays of a probe that a figure shows (see `training.probes.measure`)."""
 Named = Iterator[tuple[str, Figure]]
 Probes = Mapping[str, Mapping[str, np.ndarray]]
@@ -345,13 +349,58 @@ def training_images(run: Run) -> Named:
 def inside(run: Run) -> Named:
     """What the norms do inside the trained nets of the first seed."""
     caption = f"{run.info.dataset.caption}; seed {run.info.config.seed}, after the last epoch"
-    return of_probes(run.probes(ACTIVATIONS | GRADIENTS | BATCHES), caption)
+    measured = run.probes(ACTIVATIONS | GRADIENTS | BATCHES)
+    return of_probes({norm: nets[0] for norm, nets in measured.items()}, caption)
+
+
+def depth(run: Run) -> Named:
+    """Before and after training, over depth: the gradient at each kernel, and how alike a norm
+    makes different images. Means over the seeds.
+    """
+    measured = run.probes(DEPTH)
+    if not measured:
+        return
+    figure = _figure(run.caption, "Over depth, before training (dashed) and after it", 10, 4.4)
+    left, right = figure.subplots(1, 2)
+    for norm, nets in measured.items():
+        for when, line in (("initial_gradients", "--"), ("gradients", "-")):
+            values = np.mean([net[when] for net in nets], axis=0)
+            _marked(left, nets[0]["kernels"], values, norm, line)
+        values = np.mean([net["similarities"] for net in nets], axis=0)
+        for row, line in zip(values, ("--", "-"), strict=True):
+            _marked(right, nets[0]["layers"], row, norm, line)
+    left.set(xlabel="layer, input to output", ylabel="norm of the gradient", yscale="log")
+    right.set(xlabel="layer, input to output", ylabel="cosine between two images")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    right.legend(*_once(right), fontsize=9)
+    yield "depth", figure
+
+
+def corruptions(run: Run) -> Named:
+    """The accuracy on corrupted images: the mean of the seeds and their range."""
+    measured = run.probes(CORRUPTED)
+    if not measured:
+        return
+    figure = _figure(run.caption, "Test accuracy on corrupted images", 8, 4.4)
+    axes, kinds = figure.subplots(), ["none", *next(iter(measured.values()))[0]["corruptions"]]
+    for number, (norm, nets) in enumerate(measured.items()):
+        values = np.array([[net["running_accuracy"], *net["corrupted_accuracy"]] for net in nets])
+        places = np.arange(len(kinds)) + (number - (len(measured) - 1) / 2) * 0.15
+        axes.plot(places, values.mean(0), linestyle="", **_look(norm))
+        axes.vlines(places, values.min(0), values.max(0), color=COLOURS[norm], lw=1)
+    axes.set_xticks(range(len(kinds)), [_label(str(kind)) for kind in kinds])
+    tested = int(next(iter(measured.values()))[0]["tested"])
+    _accuracies(axes, "corruption", f"accuracy on {tested:,} test images")
+    yield "corruptions", figure
 
 
 def of_probes(probes: Probes, caption: str) -> Named:
     """What `probes.measure` gave of each norm: activations before and after each norm, the gradient
     of each layer, and batch norm's gap between training and evaluation.
     """
+    if not probes:
+        return
     figure = _figure(caption, "Activations before and after each norm", 9, 5.2)
     panels = figure.subplots(2, 2, sharex=True, sharey="row")
     for column, when in enumerate(("before", "after")):
@@ -419,8 +468,14 @@ def _look(norm: str) -> dict[str, Any]:
     return {"color": COLOURS[norm], "marker": MARKERS[norm], "markersize": 5, "label": norm}
 
 
-def _marked(axes: Axes, names: np.ndarray, values: np.ndarray, norm: str) -> None:
-    axes.plot(list(map(str, names)), values, **_look(norm))
+def _marked(axes: Axes, names: np.ndarray, values: np.ndarray, norm: str, line: str = "-") -> None:
+    axes.plot(list(map(str, names)), values, line, **_look(norm))
+
+
+def _once(axes: Axes) -> tuple[list, list]:
+    """What a legend shows where a norm has two lines: the second."""
+    found = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    return list(found.values()), list(found)
 
 
 FIGURES: tuple[Callable[[Run], Named], ...] = (
@@ -430,5 +485,7 @@ FIGURES: tuple[Callable[[Run], Named], ...] = (
     mistakes,
     confusion,
     inside,
+    depth,
+    corruptions,
     training_images,
 )

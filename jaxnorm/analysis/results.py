@@ -107,10 +107,16 @@ class Run:
         """Test labels i32[N]."""
         return self.directory.predictions(next(iter(self.epochs)))[1]
 
-    def probes(self, shapes: Shapes) -> dict[str, dict[str, np.ndarray]]:
-        """What was measured inside the first net of each norm: the arrays of `shapes`."""
-        seed = self.info.config.seed
-        return {norm: self.directory.probes((norm, seed), shapes) for norm in self.norms}
+    def probes(self, shapes: Shapes) -> dict[str, list[dict[str, np.ndarray]]]:
+        """What was measured inside the nets of each norm, the first seed's first: the arrays of
+        `shapes`; nothing where an earlier version did not measure them.
+        """
+        found: dict[str, list[dict[str, np.ndarray]]] = {}
+        for norm in self.norms:
+            first, *others = [(norm, seed) for seed in self.seeds(norm)]
+            nets = [first, *filter(self.directory.measured, others)]
+            found[norm] = [each for net in nets if (each := self.directory.probes(net, shapes))]
+        return found if all(found.values()) else {}
 
     @cached_property
     def examples(self) -> dict[str, np.ndarray]:

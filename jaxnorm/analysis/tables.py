@@ -7,12 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from jaxnorm.analysis import stats
 from jaxnorm.analysis.results import Run
 from jaxnorm.config import Config
 from jaxnorm.storage.schema import Environment
 
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
+EVALUATED = {"sizes": "iu S", "batch_accuracy": "f S", "running_accuracy": "f"}
+EVALUATED |= {"precise_accuracy": "f", "tested": "iu"}
+"""The arrays of a probe that `evaluation` shows (see `training.probes.measure`)."""
 _MEAN = ", mean \N{PLUS-MINUS SIGN} standard deviation"
 
 
@@ -216,6 +221,29 @@ def listed(texts: Sequence[str]) -> str:
     return texts[0] if len(texts) == 1 else ", ".join(texts[:-1]) + " and " + texts[-1]
 
 
+def evaluation(run: Run) -> Table:
+    """How accurate batch norm is by the statistics it is evaluated with: a row a norm that keeps
+    any. Empty where that was not measured.
+    """
+    head, rows, tested = ["norm", "n", "running averages", "averages computed anew"], [], 0
+    for norm, nets in run.probes(EVALUATED).items():
+        running, precise = (
+            [float(n[f"{k}_accuracy"]) for n in nets] for k in ("running", "precise")
+        )
+        own = np.array([net["batch_accuracy"] for net in nets])
+        if (own == np.array(running)[:, None]).all():
+            continue
+        tested, sizes = int(nets[0]["tested"]), nets[0]["sizes"]
+        samples = [stats.Sample(tuple(map(float, each))) for each in (running, precise, *own.T)]
+        rows.append([norm, str(len(nets)), *map(stats.accuracy_text, samples)])
+        head[4:] = [f"batches of {size}" for size in sizes]
+    note = (
+        f"Accuracy on {tested:,} test images{_MEAN}; the same nets, normalized by running "
+        "averages, by statistics of all training images, and by those of each batch of test images."
+    )
+    return Table("Batch norm by the statistics it is evaluated with", head, rows, note)
+
+
 def classes(run: Run) -> Table:
     """The mean test accuracy of each class under each norm."""
     means = [run.class_accuracies(norm).mean(0) for norm in run.norms]
@@ -356,5 +384,7 @@ def points(difference: float) -> str:
     return f"{100 * difference:+.2f}".replace("-", MINUS)
 
 
-TABLES: list[Callable[[Run], Table]] = [results, differences, values, classes, parameters, facts]
+TABLES: list[Callable[[Run], Table]] = [
+    *(results, differences, values, evaluation, classes, parameters, facts)
+]
 """The tables of a run's report, in order."""

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxnorm.config import Precision, UserError
 from jaxnorm.model import layers
 
-EPSILON = 1e-5
+EPSILON, MOMENTUM = 1e-5, 0.9
 IMAGE = (-3, -2, -1)
 """Height, width and channels: what layer norm and RMS norm take their statistics over."""
 
@@ -163,7 +163,7 @@ class CNN(nn.Module):
         match self.norm:
             case "batch":  # running averages keep 0.9 of the old value; PyTorch calls it 0.1
                 return L.BatchNorm(
-                    use_running_average=not train, momentum=0.9, epsilon=EPSILON,
+                    use_running_average=not train, momentum=MOMENTUM, epsilon=EPSILON,
                     use_fast_variance=False, name=name,
                 )  # fmt: skip
             case "group":

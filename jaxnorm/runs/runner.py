@@ -35,8 +35,8 @@ def run(
     self_check: str = "not made",
     deterministic: bool = False,
 ) -> None:
-    """Trains every net of a sweep that is not there yet, to its last epoch, and measures the first
-    seed's. A run that has begun resumes; one whose settings ask for more epochs or seeds grows.
+    """Trains every net of a sweep that is not there yet, to its last epoch, and measures it inside.
+    A run that has begun resumes; one whose settings ask for more epochs or seeds grows.
 
     On a CPU what comes out equals an unbroken run on the same mesh bit for bit, but for the times.
     In a job of several processes all of them call it, and process 0 alone touches the disk.
@@ -71,10 +71,12 @@ def run(
             if multihost.is_process_0():
                 losses[done.net] = np.concatenate([losses[done.net], done.losses])
                 save_epoch(sweep.directories[done.run], done, losses[done.net], dataset)
+                if done.record.epoch == configs[done.run].epochs:
+                    measure_net(sweep.directories[done.run], done, dataset)
             callback.on_epoch(configs[done.run], done.record)
         for directory in sweep.directories if multihost.is_process_0() else ():
             directory.write_epochs(in_order(directory.info().config, directory.epochs()))
-            measure_nets(directory, dataset, callback)
+            measure_rest(directory, dataset, callback)
 
 
 def _begin(directory: RunDirectory, now: RunInfo, callback: Callback) -> dict[Net, NetProgress]:
@@ -132,20 +134,29 @@ def save_epoch(
     directory.append_epoch(done.record)
 
 
-def measure_nets(directory: RunDirectory, dataset: Dataset, callback: Callback) -> None:
-    """Writes the probes of the finished nets of a run's first seed, where a checkpoint is whole."""
-    config, epochs = directory.info().config, directory.epochs()
-    for net in [(norm, config.seed) for norm in config.norms]:
-        done = sum(each.net == net for each in epochs)
-        if done == config.epochs and done in checkpoint.epochs(directory, net):
+def measure_net(directory: RunDirectory, done: Trained, dataset: Dataset) -> None:
+    """Writes the probes of a net after its last epoch."""
+    info, net = directory.info(), done.record.net
+    program = trainer.program_of(info.config, info.dataset, net[0])
+    measured = probes.measure(program, done.state, dataset, done.logits, net[1])
+    directory.write_net("probes", net, epoch=np.int32(done.record.epoch), **measured)
+
+
+def measure_rest(directory: RunDirectory, dataset: Dataset, callback: Callback) -> None:
+    """Measures the finished nets that were not measured yet, where a checkpoint is whole."""
+    last = directory.info().config.epochs
+    for epoch in directory.epochs():
+        net, measured = epoch.net, None
+        with contextlib.suppress(UserError):  # missing or damaged
+            measured = directory.probes(net, {"epoch": "iu"}).get("epoch")
+        if epoch.epoch == last != measured and last in checkpoint.epochs(directory, net):
             try:
-                program, state = load_state(directory.path, *net)
+                _, state = load_state(directory.path, *net)
             except UserError as error:
                 callback.on_warning(f"{net[0]} norm is not measured inside: {error}")
                 continue
             logits, _ = directory.predictions(net)
-            measured = probes.measure(program, state, dataset, logits)
-            directory.write_net("probes", net, **measured)
+            measure_net(directory, Trained(0, epoch, state, np.zeros(0), logits), dataset)
 
 
 def load_state(path: Path | str, norm: str, seed: int) -> tuple[Program, TrainState]:

@@ -155,8 +155,14 @@ class RunDirectory:
         return logits, labels
 
     def probes(self, net: Net, shapes: Shapes) -> dict[str, np.ndarray]:
-        """What was measured inside a trained net (see `training.probes`): arrays of `shapes`."""
-        return self.arrays(_file("probes", net), shapes)
+        """What was measured inside a trained net (see `training.probes`): arrays of `shapes`; none
+        where an earlier version measured less.
+        """
+        return self.arrays(_file("probes", net), shapes, optional=True)
+
+    def measured(self, net: Net) -> bool:
+        """Whether it was measured inside."""
+        return self.path_of(_file("probes", net)).exists()
 
     def examples(self) -> dict[str, np.ndarray]:
         """The images kept for figures: arrays by name (see `analysis.figures.save_examples`)."""
@@ -172,9 +178,9 @@ class RunDirectory:
                 raise UserError(f"{path} is damaged: it is no file of up to {largest:,} bytes")
             return file.read()
 
-    def arrays(self, name: str, shapes: Shapes) -> dict[str, np.ndarray]:
+    def arrays(self, name: str, shapes: Shapes, optional: bool = False) -> dict[str, np.ndarray]:
         """The arrays of an .npz file, or the "values" of an .npy file; raises `UserError` where
-        they are not finite and of these shapes.
+        they are not finite and of these shapes. None of them if `optional` and one is not there.
         """
         path = self.path_of(name)
         try:
@@ -186,6 +192,8 @@ class RunDirectory:
                 content.seek(0)
             stored: Any = np.load(content, allow_pickle=False)
             stored = {"values": stored} if isinstance(stored, np.ndarray) else stored
+            if optional and not shapes.keys() <= stored.keys():
+                return {}
             arrays = {key: stored[key] for key in shapes}
             _check(arrays, shapes)
         except FileNotFoundError:

@@ -1,5 +1,6 @@
 """Probes, measurements inside a net: the activations before and after each norm, the gradients that
-reach each layer, and what batch norm loses when it is evaluated otherwise than it was trained.
+reach each layer, what batch norm loses when it is evaluated otherwise than it was trained, and how
+a net bears corrupted images.
 
 Pure functions of nets and images. `measure` is what a run records of a net; a new probe is one more
 entry in its result. All of them look at the net as it is in training, with the statistics of the
@@ -18,8 +19,10 @@ import optax
 from jax import lax
 
 from jaxnorm.data.datasets import Dataset
+from jaxnorm.model.cnn import MOMENTUM
+from jaxnorm.training.epoch import predict_logits
 from jaxnorm.training.mesh import ONE
-from jaxnorm.training.step import Program, TrainState, standardize
+from jaxnorm.training.step import Program, TrainState, init_state, standardize
 
 _ONCE: Any = {"compiler_options": {"xla_backend_optimization_level": 1}}
 """For functions that run once: compiled in half of the time, at half of the speed."""
@@ -90,55 +93,142 @@ def batch_accuracy(
     return lax.map(correct, tuple(batches)).sum() / images.shape[0]
 
 
+@partial(jax.jit, static_argnums=0, **_ONCE)
+def precise_statistics(
+    program: Program,
+    state: TrainState,
+    batches: jax.Array,  # u8[S, B, 32, 32, 3]
+) -> Any:
+    """Batch norm's state with the statistics of all these images, as its layers see them in
+    training, in place of running averages (Wu and Johnson, "Rethinking 'Batch'", 2021).
+    """
+    empty = jax.tree.map(jnp.zeros_like, state.norm_state)
+
+    def of_batch(batch: jax.Array) -> Any:
+        """Its statistics: what an average that was zero moved by."""
+        _, updates = _apply(program, state._replace(norm_state=empty), standardize(state, batch))
+        return jax.tree.map(lambda leaf: leaf / (1 - MOMENTUM), updates["batch_stats"])
+
+    layers = lax.map(of_batch, batches).items()
+    return {
+        "batch_stats": {
+            name: {"mean": of["mean"].mean(0), "var": of["var"].mean(0) + of["mean"].var(0)}
+            for name, of in layers
+        }
+    }
+
+
+def corrupt(
+    images: np.ndarray,  # u8[N, 32, 32, 3]
+) -> dict[str, np.ndarray]:
+    """The images under five corruptions, after Hendrycks and Dietterich, "Benchmarking Neural
+    Network Robustness to Common Corruptions" (2019): u8[N, 32, 32, 3] by name.
+    """
+    pixels, size = images.astype(np.float32), images.shape
+    noise = np.random.default_rng(0).normal(0, 20, size).astype(np.float32)
+    padded = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), "edge")
+    shifts = [padded[:, i : i + 32, j : j + 32] for i in range(3) for j in range(3)]
+    blocks = pixels.reshape(size[0], 16, 2, 16, 2, 3).mean((2, 4), keepdims=True)
+    middle = pixels.mean((1, 2, 3), keepdims=True)
+    corrupted = {
+        "noise": pixels + noise,
+        "blur": np.mean(shifts, axis=0),
+        "low contrast": middle + 0.4 * (pixels - middle),
+        "bright": pixels + 60,
+        "coarse pixels": np.broadcast_to(blocks, (size[0], 16, 2, 16, 2, 3)).reshape(size),
+    }
+    return {name: each.round().clip(0, 255).astype(np.uint8) for name, each in corrupted.items()}
+
+
+def similarity(
+    activations: jax.Array,  # f32[N, H, W, C]
+) -> jax.Array:  # f32[]
+    """The mean cosine between what ReLU makes of the activations of two different images."""
+    flat = jax.nn.relu(activations).reshape(activations.shape[0], -1)
+    units = flat / jnp.maximum(jnp.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
+    count = units.shape[0]
+    return (jnp.square(units.sum(0)).sum() - count) / (count * (count - 1))
+
+
 def measure(
     program: Program,
     state: TrainState,
     dataset: Dataset,
     logits: np.ndarray,  # f32[M, classes], of the test images, with running averages
+    seed: int,
 ) -> dict[str, np.ndarray]:
     """What a run records of one trained net, by name:
 
     - layers: names of the L normalized convolutions; before, after: f32[L, 2], mean and deviation
       of all activations before and after the norm.
     - kernels: names of the K convolutions; gradients: f32[K], norms of their gradients.
+    - initial_gradients: f32[K], before training; similarities: f32[2, L], of `similarity` before
+      training and after it.
     - sizes: i32[S], batch sizes; batch_accuracy: f32[S], as the function; running_accuracy: f32[],
-      with running averages, on the same test images, of which there are tested: i32[].
+      with running averages, on the same test images, of which there are tested: i32[];
+      precise_accuracy: f32[], with `precise_statistics` of all training images.
+    - corruptions: names of the five of `corrupt`; corrupted_accuracy: f32[5], on the same images.
 
     The first `LOOKED_AT` training images and `TESTED` test images are looked at.
     """
     program = dataclasses.replace(program, mesh=ONE)
     state = jax.tree.map(jnp.asarray, jax.device_get(state))
     images = jnp.asarray(dataset.train_images[:LOOKED_AT])
-    seen = jax.device_get(activations(program, state, images))
     labels = jnp.asarray(dataset.train_labels[:LOOKED_AT])
-    gradients = jax.device_get(gradient_norms(program, state, images, labels))
+    initial = init_state(program, seed)._replace(standard=state.standard)
+    seen, seen_before = (activations(program, each, images) for each in (state, initial))
+    gradients, gradients_before = (
+        jax.device_get(gradient_norms(program, each, images, labels)) for each in (state, initial)
+    )
     sizes = [size for size in SIZES if size <= len(dataset.test_labels)]
     largest = max(sizes, default=1)
     tested = min(TESTED, len(dataset.test_labels)) // largest * largest
-    test_labels = dataset.test_labels[:tested]
-    running = (logits[:tested].argmax(1) == test_labels).mean()
+    test_images, test_labels = dataset.test_images[:tested], dataset.test_labels[:tested]
+    running = precise = (logits[:tested].argmax(1) == test_labels).mean()
     accuracies = [running] * len(sizes)
     if jax.tree.leaves(state.norm_state):  # else there are no statistics of a batch
-        test = (jnp.asarray(dataset.test_images[:tested]), jnp.asarray(test_labels))
+        test = (jnp.asarray(test_images), jnp.asarray(test_labels))
         accuracies = [batch_accuracy(program, state, *test, size) for size in sizes]
+    if set(state.norm_state) == {"batch_stats"}:
+        count = min(largest, len(dataset.train_labels))
+        whole = dataset.train_images[: len(dataset.train_labels) // count * count]
+        statistics = precise_statistics(program, state, whole.reshape(-1, count, 32, 32, 3))
+        precise = _accuracy(
+            program, state._replace(norm_state=statistics), test_images, test_labels
+        )
+    corrupted = corrupt(test_images)
     # What comes out of a compiled function is sorted by name.
     order = [layer.name for layer in program.model.table]
     layers, kernels = (sorted(each, key=order.index) for each in (seen, gradients))
     before, after = (
         [(each.mean(), each.std()) for each in side]
-        for side in zip(*(seen[name] for name in layers), strict=True)
+        for side in zip(*(jax.device_get(seen[name]) for name in layers), strict=True)
     )
+    similarities = [[similarity(each[n][1]) for n in layers] for each in (seen_before, seen)]
+    wrong = [_accuracy(program, state, each, test_labels) for each in corrupted.values()]
     return {
         "layers": np.array(layers),
         "before": np.array(before, np.float32),
         "after": np.array(after, np.float32),
         "kernels": np.array(kernels),
         "gradients": np.array([gradients[name] for name in kernels], np.float32),
+        "initial_gradients": np.array([gradients_before[n] for n in kernels], np.float32),
+        "similarities": np.array(similarities, np.float32),
         "sizes": np.array(sizes, np.int32),
         "batch_accuracy": np.array(accuracies, np.float32),
         "running_accuracy": np.array(running, np.float32),
+        "precise_accuracy": np.array(precise, np.float32),
         "tested": np.array(tested, np.int32),
+        "corruptions": np.array(list(corrupted)),
+        "corrupted_accuracy": np.array(wrong, np.float32),
     }
+
+
+def _accuracy(program: Program, state: TrainState, images: np.ndarray, labels: np.ndarray) -> float:
+    """As in evaluation."""
+    states = jax.tree.map(lambda leaf: leaf[None], state)
+    logits = np.asarray(predict_logits(program, states, jnp.asarray(images)))[0]
+    return float((logits.argmax(1) == labels).mean())
 
 
 def _apply(

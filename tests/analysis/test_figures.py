@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from jaxnorm.analysis import figures, stats
+from jaxnorm.analysis import figures, stats, tables
 from jaxnorm.analysis.results import Run
 
 NORMS = ("batch", "group", "layer")
 NAMES = {f"{kind}-{norm}" for norm in NORMS for kind in ("curves", "confusion")}
 NAMES |= {f"mistakes-{rule}-{norm}" for norm in NORMS for rule in ("confident", "drawn")}
 NAMES |= {"mistakes-common", "loss", "accuracy", "class-accuracy", "training-images", "seeds"}
-NAMES |= {"activations", "gradients", "batch-statistics"}
+NAMES |= {"activations", "gradients", "batch-statistics", "depth", "corruptions"}
 
 
 def test_every_figure_of_every_norm_is_drawn(sweep):
@@ -135,6 +135,30 @@ def test_inside_shows_what_was_measured(sweep):
         batch[0].get_ydata(), run.directory.probes(("batch", 1), figures.BATCHES)["batch_accuracy"]
     )
     assert list(batch[1].get_ydata()) == [0.5, 0.5]  # running averages
+
+
+def test_depth_and_corruptions_are_means_of_what_was_measured(sweep):
+    run = Run(sweep())
+    left, right = dict(figures.depth(run))["depth"].axes
+    measured = run.directory.probes(("batch", 1), figures.DEPTH)
+    np.testing.assert_allclose(left.lines[0].get_ydata(), measured["initial_gradients"])
+    np.testing.assert_allclose(right.lines[1].get_ydata(), measured["similarities"][1])
+    assert [text.get_text() for text in right.get_legend().get_texts()] == list(NORMS)
+    axes = dict(figures.corruptions(run))["corruptions"].axes[0]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["none", "noise", "blur"]
+    measured = run.directory.probes(("layer", 1), figures.CORRUPTED)
+    np.testing.assert_allclose(axes.lines[2].get_ydata()[1:], measured["corrupted_accuracy"])
+
+
+def test_what_an_earlier_version_did_not_measure_is_neither_shown_nor_missing(sweep):
+    directory = sweep()
+    for norm in NORMS:
+        old = directory.probes((norm, 1), figures.ACTIVATIONS | figures.GRADIENTS | figures.BATCHES)
+        directory.write_net("probes", (norm, 1), **old)
+    charts, missing = figures.draw(Run(directory))
+    assert missing == []
+    assert {chart.name for chart in charts} == NAMES - {"depth", "corruptions"}
+    assert tables.evaluation(Run(directory)).rows == []
 
 
 def test_names_are_no_formulas(sweep, tiny):

@@ -33,7 +33,7 @@ def test_the_page_is_one_valid_file_with_every_part(sweep):
         "How it was made",
     ]
     captions = [each.text for each in tree.iter("caption")]
-    assert len(captions) == 6
+    assert len(captions) == 7
     names = {each.get("id") for each in tree.iter() if each.get("id")}
     links = [each.get("href") for each in tree.iter("a")]
     assert all(link[0] == "#" and link[1:] in names for link in links)
@@ -57,7 +57,7 @@ def test_the_markdown_names_every_figure(sweep, unpainted):
     part = page.write(directory)
     text = (directory.path / "report.md").read_text()
     assert text.startswith("# sweep\n\nWith one net in which only the norm differs, ")
-    assert text.count("](figures/") == len(part.charts) == 21
+    assert text.count("](figures/") == len(part.charts) == 23
     for name in re.findall(r"\(figures/(.+?)\)", text):
         assert (directory.path / "figures" / name).exists()
 

@@ -1,5 +1,6 @@
 """Words and tables from records: the numbers are those of the made-up sweep, worked out by hand."""
 
+import numpy as np
 import pytest
 
 from jaxnorm.analysis import tables
@@ -143,3 +144,17 @@ def test_text_cannot_break_out_of_a_markdown_table(name):
     for line in lines[:3]:
         assert line.replace("\\\\", "").replace("\\|", "").count("|") == 3
     assert "<b>" not in text.replace("\\<b\\>", "")
+
+
+def test_evaluation_by_other_statistics_is_of_the_norms_that_have_any(sweep):
+    directory = sweep()
+    same = dict(directory.probes(("group", 1), tables.EVALUATED))
+    same["batch_accuracy"], same["precise_accuracy"] = np.full(2, 0.5, "f4"), np.float32(0.5)
+    directory.write_net("probes", ("group", 1), **same)
+    directory.write_net("probes", ("layer", 1), **same)
+    table = tables.evaluation(Run(directory))
+    ((norm, n, running, precise, *own),) = table.rows
+    assert (norm, n, running, precise) == ("batch", "1", "50.00%", "60.00%")
+    measured = directory.probes(("batch", 1), tables.EVALUATED)["batch_accuracy"]
+    assert own == [f"{accuracy:.2%}" for accuracy in measured]
+    assert table.head[4:] == ["batches of 4", "batches of 16"]

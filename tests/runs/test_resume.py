@@ -110,6 +110,16 @@ def test_a_finished_run_grows_by_seeds_and_by_epochs(whole, tiny, scratch):
     assert resumed(directory, tiny, epochs=3).complete == 4
     assert difference(directory, whole) == ""
     assert {(e.seed, e.epoch): e for e in directory.epochs()}.items() >= before.items()
+    for seed in (3, 4):
+        name = f"probes/layer-{seed}.npz"
+        assert (directory.path / name).read_bytes() == (whole.path / name).read_bytes()
+
+
+def test_a_finished_net_that_was_not_measured_is_measured(copy, whole, tiny):
+    name = "probes/layer-4.npz"
+    (copy.path / name).unlink()
+    resumed(copy, tiny)
+    assert (copy.path / name).read_bytes() == (whole.path / name).read_bytes()
 
 
 def test_a_finished_run_without_checkpoints_does_not_start_again_to_grow(copy, tiny):
@@ -163,7 +173,7 @@ def test_a_finished_net_needs_no_checkpoint(copy, whole, tiny):
     heard = resumed(copy, tiny)
     assert (heard.complete, heard.warnings) == (6, [])
     assert {path: path.read_bytes() for path in before} == before
-    flip(copy.path / CHECKPOINTS[0].replace("layer-4", "layer-3"))  # of the seed that is measured
+    (copy.path / "probes/layer-4.npz").unlink()
     (warning,) = resumed(copy, tiny).warnings
     assert "is not measured inside" in warning
     shutil.rmtree(copy.path / "checkpoints")

@@ -9,14 +9,15 @@ import numpy as np
 import optax
 import pytest
 
-from jaxnorm.analysis.figures import ACTIVATIONS, BATCHES, GRADIENTS
+from jaxnorm.analysis.figures import ACTIVATIONS, BATCHES, CORRUPTED, DEPTH, GRADIENTS
+from jaxnorm.analysis.tables import EVALUATED
 from jaxnorm.model.cnn import CNN
 from jaxnorm.runs import runner
 from jaxnorm.training import probes
 from jaxnorm.training import step as train
 from jaxnorm.training.mesh import ONE
 
-PROBES = ACTIVATIONS | GRADIENTS | BATCHES
+PROBES = ACTIVATIONS | GRADIENTS | BATCHES | DEPTH | CORRUPTED | EVALUATED
 
 
 def net(norm, tiny, arch="three-layers"):
@@ -76,6 +77,48 @@ def test_batch_accuracy_uses_each_batchs_own_statistics(tiny):
         probes.batch_accuracy(program, state, images, labels, 7)
 
 
+def test_precise_statistics_are_those_of_all_images(tiny):
+    """Of the first norm, whose inputs depend on no other: the mean and the variance of all batches
+    together, each batch's variance unbiased.
+    """
+    program, state = net("batch", tiny)
+    moved = jax.tree.map(lambda leaf: leaf + 7, state.norm_state)  # has no part in it
+    batches = tiny.train_images[:36].reshape(3, 12, 32, 32, 3)
+    found = probes.precise_statistics(program, state._replace(norm_state=moved), batches)
+    before = probes.activations(program, state, batches.reshape(36, 32, 32, 3))["C1"][0]
+    flat = np.asarray(before, np.float64).reshape(3, -1, 4)
+    wanted = flat.var(1, ddof=1).mean(0) + flat.mean(1).var(0)
+    np.testing.assert_allclose(found["batch_stats"]["C1_norm"]["var"], wanted, rtol=1e-5)
+    np.testing.assert_allclose(
+        found["batch_stats"]["C1_norm"]["mean"], flat.mean((0, 1)), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_corruptions_by_hand():
+    images = np.full((2, 32, 32, 3), 100, np.uint8)
+    images[1, :, 16:] = 200
+    found = probes.corrupt(images)
+    assert {each.dtype for each in found.values()} == {np.dtype(np.uint8)}
+    assert {each.shape for each in found.values()} == {images.shape}
+    np.testing.assert_array_equal(found["bright"], np.where(images == 200, 255, 160))
+    for name in ("blur", "coarse pixels", "low contrast"):
+        np.testing.assert_array_equal(found[name][0], images[0])
+    assert found["blur"][1, 5, 14:18, 0].tolist() == [100, 133, 167, 200]
+    np.testing.assert_array_equal(found["coarse pixels"][1], images[1])
+    assert set(found["low contrast"][1].ravel()) == {130, 170}
+    assert 19 < (found["noise"].astype(float) - images).std() < 21
+    np.testing.assert_array_equal(probes.corrupt(images)["noise"], found["noise"])
+
+
+def test_similarity_is_the_mean_cosine_of_two_images():
+    one, other = np.zeros((2, 2, 2, 3), np.float32)
+    one[0, 0, 0], other[0, 0, 0], other[1, 1, 1] = 2, 3, 3
+    negative = one - 5 * (one == 0)  # ReLU takes it away
+    cosine = 1 / 2**0.5
+    found = probes.similarity(jnp.stack([one, negative, other]))
+    assert float(found) == pytest.approx((1 + 2 * cosine) / 3)
+
+
 def test_a_run_records_what_its_nets_do(tiny_run, tiny):
     found = tiny_run.probes(("batch", 3), PROBES)
     program, state = runner.load_state(tiny_run.path, "batch", 3)
@@ -91,5 +134,13 @@ def test_a_run_records_what_its_nets_do(tiny_run, tiny):
     assert found["tested"] == 16  # what every batch size divides
     right = (tiny_run.predictions(("batch", 3))[0].argmax(1) == tiny.test_labels)[:16]
     assert found["running_accuracy"] == pytest.approx(right.mean())
+    initial = train.init_state(program, 3)._replace(standard=state.standard)
+    for row, each in zip(found["similarities"], (initial, state), strict=True):
+        (_, after) = probes.activations(program, each, tiny.train_images)["C1"]
+        assert row[0] == pytest.approx(float(probes.similarity(after)), rel=1e-4)
+    clean = probes._accuracy(program, state, tiny.test_images[:16], tiny.test_labels[:16])
+    assert found["running_accuracy"] == pytest.approx(clean)
+    assert len(found["corruptions"]) == len(found["corrupted_accuracy"]) == 5
     group = tiny_run.probes(("group", 3), PROBES)
+    assert group["precise_accuracy"] == group["running_accuracy"]
     assert (group["batch_accuracy"] == group["running_accuracy"]).all()
