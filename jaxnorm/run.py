@@ -314,7 +314,7 @@ def _load(config: Config, options: Options) -> "Dataset":
 
 def report(sweep: "Sweep", dataset: "Dataset", quiet: bool) -> None:
     """Writes every run's report and the sweep's table, and prints the table."""
-    from jaxnorm.analysis import figures, page, tables
+    from jaxnorm.analysis import figures, page, sweeps, tables
     from jaxnorm.analysis.results import Run
 
     runs = [Run(directory) for directory in sweep.directories]
@@ -324,7 +324,7 @@ def report(sweep: "Sweep", dataset: "Dataset", quiet: bool) -> None:
         part, table = page.write(runs[0].directory), tables.results(runs[0])
         where = f"the report is {sweep.folder.path / 'report.html'}; {len(part.charts)} figures"
     else:
-        table, path = tables.sweep(runs), shlex.quote(str(sweep.folder.path))
+        table, path = sweeps.results(runs), shlex.quote(str(sweep.folder.path))
         sweep.folder.write_bytes("sweep.md", table.markdown().encode())
         where = f"the table is {path}/sweep.md; reports: python -m jaxnorm.report {path}"
     print(table.plain())
@@ -334,14 +334,14 @@ def report(sweep: "Sweep", dataset: "Dataset", quiet: bool) -> None:
 
 def report_tuning(sweep: "Sweep", dataset: "Dataset", quiet: bool) -> None:
     """Writes what each norm won with, as a table and two figures, and prints the table."""
-    from jaxnorm.analysis import figures, tables
+    from jaxnorm.analysis import drawing, sweeps
     from jaxnorm.analysis.results import Run
 
     runs = [Run(directory) for directory in sweep.directories]
-    table = tables.tuning(runs)
+    table = sweeps.tuning(runs)
     sweep.folder.write_bytes("tuning.md", table.markdown().encode())
-    for name, figure in figures.tuning(runs):
-        sweep.folder.write_bytes(f"{name}.png", figures.png(figure))
+    for name, figure in sweeps.draw_tuning(runs):
+        sweep.folder.write_bytes(f"{name}.png", drawing.png(figure))
     print(table.plain())
     if not quiet:
         print(f"the table and two figures are in {sweep.folder.path}")

@@ -25,7 +25,7 @@ import numpy as np
 from IPython.display import Image, display
 
 import jaxnorm
-from jaxnorm.analysis import figures
+from jaxnorm.analysis import figures, inside
 from jaxnorm.training import probes
 
 NORMS = ("batch", "group", "layer")
@@ -66,7 +66,7 @@ measured = {
     for (norm, _), fit in fits.items()
 }
 caption = f"{dataset.caption}; matched nets, seed 1, {EPOCHS} epochs"
-for _, drawn in figures.of_probes(measured, caption):
+for _, drawn in inside.of_probes(measured, caption):
     show(drawn)
 
 # %% [markdown]

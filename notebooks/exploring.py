@@ -9,7 +9,7 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from jaxnorm.analysis.figures import COLOURS, MARKERS
+from jaxnorm.analysis.drawing import COLOURS, MARKERS
 from jaxnorm.model.cnn import CNN
 from jaxnorm.training.step import Program, TrainState, standardize
 

@@ -20,7 +20,7 @@ from test_cifar10 import PARTS
 from test_datasets import prepare
 
 from jaxnorm import cli, report, run
-from jaxnorm.analysis import figures, page
+from jaxnorm.analysis import figures, inside, page
 from jaxnorm.analysis.results import Run
 from jaxnorm.bench import __main__ as bench
 from jaxnorm.config import UserError
@@ -215,7 +215,7 @@ def fewer_figures(request, monkeypatch):
     for damaged runs in the full profile.
     """
     if "reported" not in request.node.name or not FULL:
-        drawn = (figures.confusion, figures.training_images, figures.inside)
+        drawn = (figures.confusion, figures.training_images, inside.inside)
         monkeypatch.setattr(figures, "FIGURES", drawn)
     small = functools.partial(figures.png, dots_per_inch=20)
     monkeypatch.setattr(figures, "png", small)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxnorm import cli, tune
-from jaxnorm.analysis import tables
+from jaxnorm.analysis import sweeps
 from jaxnorm.analysis.results import Run
 from jaxnorm.data import datasets
 from jaxnorm.storage.sweep import Sweep
@@ -34,7 +34,7 @@ def test_every_norm_has_the_same_trials_and_the_best_on_held_out_images_wins(
     assert call(*FLAGS, "--highest", "0.1", "--out", out) == 0
     runs = [Run(directory) for directory in Sweep.open(out).directories]
     assert [run.info.config.learning_rate for run in runs] == Trials(3, 0.01, 0.1).draw(1)
-    table = tables.tuning(runs)
+    table = sweeps.tuning(runs)
     assert [row[0] for row in table.rows] == ["batch", "group", "layer"]
     for row in table.rows:
         last = [run.epochs[row[0], 1][-1].validation_accuracy for run in runs]
@@ -64,7 +64,7 @@ def test_an_optimum_on_the_edge_is_said(sweep):
         summary = run.summaries["group"][1]
         run.summaries["group"][1] = type(summary)(**{**vars(summary), "validation": accuracy / 22})
         runs.append(run)
-    ((_, best, accuracy, half, failed),) = tables.tuning(runs).rows
+    ((_, best, accuracy, half, failed),) = sweeps.tuning(runs).rows
     assert (best, accuracy, failed) == ("0.04 (the highest)", "90.91%", "0")
     assert half == f"{(5 + 9 + 20) / 66:.2%}"
 

@@ -1,42 +1,25 @@
 """Figures made from a run directory alone, all by one function, `draw`.
 
-While the data is at hand, `save_examples` keeps the few images that the pictures need. Every figure
-names its data. Colours are Okabe and Ito's, told apart by the colour-blind, and every line has its
-own dash or marker too. A new figure is one more function of `Run` that returns (name, Figure)
-pairs, named in `FIGURES`.
+While the data is at hand, `save_examples` keeps the few images that the pictures need. A new figure
+is one more function of `Run` that returns (name, Figure) pairs, named in `FIGURES`.
 """
 
-import io
-import itertools
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from jaxnorm.analysis import stats
+from jaxnorm.analysis import inside, stats
+from jaxnorm.analysis.drawing import COLOURS, MARKERS, Named, label_of, literal, new_figure, png
 from jaxnorm.analysis.results import Run
-from jaxnorm.analysis.tables import trials
 from jaxnorm.config import UserError
 from jaxnorm.data.datasets import Dataset
 
-_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_FIRST = ("batch", "group", "layer", "instance", "rms", "none")
 SAMPLE = 20
 """Training images shown."""
-ACTIVATIONS = {"layers": "U L", "before": "f L 2", "after": "f L 2"}
-GRADIENTS = {"kernels": "U K", "gradients": "f K"}
-BATCHES = {"sizes": "iu S", "batch_accuracy": "f S", "running_accuracy": "f", "tested": "iu"}
-DEPTH = {"layers": "U L", "similarities": "f 2 L", "kernels": "U K", "gradients": "f K"}
-DEPTH |= {"initial_gradients": "f K"}
-CORRUPTED = {"corruptions": "U C", "corrupted_accuracy": "f C", "running_accuracy": "f"}
-CORRUPTED |= {"tested": "iu"}
-"""The arrays of a probe that a figure shows (see `training.probes.measure`)."""
-Named = Iterator[tuple[str, Figure]]
-Probes = Mapping[str, Mapping[str, np.ndarray]]
 
 
 class Chart(NamedTuple):
@@ -46,20 +29,6 @@ class Chart(NamedTuple):
     title: str
     text: str
     png: bytes
-
-
-class _ByNorm(dict):
-    """A style for each norm: the study's own first, others in the order in which they are met."""
-
-    def __init__(self, styles: Sequence[str]) -> None:
-        self._styles = itertools.cycle(styles)
-        super().__init__((norm, next(self._styles)) for norm in _FIRST)
-
-    def __missing__(self, norm: str) -> str:
-        return self.setdefault(norm, next(self._styles))
-
-
-COLOURS, MARKERS = _ByNorm(_PALETTE), _ByNorm("os^Dv*X")
 
 
 def save_examples(run: Run, dataset: Dataset) -> None:
@@ -105,32 +74,6 @@ def draw(run: Run) -> tuple[list[Chart], list[str]]:
     return charts, missing
 
 
-def png(figure: Figure, dots_per_inch: int = 130) -> bytes:
-    """A figure as a PNG file."""
-    content = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a box: names may hold any
-        figure.savefig(content, format="png", dpi=dots_per_inch, metadata={"Software": None})
-    return content.getvalue()
-
-
-def _figure(caption: str, title: str, width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(_literal(title), fontsize=13)
-    figure.supxlabel(_literal(caption), fontsize=8, color="#444444")
-    return figure
-
-
-def _literal(text: str) -> str:
-    """Text in which Matplotlib finds no formula."""
-    return text.replace("$", r"\$")
-
-
-def _label(name: str) -> str:
-    """A class's name beside an axis, cut where it would leave the axis no room."""
-    return _literal(name if len(name) <= 24 else name[:23] + "\N{HORIZONTAL ELLIPSIS}")
-
-
 def _seeds_note(run: Run, norm: str, text: str) -> str:
     count = len(run.seeds(norm))
     return text.format(count) if count > 1 else ""
@@ -170,7 +113,7 @@ def curves(run: Run) -> Named:
     for norm in run.norms:
         title = f"{norm} norm: {run.info.parameters[norm]:,} parameters"
         note = _seeds_note(run, norm, "; mean and range of {} seeds")
-        figure = _figure(run.caption, title + note, 9, 6.4)
+        figure = new_figure(run.caption, title + note, 9, 6.4)
         panels = figure.subplots(2, 2).ravel()
         _step_losses(panels[0], run, norm)
         fields = ("train_accuracy", "test_loss", "test_accuracy")
@@ -201,7 +144,7 @@ def together(run: Run) -> Named:
     """All norms on one loss graph and one accuracy graph."""
     for what in ("loss", "accuracy"):
         note = _seeds_note(run, run.norms[0], "; mean and range of {} seeds")
-        figure = _figure(run.caption, f"{what.capitalize()} of every norm{note}", 8, 5)
+        figure = new_figure(run.caption, f"{what.capitalize()} of every norm{note}", 8, 5)
         axes = figure.subplots()
         for norm in run.norms:
             _line(axes, run, f"test_{what}", norm, f"{norm}, test")
@@ -219,7 +162,9 @@ def seeds(run: Run) -> Named:
     if not norms:
         return
     found = [each for each in run.differences if each.sample.n > 1]
-    figure = _figure(run.caption, "What the seeds say: test accuracy after the last epoch", 9, 4.2)
+    figure = new_figure(
+        run.caption, "What the seeds say: test accuracy after the last epoch", 9, 4.2
+    )
     widths = (1, 1.2) if found else (1,)
     panels = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     left = panels[0]
@@ -278,7 +223,7 @@ def mistakes(run: Run) -> Named:
         title = rules[rule] if len(rows) else "no mistake to show"
         title = f"{norms[0]} norm: {title}" if one else title
         lines = len(norms) if len(rows) else 1
-        figure = _figure(run.caption, title, 9, 4.9 + 0.35 * lines)
+        figure = new_figure(run.caption, title, 9, 4.9 + 0.35 * lines)
         for axes, row, image in zip(_tiles(figure, 2), rows, run.images(rows), strict=False):
             said = [f"true: {run.class_names[int(run.labels[row])]}"]
             for norm in norms:
@@ -286,7 +231,7 @@ def mistakes(run: Run) -> Named:
                 guess = f"{run.class_names[int(probability.argmax())]} {probability.max():.0%}"
                 said.append(f"{'predicted' if one else norm}: {guess}")
             axes.imshow(image, interpolation="nearest")
-            axes.set_title(_literal("\n".join(said)), fontsize=9)
+            axes.set_title(literal("\n".join(said)), fontsize=9)
         yield name, figure
 
 
@@ -302,11 +247,11 @@ def confusion(run: Run) -> Named:
     """The confusion matrix of each norm, in counts (the mean of its seeds); and the accuracy of
     each class, all norms together, with the range of the seeds.
     """
-    names = [_label(name) for name in run.class_names]
+    names = [label_of(name) for name in run.class_names]
     for norm in run.norms:
         matrix, mean = run.confusion(norm), _seeds_note(run, norm, ", mean of {} seeds")
         title = f"{norm} norm: confusion matrix of {len(run.labels):,} test images{mean}"
-        figure = _figure(run.caption, title, 7.4, 7)
+        figure = new_figure(run.caption, title, 7.4, 7)
         axes = figure.subplots()
         shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -319,7 +264,7 @@ def confusion(run: Run) -> Named:
             axes.set_yticks(range(len(names)), names)
         axes.set(xlabel="predicted class", ylabel="true class")
         yield f"confusion-{norm}", figure
-    figure = _figure(run.caption, "Test accuracy of each class", 8, 1.6 + 0.36 * len(names))
+    figure = new_figure(run.caption, "Test accuracy of each class", 8, 1.6 + 0.36 * len(names))
     axes = figure.subplots()
     for number, norm in enumerate(run.norms):
         heights = np.arange(len(names)) + (number - (len(run.norms) - 1) / 2) * 0.2
@@ -339,143 +284,11 @@ def confusion(run: Run) -> Named:
 def training_images(run: Run) -> Named:
     """Training images drawn by the seed, as they are, with their classes."""
     images, labels = run.examples["train_images"], run.examples["train_labels"]
-    figure = _figure(run.caption, f"{len(images)} training images", 9, 8)
+    figure = new_figure(run.caption, f"{len(images)} training images", 9, 8)
     for axes, image, label in zip(_tiles(figure, SAMPLE // 5), images, labels, strict=False):
         axes.imshow(image, interpolation="nearest")
-        axes.set_title(_label(run.class_names[int(label)]), fontsize=9)
+        axes.set_title(label_of(run.class_names[int(label)]), fontsize=9)
     yield "training-images", figure
-
-
-def inside(run: Run) -> Named:
-    """What the norms do inside the trained nets of the first seed."""
-    caption = f"{run.info.dataset.caption}; seed {run.info.config.seed}, after the last epoch"
-    measured = run.probes(ACTIVATIONS | GRADIENTS | BATCHES)
-    return of_probes({norm: nets[0] for norm, nets in measured.items()}, caption)
-
-
-def depth(run: Run) -> Named:
-    """Before and after training, over depth: the gradient at each kernel, and how alike a norm
-    makes different images. Means over the seeds.
-    """
-    measured = run.probes(DEPTH)
-    if not measured:
-        return
-    figure = _figure(run.caption, "Over depth, before training (dashed) and after it", 10, 4.4)
-    left, right = figure.subplots(1, 2)
-    for norm, nets in measured.items():
-        for when, line in (("initial_gradients", "--"), ("gradients", "-")):
-            values = np.mean([net[when] for net in nets], axis=0)
-            _marked(left, nets[0]["kernels"], values, norm, line)
-        values = np.mean([net["similarities"] for net in nets], axis=0)
-        for row, line in zip(values, ("--", "-"), strict=True):
-            _marked(right, nets[0]["layers"], row, norm, line)
-    left.set(xlabel="layer, input to output", ylabel="norm of the gradient", yscale="log")
-    right.set(xlabel="layer, input to output", ylabel="cosine between two images")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    right.legend(*_once(right), fontsize=9)
-    yield "depth", figure
-
-
-def corruptions(run: Run) -> Named:
-    """The accuracy on corrupted images: the mean of the seeds and their range."""
-    measured = run.probes(CORRUPTED)
-    if not measured:
-        return
-    figure = _figure(run.caption, "Test accuracy on corrupted images", 8, 4.4)
-    axes, kinds = figure.subplots(), ["none", *next(iter(measured.values()))[0]["corruptions"]]
-    for number, (norm, nets) in enumerate(measured.items()):
-        values = np.array([[net["running_accuracy"], *net["corrupted_accuracy"]] for net in nets])
-        places = np.arange(len(kinds)) + (number - (len(measured) - 1) / 2) * 0.15
-        axes.plot(places, values.mean(0), linestyle="", **_look(norm))
-        axes.vlines(places, values.min(0), values.max(0), color=COLOURS[norm], lw=1)
-    axes.set_xticks(range(len(kinds)), [_label(str(kind)) for kind in kinds])
-    tested = int(next(iter(measured.values()))[0]["tested"])
-    _accuracies(axes, "corruption", f"accuracy on {tested:,} test images")
-    yield "corruptions", figure
-
-
-def of_probes(probes: Probes, caption: str) -> Named:
-    """What `probes.measure` gave of each norm: activations before and after each norm, the gradient
-    of each layer, and batch norm's gap between training and evaluation.
-    """
-    if not probes:
-        return
-    figure = _figure(caption, "Activations before and after each norm", 9, 5.2)
-    panels = figure.subplots(2, 2, sharex=True, sharey="row")
-    for column, when in enumerate(("before", "after")):
-        panels[0, column].set_title(f"{when} the norm", fontsize=10)
-        for row, moment in enumerate(("mean", "standard deviation")):
-            for norm, measured in probes.items():
-                _marked(panels[row, column], measured["layers"], measured[when][:, row], norm)
-            panels[row, column].grid(alpha=0.3)
-            panels[row, 0].set_ylabel(moment)
-    panels[0, 0].legend(fontsize=8)
-    yield "activations", figure
-    figure = _figure(caption, "Size of the loss's gradient at each kernel", 8, 4.2)
-    axes = figure.subplots()
-    for norm, measured in probes.items():
-        _marked(axes, measured["kernels"], measured["gradients"], norm)
-    axes.set_yscale("log")
-    axes.set(xlabel="layer, input to output", ylabel="Euclidean norm")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
-    yield "gradients", figure
-    title = "Evaluated with each batch's own statistics, not running averages"
-    figure = _figure(caption, title, 8, 4.2)
-    axes = figure.subplots()
-    for norm, measured in probes.items():
-        _marked(axes, measured["sizes"], measured["batch_accuracy"], norm)
-        if norm == "batch":
-            height, label = float(measured["running_accuracy"]), "batch, running averages"
-            axes.axhline(height, color=COLOURS[norm], linestyle=":", label=label)
-    tested = max(int(measured["tested"]) for measured in probes.values())
-    _accuracies(axes, "images in a batch", f"accuracy on {tested:,} test images")
-    yield "batch-statistics", figure
-
-
-def tuning(runs: Sequence[Run]) -> Named:
-    """Accuracy on held-out images against the learning rate; and the best of k trials against k."""
-    first, said = runs[0], trials(runs)
-    held_out = f"accuracy on {first.info.config.validation:,} held-out images"
-    figure = _figure(first.caption, "Accuracy against learning rate", 8, 4.6)
-    axes = figure.subplots()
-    for norm, pairs in said.items():
-        axes.plot(*zip(*pairs, strict=True), **_look(norm))
-    axes.set_xscale("log")
-    _accuracies(axes, "learning rate", held_out)
-    yield "learning-rate", figure
-    figure = _figure(first.caption, "What so many trials can expect to find", 8, 4.6)
-    axes = figure.subplots()
-    for norm, pairs in said.items():
-        values = [accuracy for _, accuracy in pairs]
-        counts = range(1, len(values) + 1)
-        axes.plot(counts, [stats.expected_best(values, k) for k in counts], **_look(norm))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    _accuracies(axes, "trials", f"expected best {held_out}")
-    yield "best-of-k", figure
-
-
-def _accuracies(axes: Axes, across: str, up: str) -> None:
-    axes.set(xlabel=across, ylabel=up)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
-
-
-def _look(norm: str) -> dict[str, Any]:
-    """The line of a norm."""
-    return {"color": COLOURS[norm], "marker": MARKERS[norm], "markersize": 5, "label": norm}
-
-
-def _marked(axes: Axes, names: np.ndarray, values: np.ndarray, norm: str, line: str = "-") -> None:
-    axes.plot(list(map(str, names)), values, line, **_look(norm))
-
-
-def _once(axes: Axes) -> tuple[list, list]:
-    """What a legend shows where a norm has two lines: the second."""
-    found = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    return list(found.values()), list(found)
 
 
 FIGURES: tuple[Callable[[Run], Named], ...] = (
@@ -484,8 +297,8 @@ FIGURES: tuple[Callable[[Run], Named], ...] = (
     curves,
     mistakes,
     confusion,
-    inside,
-    depth,
-    corruptions,
+    inside.inside,
+    inside.depth,
+    inside.corruptions,
     training_images,
 )

@@ -18,7 +18,7 @@ MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 EVALUATED = {"sizes": "iu S", "batch_accuracy": "f S", "running_accuracy": "f"}
 EVALUATED |= {"precise_accuracy": "f", "tested": "iu"}
 """The arrays of a probe that `evaluation` shows (see `training.probes.measure`)."""
-_MEAN = ", mean \N{PLUS-MINUS SIGN} standard deviation"
+MEAN = ", mean \N{PLUS-MINUS SIGN} standard deviation"
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def conditions(run: Run) -> str:
     parts.append(f"batch {config.batch_size}")
     if config.validation:
         parts.append(f"{config.validation} training images held out")
-    text = ", ".join([*parts, run.seeds_text]) + (_MEAN if config.seeds > 1 else ", n = 1")
+    text = ", ".join([*parts, run.seeds_text]) + (MEAN if config.seeds > 1 else ", n = 1")
     names = ("jax", "flax", "optax")
     versions = ", ".join(f"{name} {made.versions.get(name, '?')}" for name in names)
     return f"{text}; {made.device}; {versions}."
@@ -238,7 +238,7 @@ def evaluation(run: Run) -> Table:
         rows.append([norm, str(len(nets)), *map(stats.accuracy_text, samples)])
         head[4:] = [f"batches of {size}" for size in sizes]
     note = (
-        f"Accuracy on {tested:,} test images{_MEAN}; the same nets, normalized by running "
+        f"Accuracy on {tested:,} test images{MEAN}; the same nets, normalized by running "
         "averages, by statistics of all training images, and by those of each batch of test images."
     )
     return Table("Batch norm by the statistics it is evaluated with", head, rows, note)
@@ -318,65 +318,8 @@ def side_by_side(runs: Mapping[str, Run]) -> Table:
         samples = [run.sample(norm) if norm in run.summaries else None for norm in norms]
         cells = [f"{stats.accuracy_text(each)} (n = {each.n})" if each else "" for each in samples]
         rows.append([title, run.info.dataset.caption, *cells])
-    head, note = ["run", "data", *norms], f"Last epoch{_MEAN} over n seeds."
+    head, note = ["run", "data", *norms], f"Last epoch{MEAN} over n seeds."
     return Table("Last test accuracy, side by side", head, rows, note)
-
-
-def sweep(runs: Sequence[Run]) -> Table:
-    """The last test accuracy of every norm at every batch size and learning rate of a sweep."""
-    first, rows, lost = runs[0].info.config, [], ""
-    for run in runs:
-        config, cells = run.info.config, []
-        for norm in first.norms:
-            done = run.summaries.get(norm)
-            cells.append(stats.accuracy_text(run.sample(norm)) if done else "none")
-            if len(done or ()) < config.seeds:
-                cells[-1] += f" ({len(done or ())} of {config.seeds})"
-                lost = " Of nets that are not counted the loss was not finite."
-        rows.append([str(config.batch_size), config.rate_text, *cells])
-    note = (
-        f"Last test accuracy after {first.epochs} epochs, n = {first.seeds} each"
-        f"{_MEAN if first.seeds > 1 else ''}; {first.arch} nets, {runs[0].info.dataset.caption}."
-    )
-    return Table("The sweep", ["batch", "learning rate", *first.norms], rows, note + lost)
-
-
-def trials(runs: Sequence[Run]) -> dict[str, list[tuple[float, float]]]:
-    """The learning rate of each trial of a tuning, ascending, and the mean accuracy on held-out
-    images at its end, by norm; 0 where no net's loss stayed finite.
-    """
-    found: dict[str, list[tuple[float, float]]] = {norm: [] for norm in runs[0].info.config.norms}
-    for run in sorted(runs, key=lambda run: run.info.config.rate("")):
-        for norm, said in found.items():
-            nets = run.summaries.get(norm, {}).values()
-            ends = [net.validation for net in nets if net.validation is not None]
-            said.append((run.info.config.rate(norm), sum(ends) / len(ends) if ends else 0.0))
-    return found
-
-
-def tuning(runs: Sequence[Run]) -> Table:
-    """What each norm won with: a row a norm."""
-    config, rows = runs[0].info.config, []
-    for norm, said in trials(runs).items():
-        rates = [rate for rate, _ in said]
-        best = max(said, key=lambda trial: trial[1])[0]
-        accuracies = [accuracy for _, accuracy in said]
-        edge = " (the lowest)" * (best == rates[0]) + " (the highest)" * (best == rates[-1])
-        half = stats.expected_best(accuracies, max(1, len(said) // 2))
-        failed = sum(accuracy == 0 for accuracy in accuracies)
-        cells = [f"{best:g}{edge}", f"{max(accuracies):.2%}", f"{half:.2%}", str(failed)]
-        rows.append([norm, *cells])
-    half = f"expected best of {max(1, len(runs) // 2)}"
-    note = (
-        f"Accuracy on {config.validation:,} held-out training images after {config.epochs} epochs, "
-        f"{len(runs)} trials of each norm from {runs[0].info.config.seed} on, n = {config.seeds} "
-        f"each; {config.arch} nets, {runs[0].info.dataset.caption}. An optimum that is the lowest "
-        "or the highest learning rate lies on the edge: a wider range may hold a better one. The "
-        "test set was not looked at."
-    )
-    return Table(
-        "The tuning", ["norm", "best learning rate", "accuracy", half, "failed"], rows, note
-    )
 
 
 def points(difference: float) -> str:

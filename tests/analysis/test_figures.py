@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from jaxnorm.analysis import figures, stats, tables
+from jaxnorm.analysis import figures, inside, stats, tables
 from jaxnorm.analysis.results import Run
 
 NORMS = ("batch", "group", "layer")
@@ -125,35 +125,35 @@ def test_confusion_is_the_mean_of_the_seeds(sweep, tiny):
 
 def test_inside_shows_what_was_measured(sweep):
     run = Run(sweep())
-    drawn = dict(figures.inside(run))
+    drawn = dict(inside.inside(run))
     panels = drawn["activations"].axes
     for line, norm in zip(panels[3].lines, NORMS, strict=True):
-        measured = run.directory.probes((norm, 1), figures.ACTIVATIONS)
+        measured = run.directory.probes((norm, 1), inside.ACTIVATIONS)
         np.testing.assert_array_equal(line.get_ydata(), measured["after"][:, 1])
     batch = drawn["batch-statistics"].axes[0].lines
     np.testing.assert_array_equal(
-        batch[0].get_ydata(), run.directory.probes(("batch", 1), figures.BATCHES)["batch_accuracy"]
+        batch[0].get_ydata(), run.directory.probes(("batch", 1), inside.BATCHES)["batch_accuracy"]
     )
     assert list(batch[1].get_ydata()) == [0.5, 0.5]  # running averages
 
 
 def test_depth_and_corruptions_are_means_of_what_was_measured(sweep):
     run = Run(sweep())
-    left, right = dict(figures.depth(run))["depth"].axes
-    measured = run.directory.probes(("batch", 1), figures.DEPTH)
+    left, right = dict(inside.depth(run))["depth"].axes
+    measured = run.directory.probes(("batch", 1), inside.DEPTH)
     np.testing.assert_allclose(left.lines[0].get_ydata(), measured["initial_gradients"])
     np.testing.assert_allclose(right.lines[1].get_ydata(), measured["similarities"][1])
     assert [text.get_text() for text in right.get_legend().get_texts()] == list(NORMS)
-    axes = dict(figures.corruptions(run))["corruptions"].axes[0]
+    axes = dict(inside.corruptions(run))["corruptions"].axes[0]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["none", "noise", "blur"]
-    measured = run.directory.probes(("layer", 1), figures.CORRUPTED)
+    measured = run.directory.probes(("layer", 1), inside.CORRUPTED)
     np.testing.assert_allclose(axes.lines[2].get_ydata()[1:], measured["corrupted_accuracy"])
 
 
 def test_what_an_earlier_version_did_not_measure_is_neither_shown_nor_missing(sweep):
     directory = sweep()
     for norm in NORMS:
-        old = directory.probes((norm, 1), figures.ACTIVATIONS | figures.GRADIENTS | figures.BATCHES)
+        old = directory.probes((norm, 1), inside.ACTIVATIONS | inside.GRADIENTS | inside.BATCHES)
         directory.write_net("probes", (norm, 1), **old)
     charts, missing = figures.draw(Run(directory))
     assert missing == []
@@ -198,6 +198,6 @@ def test_what_is_missing_is_named_and_the_rest_is_drawn(sweep, gone, monkeypatch
 
 
 def test_a_long_class_name_is_cut():
-    assert figures._label("x" * 24) == "x" * 24
-    assert figures._label("x" * 25) == "x" * 23 + "\N{HORIZONTAL ELLIPSIS}"
-    assert figures._label("$1") == r"\$1"
+    assert figures.label_of("x" * 24) == "x" * 24
+    assert figures.label_of("x" * 25) == "x" * 23 + "\N{HORIZONTAL ELLIPSIS}"
+    assert figures.label_of("$1") == r"\$1"

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxnorm.analysis.figures import ACTIVATIONS, BATCHES, CORRUPTED, DEPTH, GRADIENTS
+from jaxnorm.analysis.inside import ACTIVATIONS, BATCHES, CORRUPTED, DEPTH, GRADIENTS
 from jaxnorm.analysis.tables import EVALUATED
 from jaxnorm.model.cnn import CNN
 from jaxnorm.runs import runner

@@ -1,0 +1,89 @@
+"""What several runs say together: the table of a sweep, and what a tuning found."""
+
+from collections.abc import Sequence
+
+from matplotlib.ticker import MaxNLocator
+
+from jaxnorm.analysis import stats
+from jaxnorm.analysis.drawing import Named, look_of, new_figure, percent_axes
+from jaxnorm.analysis.results import Run
+from jaxnorm.analysis.tables import MEAN, Table
+
+
+def results(runs: Sequence[Run]) -> Table:
+    """The last test accuracy of every norm at every batch size and learning rate of a sweep."""
+    first, rows, lost = runs[0].info.config, [], ""
+    for run in runs:
+        config, cells = run.info.config, []
+        for norm in first.norms:
+            done = run.summaries.get(norm)
+            cells.append(stats.accuracy_text(run.sample(norm)) if done else "none")
+            if len(done or ()) < config.seeds:
+                cells[-1] += f" ({len(done or ())} of {config.seeds})"
+                lost = " Of nets that are not counted the loss was not finite."
+        rows.append([str(config.batch_size), config.rate_text, *cells])
+    note = (
+        f"Last test accuracy after {first.epochs} epochs, n = {first.seeds} each"
+        f"{MEAN if first.seeds > 1 else ''}; {first.arch} nets, {runs[0].info.dataset.caption}."
+    )
+    return Table("The sweep", ["batch", "learning rate", *first.norms], rows, note + lost)
+
+
+def trials(runs: Sequence[Run]) -> dict[str, list[tuple[float, float]]]:
+    """The learning rate of each trial of a tuning, ascending, and the mean accuracy on held-out
+    images at its end, by norm; 0 where no net's loss stayed finite.
+    """
+    found: dict[str, list[tuple[float, float]]] = {norm: [] for norm in runs[0].info.config.norms}
+    for run in sorted(runs, key=lambda run: run.info.config.rate("")):
+        for norm, said in found.items():
+            nets = run.summaries.get(norm, {}).values()
+            ends = [net.validation for net in nets if net.validation is not None]
+            said.append((run.info.config.rate(norm), sum(ends) / len(ends) if ends else 0.0))
+    return found
+
+
+def tuning(runs: Sequence[Run]) -> Table:
+    """What each norm won with: a row a norm."""
+    config, rows = runs[0].info.config, []
+    for norm, said in trials(runs).items():
+        rates = [rate for rate, _ in said]
+        best = max(said, key=lambda trial: trial[1])[0]
+        accuracies = [accuracy for _, accuracy in said]
+        edge = " (the lowest)" * (best == rates[0]) + " (the highest)" * (best == rates[-1])
+        half = stats.expected_best(accuracies, max(1, len(said) // 2))
+        failed = sum(accuracy == 0 for accuracy in accuracies)
+        cells = [f"{best:g}{edge}", f"{max(accuracies):.2%}", f"{half:.2%}", str(failed)]
+        rows.append([norm, *cells])
+    half = f"expected best of {max(1, len(runs) // 2)}"
+    note = (
+        f"Accuracy on {config.validation:,} held-out training images after {config.epochs} epochs, "
+        f"{len(runs)} trials of each norm from {runs[0].info.config.seed} on, n = {config.seeds} "
+        f"each; {config.arch} nets, {runs[0].info.dataset.caption}. An optimum that is the lowest "
+        "or the highest learning rate lies on the edge: a wider range may hold a better one. The "
+        "test set was not looked at."
+    )
+    return Table(
+        "The tuning", ["norm", "best learning rate", "accuracy", half, "failed"], rows, note
+    )
+
+
+def draw_tuning(runs: Sequence[Run]) -> Named:
+    """Accuracy on held-out images against the learning rate; and the best of k trials against k."""
+    first, said = runs[0], trials(runs)
+    held_out = f"accuracy on {first.info.config.validation:,} held-out images"
+    figure = new_figure(first.caption, "Accuracy against learning rate", 8, 4.6)
+    axes = figure.subplots()
+    for norm, pairs in said.items():
+        axes.plot(*zip(*pairs, strict=True), **look_of(norm))
+    axes.set_xscale("log")
+    percent_axes(axes, "learning rate", held_out)
+    yield "learning-rate", figure
+    figure = new_figure(first.caption, "What so many trials can expect to find", 8, 4.6)
+    axes = figure.subplots()
+    for norm, pairs in said.items():
+        values = [accuracy for _, accuracy in pairs]
+        counts = range(1, len(values) + 1)
+        axes.plot(counts, [stats.expected_best(values, k) for k in counts], **look_of(norm))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    percent_axes(axes, "trials", f"expected best {held_out}")
+    yield "best-of-k", figure
