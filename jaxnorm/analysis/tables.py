@@ -244,6 +244,28 @@ def evaluation(run: Run) -> Table:
     return Table("Batch norm by the statistics it is evaluated with", head, rows, note)
 
 
+def calibration(run: Run) -> Table:
+    """How far the confidence of each norm's nets is from their accuracy, as they are and with a
+    temperature.
+    """
+    rows = []
+    for norm in run.norms:
+        logits = [run.predictions[norm, seed] for seed in run.seeds(norm)]
+        found = [[stats.probabilities(each) for each in logits]]
+        found += [[stats.tempered(each, run.labels) for each in logits]]
+        errors = [[stats.calibration_error(p, run.labels) for p in each] for each in found]
+        heat = np.mean([stats.temperature(each, run.labels) for each in logits])
+        samples = [stats.accuracy_text(stats.Sample(tuple(each))) for each in errors]
+        rows.append([norm, str(len(logits)), *samples, f"{heat:.2f}"])
+    head = ["norm", "n", "calibration error", "with a temperature", "temperature"]
+    note = (
+        f"Expected calibration error over 15 bins, {run.info.dataset.test_count:,} test images"
+        f"{MEAN if rows and run.info.config.seeds > 1 else ''}; each half of the images is divided "
+        "by the temperature of the other half."
+    )
+    return Table("Calibration", head, rows, note)
+
+
 def classes(run: Run) -> Table:
     """The mean test accuracy of each class under each norm."""
     means = [run.class_accuracies(norm).mean(0) for norm in run.norms]
@@ -328,6 +350,6 @@ def points(difference: float) -> str:
 
 
 TABLES: list[Callable[[Run], Table]] = [
-    *(results, differences, values, evaluation, classes, parameters, facts)
+    *(results, differences, values, evaluation, calibration, classes, parameters, facts)
 ]
 """The tables of a run's report, in order."""

@@ -192,3 +192,25 @@ def test_the_expected_best_of_k_is_the_mean_over_all_choices_of_k():
     for k in range(1, 5):
         wanted = np.mean([max(chosen) for chosen in itertools.combinations(values, k)])
         assert stats.expected_best(values, k) == pytest.approx(wanted)
+
+
+def test_calibration_error_by_hand():
+    """Of four images two are called at 0.9, one of them rightly, and two at 0.6, both rightly."""
+    p = np.array([[0.9, 0.1], [0.1, 0.9], [0.6, 0.4], [0.6, 0.4]])
+    labels = np.array([0, 0, 0, 0])
+    assert stats.calibration_error(p, labels) == pytest.approx((2 * 0.4 + 2 * 0.4) / 4)
+    assert stats.calibration_error(np.array([[1.0, 0.0]]), np.array([0])) == 0
+
+
+def test_a_temperature_undoes_a_scale_and_is_of_the_other_half():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4_000, 5)) * 2
+    labels = np.array([rng.choice(5, p=p) for p in stats.probabilities(logits)])
+    assert stats.temperature(3 * logits, labels) == pytest.approx(3, rel=0.1)
+    raw = stats.calibration_error(stats.probabilities(3 * logits), labels)
+    assert stats.calibration_error(stats.tempered(3 * logits, labels), labels) < raw / 5
+    even = labels.copy()
+    even[::2] = 0  # what the even images are scaled by does not depend on them
+    found, other = (stats.tempered(logits, each) for each in (labels, even))
+    np.testing.assert_array_equal(found[::2], other[::2])
+    assert (found[1::2] != other[1::2]).any()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxnorm.analysis import tables
+from jaxnorm.analysis import stats, tables
 from jaxnorm.analysis.results import Run
 
 
@@ -158,3 +158,14 @@ def test_evaluation_by_other_statistics_is_of_the_norms_that_have_any(sweep):
     measured = directory.probes(("batch", 1), tables.EVALUATED)["batch_accuracy"]
     assert own == [f"{accuracy:.2%}" for accuracy in measured]
     assert table.head[4:] == ["batches of 4", "batches of 16"]
+
+
+def test_calibration_is_of_every_seed(sweep):
+    run = Run(sweep())
+    batch = cells(tables.calibration(run), "batch")
+    errors = [
+        stats.calibration_error(stats.probabilities(run.predictions["batch", seed]), run.labels)
+        for seed in (1, 2, 3)
+    ]
+    assert batch["n"] == "3"
+    assert batch["calibration error"] == stats.accuracy_text(stats.Sample(tuple(errors)))
