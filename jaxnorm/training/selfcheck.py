@@ -46,9 +46,10 @@ TRIES = 3
 EVALUATED = 100
 """Test images whose logits are compared."""
 _ROWS = 40_000
-_ONCE: Any = {"xla_backend_optimization_level": 0}
+_ONCE: Any = {"xla_backend_optimization_level": 1}
 """For the plain step, which runs once: it takes neither the time nor the rewrites of the program
-that it checks.
+that it checks. Level 0 sums one value after the other, and over the equal pixels of a background is
+wrong by 1e-4.
 """
 
 
@@ -173,11 +174,19 @@ def _disagreement(
     errors = {"the loss": (_relative(ours[0], plain[0], 0), forward)}
     trees = (jax.device_get(tree) for tree in (ours[1], plain[1], initial))
     leaves = map(jax.tree_util.tree_leaves_with_path, trees)
+    arrays: dict[str, list[tuple]] = {}
     for (path, got), (_, wanted), (_, before) in zip(*leaves, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator=" ")
+        if name.startswith("norm_state"):
+            # All state of a norm together: where kernels sum to zero a mean is nearly zero, and its
+            # error is to be small beside the deviation.
+            name = name.rpartition(" ")[0]
+        arrays.setdefault(name, []).append((got, wanted, before))
+    for name, parts in arrays.items():
         # Parameters as well as momenta move by the gradient, running averages by the statistics.
         limit = forward if name.startswith("norm_state") else backward
-        errors[name] = _relative(got, wanted, before), limit
+        joined = (np.concatenate([np.ravel(x) for x in side]) for side in zip(*parts, strict=True))
+        errors[name] = _relative(*joined), limit
     name, (error, allowed) = max(errors.items(), key=lambda each: each[1][0] / each[1][1])
     return "" if error <= allowed else f"{name} is {100 * error:.3g}% off"
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from jaxnorm.config import Config
+from jaxnorm.data.datasets import load
 from jaxnorm.model import ops
+from jaxnorm.model.cnn import ARCHS, Layer
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training import selfcheck
@@ -28,6 +30,15 @@ def test_seeds_in_one_program_pass(tiny, monkeypatch):
     monkeypatch.setattr(epochs, "nets_at_once", lambda *_: 2)
     config = dataclasses.replace(CONFIG, norm="group", seeds=2, batch_size=14, validation=8)
     selfcheck.self_check([config], tiny)
+
+
+def test_means_near_zero_and_equal_pixels_pass(monkeypatch):
+    """Kernels that sum to zero over the digits' flat background, in three grey channels."""
+    blocks = (Layer("C1", "block", 4, padding=1), Layer("C2", "block", 8, padding=1))
+    net = (*blocks, Layer("GAP", "mean", window=32), Layer("c3", "head"))
+    monkeypatch.setitem(ARCHS, "two-blocks", lambda norm: net)
+    config = Config("batch", "two-blocks", "digits", 1, 32, recipe="tuned", seed=2)
+    selfcheck.self_check([config], load("digits"))
 
 
 def negated(function):
@@ -87,7 +98,8 @@ def test_the_known_miscompilation_is_refused(monkeypatch):
 
 
 def step(loss, params, batch_stats):
-    return np.float32(loss), train.TrainState({"c": params}, {"m": batch_stats}, (), ())
+    norm_state = {"n": {"mean": jnp.array([1e-7]) * loss, "var": batch_stats}}
+    return np.float32(loss), train.TrainState({"c": params}, norm_state, (), ())
 
 
 @pytest.mark.parametrize(
@@ -98,7 +110,7 @@ def step(loss, params, batch_stats):
         (2.001, [1.1, 0.9], [0.10], "the loss is 0.05% off"),
         (2.0, [0.9, 1.1], [0.10], "params c is 200% off"),
         (2.0, [1.1, 0.89], [0.10], "params c is 7.07% off"),
-        (2.0, [1.1, 0.9], [0.1001], "norm_state m is 0.1% off"),
+        (2.0, [1.1, 0.9], [0.1001], "norm_state n is 0.1% off"),
         (2.0, [np.nan, 0.9], [0.10], "params c is inf% off"),
         (np.nan, [1.1, 0.9], [0.10], "the loss is inf% off"),
     ],
