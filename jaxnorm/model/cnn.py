@@ -150,7 +150,7 @@ class CNN(nn.Module):
                 case "mean":
                     x = x[:, : layer.window, : layer.window].mean((1, 2), keepdims=True)
                 case "mean-max":
-                    pooled = [x.mean((1, 2), keepdims=True), x.max((1, 2), keepdims=True)]
+                    pooled = [x.mean((1, 2), keepdims=True), L.global_max(x)]
                     x = jnp.concatenate(pooled, axis=-1)
                 case "head":
                     x = self.conv(layer, (1, 1), dtype)(x)

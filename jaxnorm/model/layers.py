@@ -187,6 +187,9 @@ def max_pool(x: jax.Array, window_shape: Sequence[int], strides: Sequence[int]) 
     return ops.max_pool(x)
 
 
+global_max = ops.global_max
+
+
 def dropout_relu(x: jax.Array, rate: float, key: jax.Array | None, layer: int) -> jax.Array:
     """Dropout and then ReLU; ReLU alone without a key. The mask depends on the key and the layer's
     number alone (`dropout.keep_mask`).
@@ -213,6 +216,7 @@ plain = SimpleNamespace(
     Conv=nn.Conv,
     StandardizedConv=_PlainStandardizedConv,
     max_pool=nn.max_pool,
+    global_max=lambda x: x.max((1, 2), keepdims=True),
     dropout_relu=_plain_dropout_relu,
 )
 

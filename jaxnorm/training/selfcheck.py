@@ -46,10 +46,9 @@ TRIES = 3
 EVALUATED = 100
 """Test images whose logits are compared."""
 _ROWS = 40_000
-_ONCE: Any = {"xla_backend_optimization_level": 1}
+_ONCE: Any = {"xla_backend_optimization_level": 0}
 """For the plain step, which runs once: it takes neither the time nor the rewrites of the program
-that it checks. Level 0 sums one value after the other, and over the equal pixels of a background is
-wrong by 1e-4.
+that it checks. (At level 1 gradients of a maximum are wrong, see `ops.global_max`.)
 """
 
 
@@ -62,11 +61,24 @@ def self_check(configs: Sequence[Config], dataset: Dataset, mesh: MeshShape | No
     rightly, by the programs that will train them. Raises `WrongNumbers`.
     """
     check_compiler()
-    programs = {}
+    dataset, programs = with_noise(dataset), {}
     for group in groups(configs, dataset, mesh):
         programs.setdefault((group.norm, configs[group.nets[0][0]].batch_size), group)
     for group in programs.values():
         _check_group(configs, dataset, group)
+
+
+def with_noise(dataset: Dataset) -> Dataset:
+    """The data half as bright, with noise. Over flat areas activations tie, so that two right
+    programs send the gradient of a maximum to different pixels, and a plain sum of so many equal
+    values is off by 1e-4.
+    """
+    random = np.random.default_rng(0)
+    train, test = (
+        images // 2 + random.integers(0, 128, images.shape, np.uint8)
+        for images in (dataset.train_images, dataset.test_images)
+    )
+    return dataclasses.replace(dataset, train_images=train, test_images=test)
 
 
 def check_compiler() -> None:

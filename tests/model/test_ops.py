@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_gradients_close
 from jax import lax
 
 from jaxnorm.model import ops
@@ -216,3 +217,37 @@ def test_max_pool_and_its_gradient_equal_flaxs(side, ties):
     chex.assert_trees_all_equal(outputs, wanted)
     cotangent = normal(*wanted.shape)
     chex.assert_trees_all_close(our_back(cotangent), back(cotangent), atol=0)
+
+
+def test_global_max_and_its_gradient_equal_jaxs():
+    images, cotangent = normal(3, 5, 4, 6), normal(3, 1, 1, 6)
+    wanted, back = jax.vjp(lambda x: x.max((1, 2), keepdims=True), images)
+    outputs, our_back = jax.vjp(ops.global_max, images)
+    chex.assert_trees_all_equal(outputs, wanted)
+    chex.assert_trees_all_equal(our_back(cotangent), back(cotangent))
+    (tied,) = jax.vjp(ops.global_max, jnp.zeros((1, 2, 2, 1)))[1](jnp.ones((1, 1, 1, 1)))
+    assert tied.ravel().tolist() == [1, 0, 0, 0]
+    low = images.astype(jnp.bfloat16)
+    (gradient,) = jax.vjp(ops.global_max, low)[1](jnp.ones((3, 1, 1, 6), jnp.bfloat16))
+    chex.assert_type(gradient, jnp.bfloat16)
+
+
+def test_the_gradient_of_a_maximum_does_not_hang_on_how_xla_rounds():
+    """Of 29 images, a normalized activation, ReLU and the maximum: XLA computes the activation
+    twice, and at level 1 not to the same bits.
+    """
+    images, kernel = normal(29, 8, 8, 32), normal(3, 3, 32, 64)
+    scale, bias = normal(64), normal(64)
+
+    def loss(kernel, scale, bias):
+        x = ops.convolution(images, kernel, (1, 1), ((1, 1), (1, 1)))
+        x = ops.normalize(x, scale, bias, ops.Over(True, 64))[0]
+        return jnp.square(ops.global_max(nn.relu(x))).sum()
+
+    found = [
+        jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options={"xla_backend_optimization_level": n})(
+            kernel, scale, bias
+        )
+        for n in (1, 3)
+    ]
+    assert_gradients_close(*found, typical=1e-4)

@@ -32,10 +32,12 @@ def test_seeds_in_one_program_pass(tiny, monkeypatch):
     selfcheck.self_check([config], tiny)
 
 
-def test_means_near_zero_and_equal_pixels_pass(monkeypatch):
-    """Kernels that sum to zero over the digits' flat background, in three grey channels."""
+def test_means_near_zero_and_flat_images_pass(monkeypatch):
+    """Kernels that sum to zero over the digits' flat background, in three grey channels; and a
+    maximum over many pixels that are the same.
+    """
     blocks = (Layer("C1", "block", 4, padding=1), Layer("C2", "block", 8, padding=1))
-    net = (*blocks, Layer("GAP", "mean", window=32), Layer("c3", "head"))
+    net = (*blocks, Layer("GP", "mean-max"), Layer("c3", "head"))
     monkeypatch.setitem(ARCHS, "two-blocks", lambda norm: net)
     config = Config("batch", "two-blocks", "digits", 1, 32, recipe="tuned", seed=2)
     selfcheck.self_check([config], load("digits"))
