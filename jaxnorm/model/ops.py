@@ -200,23 +200,18 @@ def max_pool(images: jax.Array) -> jax.Array:  # f32[N, H, W, C] -> f32[N, H // 
 
     In a tie the gradient goes to the first maximum in row order, as in PyTorch and in XLA.
     """
-    chex.assert_rank(images, 4)
-    return _windows(images).max(axis=(2, 4))
-
-
-def _windows(images: jax.Array) -> jax.Array:
-    n, height, width, channels = images.shape
-    even = images[:, : height // 2 * 2, : width // 2 * 2]
-    return even.reshape(n, height // 2, 2, width // 2, 2, channels)
+    return _max_pool_forward(images)[0]
 
 
 def _max_pool_forward(images: jax.Array):
-    windows, pooled = _windows(images), max_pool(images)
-    first = jnp.full(pooled.shape, 3, jnp.uint8)
-    for corner in (2, 1, 0):
-        hit = windows[:, :, corner // 2, :, corner % 2] == pooled
-        first = jnp.where(hit, jnp.uint8(corner), first)
-    return pooled, (first, images)
+    chex.assert_rank(images, 4)
+    n, height, width, channels = images.shape
+    even = images[:, : height // 2 * 2, : width // 2 * 2]
+    windows = even.reshape(n, height // 2, 2, width // 2, 2, channels)
+    a, b, c, d = (windows[:, :, row, :, column] for row in (0, 1) for column in (0, 1))
+    top, bottom = jnp.maximum(a, b), jnp.maximum(c, d)
+    first = jnp.where(bottom > top, jnp.where(d > c, 3, 2), jnp.where(b > a, 1, 0))
+    return jnp.maximum(top, bottom), (first.astype(jnp.uint8), images)
 
 
 def _max_pool_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array):
