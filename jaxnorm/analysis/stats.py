@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from scipy import optimize
@@ -233,7 +234,8 @@ def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         found = probabilities(logits / np.exp(logarithm))[np.arange(len(labels)), labels]
         return -float(np.log(np.maximum(found, 1e-300)).mean())
 
-    return float(np.exp(optimize.minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
+    best: Any = optimize.minimize_scalar(loss, bounds=(-3, 3), method="bounded")
+    return float(np.exp(best.x))
 
 
 def tempered(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:  # f64[N, classes]

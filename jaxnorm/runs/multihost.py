@@ -142,8 +142,8 @@ def in_every_process(function: Callable[[], Any]) -> Any:
         result = function()
     except (UserError, OSError, ArithmeticError) as error:
         failure = error
-    text = "" if failure is None else str(failure) or repr(failure)
-    texts = _gather(text.encode()) if joined() else []
+    mine = "" if failure is None else str(failure) or repr(failure)
+    texts = _gather(mine.encode()) if joined() else []
     if failure is not None:
         raise failure
     for index, text in enumerate(texts):

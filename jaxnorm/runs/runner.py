@@ -139,7 +139,7 @@ def measure_net(directory: RunDirectory, done: Trained, dataset: Dataset) -> Non
     info, net = directory.info(), done.record.net
     program = trainer.program_of(info.config, info.dataset, net[0])
     measured = probes.measure(program, done.state, dataset, done.logits, net[1])
-    directory.write_net("probes", net, epoch=np.int32(done.record.epoch), **measured)
+    directory.write_net("probes", net, epoch=np.array(done.record.epoch, np.int32), **measured)
 
 
 def measure_rest(directory: RunDirectory, dataset: Dataset, callback: Callback) -> None:

@@ -60,10 +60,11 @@ def gradient_norms(
     """The Euclidean norm f32[] of the loss's gradient with respect to each convolution's kernel."""
 
     def objective(params: Any) -> jax.Array:
-        logits, _ = _apply(program, state._replace(params=params), standardize(state, images))
+        evaluated = state._replace(params=params, average=())
+        logits, _ = _apply(program, evaluated, standardize(state, images))
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    gradients = jax.grad(objective)(state.params)
+    gradients = jax.grad(objective)(state.average or state.params)
     names = [layer.name for layer in program.model.table if layer.name in gradients]
     return {name: jnp.linalg.norm(gradients[name]["kernel"].ravel()) for name in names}
 
@@ -140,6 +141,7 @@ def corrupt(
     return {name: each.round().clip(0, 255).astype(np.uint8) for name, each in corrupted.items()}
 
 
+@jax.jit
 def similarity(
     activations: jax.Array,  # f32[N, H, W, C]
 ) -> jax.Array:  # f32[]

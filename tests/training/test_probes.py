@@ -56,6 +56,10 @@ def test_gradient_norms_are_those_of_the_loss_without_dropout(tiny):
 
     gradients = jax.jit(jax.grad(loss))(state.params)
     assert len(found) == 11
+    averaged = state._replace(params=jax.tree.map(jnp.zeros_like, state.params))
+    averaged = averaged._replace(average=state.params)  # what is evaluated, where there is one
+    again = probes.gradient_norms(program, averaged, images, labels)
+    chex.assert_trees_all_close(again, found, rtol=1e-6)
     for name, value in found.items():
         wanted = np.sqrt((np.asarray(gradients[name]["kernel"], np.float64) ** 2).sum())
         assert float(value) == pytest.approx(wanted, rel=1e-3)
