@@ -22,7 +22,7 @@ def test_one_run_is_reported_in_its_own_directory(sweep, capsys, monkeypatch):
     assert call(path) == 0
     assert (path / "report.html").exists()
     assert (path / "report.md").exists()
-    assert "report.html: 21 figures" in capsys.readouterr().out
+    assert "report.html: 23 figures" in capsys.readouterr().out
     assert not (path.parent / "side-by-side.html").exists()
 
 
