@@ -150,7 +150,7 @@ def main(
 
     ceiling = measure_ceiling()
     machine = describe_machine(ceiling)
-    print(f"{machine['processor']}, {os.cpu_count()} cores: ", end="")
+    print(f"{machine['processor']}: ", end="")
     print(f"{ceiling / 1e9:.0f} GFLOP/s in a 2048 x 2048 matrix product", flush=True)
     comparisons = []
     for task, arch, norm, size, seeds in itertools.product(
