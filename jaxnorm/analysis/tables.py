@@ -238,8 +238,9 @@ def evaluation(run: Run) -> Table:
         rows.append([norm, str(len(nets)), *map(stats.accuracy_text, samples)])
         head[4:] = [f"batches of {size}" for size in sizes]
     note = (
-        f"Accuracy on {tested:,} test images{MEAN}; the same nets, normalized by running "
-        "averages, by statistics of all training images, and by those of each batch of test images."
+        f"Accuracy on {tested:,} test images{MEAN if run.info.config.seeds > 1 else ''}; the same "
+        "nets, normalized by running averages, by statistics of all training images, and by those "
+        "of each batch of test images."
     )
     return Table("Batch norm by the statistics it is evaluated with", head, rows, note)
 
