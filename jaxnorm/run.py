@@ -284,7 +284,8 @@ def _grown(asked: Sequence[Config], had: Sequence[Config], options: Options) -> 
     if options.out is not None:
         raise UserError("out= conflicts with resume=, which goes on in the run's own directory")
     tokens = [token for token in cli.arguments() if token.startswith("--")]
-    flags = {token.partition("=")[0].removeprefix("--").replace("-", "_") for token in tokens}
+    names = [token.partition("=")[0].removeprefix("--").removeprefix("no-") for token in tokens]
+    flags = {name.replace("-", "_") for name in names}
     for name in flags & set(SWEPT):
         values, before = ([getattr(each, name) for each in some] for some in (asked, had))
         if {*map(str, values)} != {*map(str, before)}:

@@ -263,6 +263,12 @@ def test_resume_takes_the_runs_settings_and_refuses_others(inside, tiny_by_name,
     assert RunDirectory("a run").info().config.seeds == 2
 
 
+def test_resume_refuses_to_turn_off_what_the_run_has(inside, tiny_by_name, capsys):
+    assert call(*SMALL, "--nesterov", "--skip-self-check", "--quiet", "--out", "x") == 0
+    assert call("--resume", "x", "--no-nesterov") == 2
+    assert "--nesterov False conflicts with the run in x, which has True" in capsys.readouterr().err
+
+
 def test_resume_warns_of_what_is_damaged(inside, tiny_by_name, capsys):
     assert call(*SMALL, "--skip-self-check", "--out", "x") == 0
     metrics = inside / "x" / "metrics.jsonl"

@@ -32,7 +32,8 @@ def _path(run: RunDirectory, net: Net, epoch: int) -> Path:
 
 def epochs(run: RunDirectory, net: Net) -> list[int]:
     """The epochs of which a net has a checkpoint, ascending."""
-    names = [path.name for path in _path(run, net, 0).parent.glob("*")]
+    folder = _path(run, net, 0).parent
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
 
 

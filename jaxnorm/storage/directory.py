@@ -183,25 +183,27 @@ class RunDirectory:
         they are not finite and of these shapes. None of them if `optional` and one is not there.
         """
         path = self.path_of(name)
+        damaged = f"{path} is damaged"
         try:
             content = io.BytesIO(self.read_bytes(name))
             if name.endswith(".npz"):
                 unpacked = sum(each.file_size for each in zipfile.ZipFile(content).infolist())
                 if unpacked > _LARGEST:
-                    raise ValueError(f"it unpacks to {unpacked:,} bytes")
+                    raise UserError(f"{damaged}: it unpacks to {unpacked:,} bytes")
                 content.seek(0)
             stored: Any = np.load(content, allow_pickle=False)
             stored = {"values": stored} if isinstance(stored, np.ndarray) else stored
             if optional and not shapes.keys() <= stored.keys():
                 return {}
             arrays = {key: stored[key] for key in shapes}
-            _check(arrays, shapes)
         except FileNotFoundError:
             raise UserError(f"{path} is missing") from None
         except Exception as error:  # a damaged file can fail in any way
             if isinstance(error, UserError) or getattr(error, "errno", None) is not None:
                 raise
-            raise UserError(f"{path} is damaged: {type(error).__name__}, {error}") from None
+            raise UserError(f"{damaged}: {type(error).__name__}") from None
+        if problem := _problem(arrays, shapes):
+            raise UserError(f"{damaged}: {problem}")
         return arrays
 
     # writing
@@ -266,8 +268,10 @@ class RunDirectory:
                 raise
         with contextlib.suppress(OSError):  # where the system cannot sync a folder
             folder = os.open(target.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
     def remove_half_written(self) -> None:
         """Removes what a killed process left half written. To be called under the lock."""
@@ -290,8 +294,8 @@ def _naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
-def _check(arrays: Mapping[str, np.ndarray], shapes: Shapes) -> None:
-    """Raises ValueError where arrays are not finite, or not of the kinds and shapes wanted."""
+def _problem(arrays: Mapping[str, np.ndarray], shapes: Shapes) -> str:
+    """Why arrays are not finite, or not of the kinds and shapes wanted; empty where they are."""
     lengths: dict[str, int] = {}
     for name, shape in shapes.items():
         array, (kinds, *axes) = arrays[name], shape.split()
@@ -301,6 +305,7 @@ def _check(arrays: Mapping[str, np.ndarray], shapes: Shapes) -> None:
         ]
         fits = array.dtype.kind in kinds and array.ndim == len(axes)
         if not fits or wanted != list(array.shape):
-            raise ValueError("its arrays do not fit together")
+            return "its arrays do not fit together"
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise ValueError("its numbers are not finite")
+            return "its numbers are not finite"
+    return ""

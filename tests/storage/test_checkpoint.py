@@ -82,6 +82,16 @@ def test_what_cannot_be_read_is_an_oserror(run, monkeypatch):
         checkpoint.restore(run, NET, 3, SHAPES)
 
 
+def test_a_folder_that_cannot_be_read_is_an_oserror_and_not_empty(run, monkeypatch):
+    def forbidden(*_):
+        raise PermissionError(13, "Permission denied")
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(f"os.{name}", forbidden)
+    with pytest.raises(PermissionError):
+        checkpoint.epochs(run, NET)
+
+
 def test_names_that_are_not_its_own_are_left_alone(run):
     stray = path_of(run).with_name("mine.txt")
     stray.write_text("x")
