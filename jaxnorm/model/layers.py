@@ -195,7 +195,7 @@ def dropout_relu(x: jax.Array, rate: float, key: jax.Array | None, layer: int) -
     number alone (`dropout.keep_mask`).
     """
     if key is None:
-        return nn.relu(x)
+        return ops.relu(x)
     mask = dropout.keep_mask(key, layer, x.shape, rate, _part.get().first_image)
     return dropout.dropout_relu(x, mask, rate)
 

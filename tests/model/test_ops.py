@@ -199,6 +199,16 @@ def test_normalize_tells_the_statistics_it_used():
     np.testing.assert_allclose(statistics.variance[0], inputs.var((0, 1, 2)), rtol=1e-5)
 
 
+def test_relu_and_its_gradient_equal_flaxs_whatever_its_first_value_is():
+    for first in (0.0, -0.0, 1.0, -1.0, np.nan, np.inf):
+        x, cotangent = normal(2, 3, 4, 5).at[0, 0, 0, 0].set(first), normal(2, 3, 4, 5)
+        x = x.at[0, 0, 0, 1].set(0.0)
+        wanted, back = jax.vjp(nn.relu, x)
+        outputs, our_back = jax.jit(lambda x: jax.vjp(ops.relu, x))(x)
+        np.testing.assert_array_equal(outputs, wanted)
+        np.testing.assert_array_equal(our_back(cotangent)[0], back(cotangent)[0])
+
+
 def test_max_pool_keeps_the_type_of_its_input():
     images = normal(2, 4, 4, 3).astype(jnp.bfloat16)
     _, back = jax.vjp(ops.max_pool, images)
