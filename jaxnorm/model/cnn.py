@@ -144,7 +144,7 @@ class CNN(nn.Module):
                     x = x + given[-2] if layer.kind == "residual" else x
                     x = L.dropout_relu(x.astype(dtype), self.dropout, key, number)
                 case "squeeze":
-                    x = nn.relu(self.conv(layer, (1, 1), dtype)(x))
+                    x = L.relu(self.conv(layer, (1, 1), dtype)(x))
                 case "pool":
                     x = L.max_pool(x, (2, 2), strides=(2, 2))
                 case "mean":

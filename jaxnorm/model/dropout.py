@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxnorm.model.ops import stored
+
 
 def _mix(bits: jax.Array) -> jax.Array:
     """The 32-bit finalizer `lowbias32`: every input bit flips every output bit with probability
@@ -63,7 +65,7 @@ def dropout_relu(inputs: jax.Array, mask: jax.Array, rate: float) -> jax.Array:
 
 
 def _dropout_relu_forward(inputs: jax.Array, mask: jax.Array, rate: float):
-    outputs = dropout_relu(inputs, mask, rate)
+    outputs = stored(dropout_relu(inputs, mask, rate))
     return outputs, outputs
 
 

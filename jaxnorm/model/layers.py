@@ -187,7 +187,7 @@ def max_pool(x: jax.Array, window_shape: Sequence[int], strides: Sequence[int]) 
     return ops.max_pool(x)
 
 
-global_max = ops.global_max
+global_max, relu = ops.global_max, ops.relu
 
 
 def dropout_relu(x: jax.Array, rate: float, key: jax.Array | None, layer: int) -> jax.Array:
@@ -195,7 +195,7 @@ def dropout_relu(x: jax.Array, rate: float, key: jax.Array | None, layer: int) -
     number alone (`dropout.keep_mask`).
     """
     if key is None:
-        return ops.relu(x)
+        return relu(x)
     mask = dropout.keep_mask(key, layer, x.shape, rate, _part.get().first_image)
     return dropout.dropout_relu(x, mask, rate)
 
@@ -217,6 +217,7 @@ plain = SimpleNamespace(
     StandardizedConv=_PlainStandardizedConv,
     max_pool=nn.max_pool,
     global_max=lambda x: x.max((1, 2), keepdims=True),
+    relu=nn.relu,
     dropout_relu=_plain_dropout_relu,
 )
 

@@ -156,6 +156,7 @@ def _convolution_backward(
     padding: Padding, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
 ):
     images, kernel = saved
+    gradient = stored(gradient)  # both of its uses below would compute it again
     height, width = kernel.shape[:2]
     (top, bottom), (left, right) = padding
     if (height, width) == (1, 1):
@@ -203,7 +204,7 @@ def _kernel_gradient(images: jax.Array, gradient: jax.Array, padding: Padding) -
 _convolution.defvjp(_convolution_forward, _convolution_backward)
 
 
-def _stored(x: jax.Array) -> jax.Array:
+def stored(x: jax.Array) -> jax.Array:
     """The same array, which XLA stores instead of computing it again for each of its uses.
 
     XLA's CPU compiler fuses an elementwise chain into every operator that reads its end, the
@@ -223,7 +224,7 @@ def relu(x: jax.Array) -> jax.Array:
 
 
 def _relu_forward(x: jax.Array):
-    outputs = _stored(jnp.maximum(x, 0))
+    outputs = stored(jnp.maximum(x, 0))
     return outputs, outputs
 
 
@@ -237,10 +238,11 @@ def max_pool(images: jax.Array) -> jax.Array:  # f32[N, H, W, C] -> f32[N, H // 
 
     In a tie the gradient goes to the first maximum in row order, as in PyTorch and in XLA.
     """
-    return _max_pool_forward(images)[0]
+    return _windows(images)[0]
 
 
-def _max_pool_forward(images: jax.Array):
+def _windows(images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The maximum of each window, and which of its corners is the first that has it."""
     chex.assert_rank(images, 4)
     n, height, width, channels = images.shape
     even = images[:, : height // 2 * 2, : width // 2 * 2]
@@ -248,7 +250,12 @@ def _max_pool_forward(images: jax.Array):
     a, b, c, d = (windows[:, :, row, :, column] for row in (0, 1) for column in (0, 1))
     top, bottom = jnp.maximum(a, b), jnp.maximum(c, d)
     first = jnp.where(bottom > top, jnp.where(d > c, 3, 2), jnp.where(b > a, 1, 0))
-    return jnp.maximum(top, bottom), (first.astype(jnp.uint8), images)
+    return jnp.maximum(top, bottom), first.astype(jnp.uint8)
+
+
+def _max_pool_forward(images: jax.Array):
+    maximum, first = _windows(images)
+    return stored(maximum), (first, images)
 
 
 def _max_pool_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array):
