@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnorm.config import UserError
-from jaxnorm.model import dropout, ops
+from jaxnorm.model import dropout, ops, pooling
 
 BUILT_IN = ("batch", "group", "layer", "pixel", "instance", "rms", "none")
 
@@ -184,10 +184,10 @@ def max_pool(x: jax.Array, window_shape: Sequence[int], strides: Sequence[int]) 
     """`nn.max_pool` of 2x2 windows and stride 2; ValueError for any other."""
     if tuple(window_shape) != (2, 2) or tuple(strides) != (2, 2):
         raise ValueError("max_pool: only 2x2 windows of stride 2 are supported; use nn.max_pool")
-    return ops.max_pool(x)
+    return pooling.max_pool(x)
 
 
-global_max, relu = ops.global_max, ops.relu
+global_max, relu = pooling.global_max, ops.relu
 
 
 def dropout_relu(x: jax.Array, rate: float, key: jax.Array | None, layer: int) -> jax.Array:

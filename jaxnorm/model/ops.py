@@ -1,4 +1,4 @@
-"""Convolution, norms and max pooling in the form that XLA runs fast on a CPU.
+"""Convolution, ReLU and norms in the form that XLA runs fast on a CPU.
 
 Every function here has the same values and gradients, within float32 rounding, as the plain form
 that Flax or XLA would give (`tests/test_ops.py` compares each one). What differs is the work done:
@@ -7,8 +7,7 @@ that Flax or XLA would give (`tests/test_ops.py` compares each one). What differ
   kernels. XLA's own gradient falls to a naive loop inside `lax.scan` (jax-ml/jax#12868). Narrow
   layers take neighbouring pixels as channels.
 * `normalize` is every norm, its gradient written out: two sums over all elements each way.
-* `max_pool` sends the gradient back by comparison instead of `select_and_scatter`; `global_max`
-  remembers where the maximum was.
+* `stored` keeps XLA from computing an activation again for each of its uses.
 
 Arrays are NHWC and kernels HWIO, float32.
 """
@@ -229,75 +228,6 @@ def _relu_forward(x: jax.Array):
 
 
 relu.defvjp(_relu_forward, lambda outputs, gradient: (jnp.where(outputs > 0, gradient, 0),))
-
-
-@jax.custom_vjp
-def max_pool(images: jax.Array) -> jax.Array:  # f32[N, H, W, C] -> f32[N, H // 2, W // 2, C]
-    """Takes the maximum of each 2x2 window, stride 2; an odd last row or column is left out, as in
-    PyTorch.
-
-    In a tie the gradient goes to the first maximum in row order, as in PyTorch and in XLA.
-    """
-    return _windows(images)[0]
-
-
-def _windows(images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The maximum of each window, and which of its corners is the first that has it."""
-    chex.assert_rank(images, 4)
-    n, height, width, channels = images.shape
-    even = images[:, : height // 2 * 2, : width // 2 * 2]
-    windows = even.reshape(n, height // 2, 2, width // 2, 2, channels)
-    a, b, c, d = (windows[:, :, row, :, column] for row in (0, 1) for column in (0, 1))
-    top, bottom = jnp.maximum(a, b), jnp.maximum(c, d)
-    first = jnp.where(bottom > top, jnp.where(d > c, 3, 2), jnp.where(b > a, 1, 0))
-    return jnp.maximum(top, bottom), first.astype(jnp.uint8)
-
-
-def _max_pool_forward(images: jax.Array):
-    maximum, first = _windows(images)
-    return stored(maximum), (first, images)
-
-
-def _max_pool_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array):
-    first, images = saved
-    corner = jnp.arange(4, dtype=jnp.uint8).reshape(1, 1, 2, 1, 2, 1)
-    here, zero = first[:, :, None, :, None] == corner, jnp.zeros((), gradient.dtype)
-    windows = jnp.where(here, gradient[:, :, None, :, None], zero)
-    n, height, width, channels = images.shape
-    even = windows.reshape(n, height // 2 * 2, width // 2 * 2, channels)
-    return (jnp.pad(even, ((0, 0), (0, height % 2), (0, width % 2), (0, 0))),)
-
-
-max_pool.defvjp(_max_pool_forward, _max_pool_backward)
-
-
-@jax.custom_vjp
-def global_max(images: jax.Array) -> jax.Array:  # f32[N, H, W, C] -> f32[N, 1, 1, C]
-    """Takes the maximum of all pixels of each channel; in a tie the gradient goes to the first.
-
-    JAX sends the gradient where an input equals the maximum. XLA computes that input anew in the
-    backward pass and may round it otherwise: compiled at optimization level 1, a batch of 29 lost a
-    third of the gradient. Where the maximum lies is kept from the forward pass instead.
-    """
-    chex.assert_rank(images, 4)
-    return images.max((1, 2), keepdims=True)
-
-
-def _global_max_forward(images: jax.Array):
-    n, height, width, channels = images.shape
-    where = images.reshape(n, height * width, channels).argmax(1)
-    return global_max(images), (where, jnp.zeros((height, width, 0), images.dtype))
-
-
-def _global_max_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array):
-    where, like = saved
-    (n, channels), (height, width, _) = where.shape, like.shape
-    here = jnp.arange(height * width)[None, :, None] == where[:, None, :]
-    spread = jnp.where(here, gradient[:, :, 0], jnp.zeros((), gradient.dtype))
-    return (spread.reshape(n, height, width, channels),)
-
-
-global_max.defvjp(_global_max_forward, _global_max_backward)
 
 
 @dataclass(frozen=True)

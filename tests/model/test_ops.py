@@ -11,7 +11,7 @@ import pytest
 from close import assert_gradients_close
 from jax import lax
 
-from jaxnorm.model import ops
+from jaxnorm.model import ops, pooling
 
 RNG = np.random.default_rng(0)
 
@@ -211,7 +211,7 @@ def test_relu_and_its_gradient_equal_flaxs_whatever_its_first_value_is():
 
 def test_max_pool_keeps_the_type_of_its_input():
     images = normal(2, 4, 4, 3).astype(jnp.bfloat16)
-    _, back = jax.vjp(ops.max_pool, images)
+    _, back = jax.vjp(pooling.max_pool, images)
     (gradient,) = back(jnp.ones((2, 2, 2, 3), jnp.bfloat16))
     chex.assert_type(gradient, jnp.bfloat16)
 
@@ -222,7 +222,7 @@ def test_max_pool_and_its_gradient_equal_flaxs(side, ties):
     images = normal(3, *side, 4)
     images = jnp.round(images) if ties else images  # after a ReLU, ties at zero are the rule
     wanted, back = jax.vjp(lambda x: nn.max_pool(x, (2, 2), (2, 2)), images)
-    outputs, our_back = jax.vjp(ops.max_pool, images)
+    outputs, our_back = jax.vjp(pooling.max_pool, images)
     chex.assert_shape(outputs, (3, side[0] // 2, side[1] // 2, 4))
     chex.assert_trees_all_equal(outputs, wanted)
     cotangent = normal(*wanted.shape)
@@ -232,13 +232,13 @@ def test_max_pool_and_its_gradient_equal_flaxs(side, ties):
 def test_global_max_and_its_gradient_equal_jaxs():
     images, cotangent = normal(3, 5, 4, 6), normal(3, 1, 1, 6)
     wanted, back = jax.vjp(lambda x: x.max((1, 2), keepdims=True), images)
-    outputs, our_back = jax.vjp(ops.global_max, images)
+    outputs, our_back = jax.vjp(pooling.global_max, images)
     chex.assert_trees_all_equal(outputs, wanted)
     chex.assert_trees_all_equal(our_back(cotangent), back(cotangent))
-    (tied,) = jax.vjp(ops.global_max, jnp.zeros((1, 2, 2, 1)))[1](jnp.ones((1, 1, 1, 1)))
+    (tied,) = jax.vjp(pooling.global_max, jnp.zeros((1, 2, 2, 1)))[1](jnp.ones((1, 1, 1, 1)))
     assert tied.ravel().tolist() == [1, 0, 0, 0]
     low = images.astype(jnp.bfloat16)
-    (gradient,) = jax.vjp(ops.global_max, low)[1](jnp.ones((3, 1, 1, 6), jnp.bfloat16))
+    (gradient,) = jax.vjp(pooling.global_max, low)[1](jnp.ones((3, 1, 1, 6), jnp.bfloat16))
     chex.assert_type(gradient, jnp.bfloat16)
 
 
@@ -252,7 +252,7 @@ def test_the_gradient_of_a_maximum_does_not_hang_on_how_xla_rounds():
     def loss(kernel, scale, bias):
         x = ops.convolution(images, kernel, (1, 1), ((1, 1), (1, 1)))
         x = ops.normalize(x, scale, bias, ops.Over(True, 64))[0]
-        return jnp.square(ops.global_max(nn.relu(x))).sum()
+        return jnp.square(pooling.global_max(nn.relu(x))).sum()
 
     found = [
         jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options={"xla_backend_optimization_level": n})(
