@@ -1,13 +1,20 @@
-"""Compiles every program for an H100, without one, and prints XLA's account of memory.
+"""Compiles every program for an H100, without one, and prints XLA's account of memory, and what a
+training step launches, reads and writes.
 
     pip install 'jax-cuda12-plugin==0.10.1' 'jax-cuda12-pjrt==0.10.1'
-    python notebooks/compile_for_cuda.py
+    python notebooks/compile_for_cuda.py --norm batch group layer --precision float32
 
 It needs the CUDA plugin's wheels, of the version of JAX. Beside the account of a norm's programs
 stands what `nets_at_once` takes for it: six arrays of the size of each layer's output for a net.
+The shortest time of a step is an estimate: all its bytes at the memory's bandwidth, or all its
+launches at `LAUNCH_SECONDS` each, whichever takes longer. No caches, no arithmetic.
 """
 
+import itertools
 import os
+import re
+from collections.abc import Sequence
+from typing import Annotated
 
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -15,6 +22,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import cyclopts
 import jax
 import jax.numpy as jnp
+from cyclopts import Parameter
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -49,11 +57,49 @@ gpu_device_info {
   device_memory_size: 85028765696
 }
 """
+NORMS = ("batch", "group", "layer", "instance", "rms", "none")
 IMAGES, TEST, STEPS = 50_000, 10_000, 390
+LAUNCH_SECONDS, BYTES_PER_SECOND = 2e-6, 3.35e12
+WIDTHS = {"pred": 1, "u8": 1, "bf16": 2, "s32": 4, "u32": 4, "f32": 4}
+FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
+"""What launches nothing."""
 
 
-def compile_programs(norm: str, precision, nets: int, batch_size: int, sharding) -> list[int]:
-    """The bytes of temporary memory of training and evaluation; raises where XLA refuses one."""
+def bytes_of(shape: str) -> int:
+    """The bytes of an array, or of a tuple of them, as HLO writes it."""
+    total = 0
+    for kind, sides in re.findall(r"(\w+)\[([\d,]*)\]", shape):
+        count = WIDTHS.get(kind, 0)
+        for side in filter(None, sides.split(",")):
+            count *= int(side)
+        total += count
+    return total
+
+
+def step_account(hlo: str) -> tuple[int, int]:
+    """How many kernels the loop over steps launches, and the bytes that they read and write; of the
+    data set, from which a batch is gathered, none.
+    """
+    (name,) = re.findall(r"body=%([\w.-]+)", hlo)
+    body = hlo.split(f"\n%{name} (")[1].split("\n}")[0]
+    form = r"\n\s+(?:ROOT )?%([\w.-]+) = (\([^=]*?\)|\S+) ([\w-]+)\((.*?)\)(?=,|\n|$)"
+    found = re.findall(form, body)
+    sizes = {name: bytes_of(shape) for name, shape, _, _ in found}
+    data, launches, total = IMAGES * 32 * 32 * 3, 0, 0
+    for name, _, kind, operands in found:
+        if kind not in FREE:
+            read = [sizes.get(operand, 0) for operand in re.findall(r"%([\w.-]+)", operands)]
+            launches += 1
+            total += sizes[name] + sum(size for size in read if size != data)
+    return launches, total
+
+
+def compile_programs(
+    norm: str, precision, nets: int, batch_size: int, sharding
+) -> tuple[list[int], tuple[int, int]]:
+    """The bytes of temporary memory of training and evaluation, and `step_account`; raises where
+    XLA refuses a program.
+    """
     program = Program(CNN(norm, "matched", precision=precision), 0.9, (0.5,) * 3, (0.25,) * 3)
 
     def shaped(shape, dtype):
@@ -73,23 +119,33 @@ def compile_programs(norm: str, precision, nets: int, batch_size: int, sharding)
     ]
     for each in compiled:
         assert "f64" not in (each.as_text() or "")
-    return [each.memory_analysis().temp_size_in_bytes for each in compiled]
+    memory = [each.memory_analysis().temp_size_in_bytes for each in compiled]
+    return memory, step_account(compiled[0].as_text() or "")
 
 
-def main(nets: tuple[int, ...] = (1, 8), batch_size: int = 128) -> None:
-    """Compiles for every norm and precision."""
+Several = Parameter(consume_multiple=True)
+
+
+def main(
+    *,
+    norm: Annotated[Sequence[str], Several] = NORMS,
+    precision: Annotated[Sequence[str], Several] = ("float32", "tf32", "bfloat16"),
+    nets: Annotated[Sequence[int], Several] = (1, 8),
+    batch_size: int = 128,
+) -> None:
+    """Compiles for each norm and precision."""
     ops._on_cpu = lambda: False  # the operators as a GPU gets them
     topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
     sharding, rows = SingleDeviceSharding(topology.devices[0]), []
-    for norm in ("batch", "group", "layer", "instance", "rms", "none"):
-        for precision in ("float32", "tf32", "bfloat16"):
-            for count in nets:
-                sizes = compile_programs(norm, precision, count, batch_size, sharding)
-                taken = count * epochs.net_bytes(CNN(norm, "matched"), batch_size)
-                row = [f"{norm} {precision}", str(count), *(f"{n / 1e6:,.0f}" for n in sizes)]
-                rows.append([*row, f"{taken / 1e6:,.0f}"])
-                print(rows[-1], flush=True)
+    for kind, exact, count in itertools.product(norm, precision, nets):
+        sizes, (launches, total) = compile_programs(kind, exact, count, batch_size, sharding)
+        taken = count * epochs.net_bytes(CNN(kind, "matched"), batch_size)
+        least = max(launches * LAUNCH_SECONDS, total / BYTES_PER_SECOND)
+        row = [f"{kind} {exact}", str(count), *(f"{n / 1e6:,.0f}" for n in (*sizes, taken))]
+        rows.append([*row, str(launches), f"{total / 1e9:.2f}", f"{least * 1e3:.2f}"])
+        print(rows[-1], flush=True)
     head = ["program", "nets", "training, MB", "evaluation, MB", "taken for it, MB"]
+    head += ["launches a step", "GB a step", "a step at least, ms"]
     print(Table("", head, rows).markdown())
 
 
