@@ -334,18 +334,19 @@ def report(sweep: "Sweep", dataset: "Dataset", quiet: bool) -> None:
 
 
 def report_tuning(sweep: "Sweep", dataset: "Dataset", quiet: bool) -> None:
-    """Writes what each norm won with, as a table and two figures, and prints the table."""
+    """Writes what each norm won with, as tables and two figures, and prints the tables."""
     from jaxnorm.analysis import drawing, sweeps
     from jaxnorm.analysis.results import Run
 
     runs = [Run(directory) for directory in sweep.directories]
-    table = sweeps.tuning(runs)
-    sweep.folder.write_bytes("tuning.md", table.markdown().encode())
+    tables = [sweeps.tuning(runs), sweeps.every_trial(runs)]
+    text = "\n".join(table.markdown() for table in tables)
+    sweep.folder.write_bytes("tuning.md", text.encode())
     for name, figure in sweeps.draw_tuning(runs):
         sweep.folder.write_bytes(f"{name}.png", drawing.png(figure))
-    print(table.plain())
+    print("\n\n".join(table.plain() for table in tables))
     if not quiet:
-        print(f"the table and two figures are in {sweep.folder.path}")
+        print(f"the tables and two figures are in {sweep.folder.path}")
 
 
 def _default_out(config: Config) -> Path:

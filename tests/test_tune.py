@@ -41,7 +41,11 @@ def test_every_norm_has_the_same_trials_and_the_best_on_held_out_images_wins(
         assert row[2] == f"{max(last):.2%}"
         best = runs[int(np.argmax(last))].info.config.learning_rate
         assert row[1].split(" (")[0] == f"{best:g}"
-    assert (out / "tuning.md").read_text() == table.markdown()
+    every = sweeps.every_trial(runs)
+    for run, row in zip(runs, every.rows, strict=True):
+        ends = [run.epochs[norm, 1][-1].validation_accuracy for norm in run.info.config.norms]
+        assert row == [run.info.config.rate_text, *(f"{end:.2%}" for end in ends)]
+    assert (out / "tuning.md").read_text() == f"{table.markdown()}\n{every.markdown()}"
     for name in ("learning-rate", "best-of-k"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert call("--resume", out, "--quiet") == 0
