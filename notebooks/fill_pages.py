@@ -3,8 +3,9 @@
     python notebooks/fill_pages.py
 
 Writes what stands between `<!-- table NAME -->` and `<!-- end -->`. NAME is a run's own name in
-`results/`, that and "finding", "differences", "values" or "beside others", or the name of a
-benchmark's file; "faults" is what the fault harness wrote.
+`results/`, that and "finding", "differences", "values" or "beside others", the name of a tuning
+and "winners" or "trials", or the name of a benchmark's file; "faults" is what the fault harness
+wrote.
 """
 
 import json
@@ -13,15 +14,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxnorm.analysis import tables
+from jaxnorm.analysis import sweeps, tables
 from jaxnorm.analysis.results import Run
 from jaxnorm.analysis.tables import Table, points
 from jaxnorm.storage.directory import RunDirectory
+from jaxnorm.storage.sweep import Sweep
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PAGES = [HERE.parent / "README.md", *sorted(HERE.glob("*.md"))]
-RUNS, BENCHMARKS = ("original", "matched"), ("speed", "scaling", "seeds")
+RUNS, TUNINGS = ("original", "matched"), ("tuning",)
+BENCHMARKS = ("speed", "scaling", "seeds")
 MARKED = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -36,6 +39,10 @@ def texts() -> dict[str, str]:
             found[f"{name} {make.__name__}"] = make(run).markdown()
         reference = json.loads((RESULTS / "reference.json").read_text())
         found[f"{name} beside others"] = beside_others(run, reference).markdown()
+    for name in TUNINGS:
+        runs = [Run(directory) for directory in Sweep.open(RESULTS / name).directories]
+        found[f"{name} winners"] = sweeps.tuning(runs).markdown()
+        found[f"{name} trials"] = sweeps.every_trial(runs).markdown()
     for name in BENCHMARKS:
         found[name] = speed(json.loads((RESULTS / f"{name}.json").read_text())).markdown()
     lines = (RESULTS / "faults.jsonl").read_text().splitlines()
