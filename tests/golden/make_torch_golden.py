@@ -14,7 +14,7 @@ import numpy as np
 
 GOLDEN = Path(__file__).with_name("torch_golden.npz")
 STEPS, BATCH, KEPT = 3, 12, 256
-SEEDS = {"residual-batch": 13, "standardized-batch": 14}
+SEEDS = {"residual-batch": 13, "standardized-batch": 29}
 MEAN, DEVIATION = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2470, 0.2435, 0.2616])
 
 WIDE = {
