@@ -48,10 +48,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """What each recipe sets where nothing else is asked for; learning rates may be a norm's own."""
 DIGITS = {
-    "study": {"batch_size": 32, "learning_rate": 0.02},
+    "study": {"batch_size": 32, "learning_rate": 0.05, "schedule": "one-cycle"},
     "tuned": {"batch_size": 32, "learning_rate": 0.05},
 }
-"""What the digits are trained with instead."""
+"""What the digits are trained with instead: at a constant rate a late epoch can jump by points."""
 OTHER_RATE = 0.1
 """The learning rate of a norm for which a recipe has none of its own."""
 SWEPT = ("batch_size", "learning_rate", "weight_decay")
@@ -137,7 +137,8 @@ class Config:
         "study", or "tuned", which treats every norm well: the defaults of the settings below that
         name none.
     schedule
-        Of the learning rate: "constant"; or "one-cycle", up in a straight line and down to zero.
+        Of the learning rate: "constant"; or "one-cycle", up in a straight line and down to zero,
+        the default of the tuned recipe and of the digits.
     warmup
         Share of the training in which the one-cycle learning rate goes up.
     momentum

@@ -64,7 +64,7 @@ def test_a_step_counts_what_the_net_before_it_classified_rightly(tiny, arrays):
 
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 def test_a_step_in_pieces_or_shared_by_devices_is_the_plain_step(tiny, arrays, norm):
-    """32 images: at once by Flax's operators; in pieces of 16; and 16 on each of two devices.
+    """32 images: at once by Flax's operators; in micro-batches; and 16 on each of two devices.
 
     The same loss, gradients, masks and batch statistics, within rounding. Among three million
     pre-activations some lie within rounding of zero, and a ReLU lets one program's gradient through
