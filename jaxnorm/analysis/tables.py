@@ -68,7 +68,10 @@ def _several(run: Run) -> bool:
 
 def _accuracy(head: str, field: str, shown: Callable[[Run], bool] = lambda run: True) -> Number:
     """The accuracy of a field of `stats.Summary`."""
-    text = lambda run, norm: stats.accuracy_text(run.sample(norm, field))  # noqa: E731
+
+    def text(run: Run, norm: str) -> str:
+        return stats.accuracy_text(run.sample(norm, field))
+
     return Number(lambda run: head, text, shown)
 
 

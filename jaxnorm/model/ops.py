@@ -1,7 +1,7 @@
 """Convolution, ReLU and norms in the form that XLA runs fast on a CPU.
 
 Every function here has the same values and gradients, within float32 rounding, as the plain form
-that Flax or XLA would give (`tests/test_ops.py` compares each one). What differs is the work done:
+that Flax or XLA would give (`tests/model/test_ops.py` compares each one). What differs is the work:
 
 * `convolution` writes both of its gradients as plain convolutions, or matrix products for 1x1
   kernels. XLA's own gradient falls to a naive loop inside `lax.scan` (jax-ml/jax#12868). Narrow
@@ -12,7 +12,6 @@ that Flax or XLA would give (`tests/test_ops.py` compares each one). What differ
 Arrays are NHWC and kernels HWIO, float32.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,16 +25,7 @@ from jax import lax
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 Padding = tuple[tuple[int, int], tuple[int, int]]
-
-
-def _cache_bytes() -> int:
-    """The size of a core's second-level cache, 1 MiB where the system does not say."""
-    name = "SC_LEVEL2_CACHE_SIZE"
-    known = os.sysconf(name) if name in getattr(os, "sysconf_names", {}) else 0
-    return known if known > 0 else 2**20
-
-
-MICRO_BATCH_BYTES = int(1.05 * _cache_bytes())
+MICRO_BATCH_BYTES = 1_100_000
 """The largest activation that a micro-batch may have, so that it stays in a core's cache."""
 
 

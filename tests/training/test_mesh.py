@@ -134,6 +134,9 @@ def test_what_is_placed_is_fetched_and_lies_where_it_should():
 def test_processes_take_the_least_of_what_they_measure(monkeypatch):
     assert meshes.least(7) == 7
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    gathered = lambda number: np.array([number, np.int32(3)])  # noqa: E731
+
+    def gathered(number):
+        return np.array([number, np.int32(3)])
+
     monkeypatch.setattr(meshes.multihost_utils, "process_allgather", gathered)
     assert (meshes.least(7), meshes.least(2), meshes.least(2**40)) == (3, 2, 3)
