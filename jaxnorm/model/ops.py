@@ -25,7 +25,7 @@ from jax import lax
 
 _NHWC = ("NHWC", "HWIO", "NHWC")
 Padding = tuple[tuple[int, int], tuple[int, int]]
-MICRO_BATCH_BYTES = 1_100_000
+MICRO_BATCH_BYTES = 550_000
 """The largest activation that a micro-batch may have, so that it stays in a core's cache."""
 
 
