@@ -133,6 +133,9 @@ class Config:
         Images in a batch. Default: 128, and 32 for digits.
     learning_rate
         Of SGD; the peak of a schedule. Tuned: each norm's own.
+    linear_scaling
+        Multiply the learning rate by BATCH_SIZE / 128 (Goyal et al., "Accurate, Large Minibatch
+        SGD", 2017).
     recipe
         "study", or "tuned", which treats every norm well: the defaults of the settings below that
         name none.
@@ -183,6 +186,7 @@ class Config:
     epochs: Annotated[int, Field(ge=1, le=1_000_000)] = 20
     batch_size: Positive = RECIPE
     learning_rate: Rate | dict[str, Rate] = RECIPE
+    linear_scaling: bool = False
     recipe: Literal["study", "tuned"] = "study"
     schedule: Literal["constant", "one-cycle"] = RECIPE
     warmup: Annotated[float, Field(gt=0, lt=1)] = 0.25
@@ -229,14 +233,14 @@ class Config:
         return [(norm, seed) for seed in self.seed_numbers for norm in self.norms]
 
     def rate(self, norm: str) -> float:
-        """The learning rate of a norm."""
-        if isinstance(self.learning_rate, dict):
-            return self.learning_rate.get(norm, OTHER_RATE)
-        return self.learning_rate
+        """The learning rate of a norm, scaled where that is asked for."""
+        rate = self.learning_rate
+        rate = rate.get(norm, OTHER_RATE) if isinstance(rate, dict) else rate
+        return rate * self.batch_size / 128 if self.linear_scaling else rate
 
     @property
     def rate_text(self) -> str:
-        """The learning rate of all norms, for a person."""
+        """The learning rate of all norms before scaling, for a person."""
         return "recipe" if isinstance(self.learning_rate, dict) else f"{self.learning_rate:g}"
 
     def steps(self, train_count: int) -> int:

@@ -16,6 +16,8 @@ from jaxnorm import cli
 from jaxnorm.config import SWEPT, Config, UserError, product
 
 if TYPE_CHECKING:
+    from jaxnorm.analysis.drawing import Named
+    from jaxnorm.analysis.tables import Table
     from jaxnorm.data.datasets import Dataset
     from jaxnorm.storage.sweep import Sweep
     from jaxnorm.training.mesh import MeshShape
@@ -241,7 +243,7 @@ def _train(asked: list[Config], options: Options, finish: "Finish") -> int:
             raise
     with cli.advising(_how_to_resume(out, options)):
         sweep = Sweep.create(out, configs, _command()) if new else Sweep(out, configs)
-        if len(configs) > 1 and not options.resume:
+        if len(configs) > 1 and not options.resume and not options.quiet:
             _print_plan(configs, options, dataset, mesh)
         callback: Any = cli.Terminal(
             configs, options.quiet, process_0, board if process_0 else None
@@ -314,7 +316,7 @@ def _load(config: Config, options: Options) -> "Dataset":
 
 
 def report(sweep: "Sweep", dataset: "Dataset", quiet: bool) -> None:
-    """Writes every run's report and the sweep's table, and prints the table."""
+    """Writes every run's report and the sweep's table and figure, and prints the table."""
     from jaxnorm.analysis import figures, page, sweeps, tables
     from jaxnorm.analysis.results import Run
 
@@ -322,31 +324,38 @@ def report(sweep: "Sweep", dataset: "Dataset", quiet: bool) -> None:
     for run in runs:
         figures.save_examples(run, dataset)
     if len(runs) == 1:
-        part, table = page.write(runs[0].directory), tables.results(runs[0])
+        part = page.write(runs[0].directory)
         where = f"the report is {sweep.folder.path / 'report.html'}; {len(part.charts)} figures"
+        print(tables.results(runs[0]).plain())
     else:
-        table, path = sweeps.results(runs), shlex.quote(str(sweep.folder.path))
-        sweep.folder.write_bytes("sweep.md", table.markdown().encode())
+        path = shlex.quote(str(sweep.folder.path))
         where = f"the table is {path}/sweep.md; reports: python -m jaxnorm.report {path}"
-    print(table.plain())
+        print(_write(sweep, "sweep", [sweeps.results(runs)], sweeps.draw(runs)))
     if not quiet:
         print(where)
 
 
 def report_tuning(sweep: "Sweep", dataset: "Dataset", quiet: bool) -> None:
     """Writes what each norm won with, as tables and two figures, and prints the tables."""
-    from jaxnorm.analysis import drawing, sweeps
+    from jaxnorm.analysis import sweeps
     from jaxnorm.analysis.results import Run
 
     runs = [Run(directory) for directory in sweep.directories]
     tables = [sweeps.tuning(runs), sweeps.every_trial(runs)]
-    text = "\n".join(table.markdown() for table in tables)
-    sweep.folder.write_bytes("tuning.md", text.encode())
-    for name, figure in sweeps.draw_tuning(runs):
-        sweep.folder.write_bytes(f"{name}.png", drawing.png(figure))
-    print("\n\n".join(table.plain() for table in tables))
+    print(_write(sweep, "tuning", tables, sweeps.draw_tuning(runs)))
     if not quiet:
         print(f"the tables and two figures are in {sweep.folder.path}")
+
+
+def _write(sweep: "Sweep", name: str, tables: "list[Table]", figures: "Named") -> str:
+    """Writes tables and figures of all runs into the sweep's folder; returns the tables' text."""
+    from jaxnorm.analysis import drawing
+
+    text = "\n".join(table.markdown() for table in tables)
+    sweep.folder.write_bytes(f"{name}.md", text.encode())
+    for stem, figure in figures:
+        sweep.folder.write_bytes(f"{stem}.png", drawing.png(figure))
+    return "\n\n".join(table.plain() for table in tables)
 
 
 def _default_out(config: Config) -> Path:
@@ -379,7 +388,7 @@ def _print_plan(
     from jaxnorm.runs.estimate import COLUMNS, duration, estimate
 
     nets = sum(len(config.nets) for config in configs)
-    speaks = multihost.is_process_0() and (options.plan or not options.quiet)
+    speaks = multihost.is_process_0()
     if speaks:
         print(f"planning {nets} nets: compiling, and a few steps")
     estimates = estimate(configs, dataset, mesh)

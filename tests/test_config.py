@@ -150,6 +150,8 @@ def test_a_recipe_sets_what_is_not_asked_for_and_each_setting_exists_alone():
     assert not Config(recipe="tuned", weight_standardization=False).weight_standardization
     assert tuned.rate("batch") == RECIPES["tuned"]["learning_rate"]["batch"]
     assert Config(recipe="tuned", learning_rate=0.3).rate("group") == 0.3
+    scaled = Config(recipe="tuned", batch_size=16, linear_scaling=True)
+    assert scaled.rate("batch") == tuned.rate("batch") / 8
     assert Config(recipe="tuned", dropout=0.2).dropout == 0.2
     assert Config(augment="crop-flip").arch == "original"
     assert Config(recipe="tuned", dataset="digits").batch_size == 32

@@ -11,6 +11,8 @@ import pytest
 
 import jaxnorm
 from jaxnorm import cli, run
+from jaxnorm.analysis import sweeps
+from jaxnorm.analysis.results import Run
 from jaxnorm.config import Config
 from jaxnorm.data import datasets as data
 from jaxnorm.model import ops
@@ -341,6 +343,25 @@ def test_a_sweep_is_planned_trained_and_resumed(inside, tiny_by_name, capsys, mo
         row = f"| {config.batch_size} | {config.learning_rate:g} | {last.test_accuracy:.2%} |"
         assert row in table
     assert len(calls) == 9
+    assert not list((inside / "s").glob("*.png"))  # two settings differ
+
+
+def test_a_sweep_of_batch_sizes_is_drawn(inside, tiny_by_name, capsys):
+    swept = ("--batch-size", "70", "35", "--linear-scaling", "--seeds", "2", "--quiet")
+    assert call(*FLAGS, *swept, "--out", "s") == 0
+    printed = capsys.readouterr()
+    assert "The learning rate is multiplied by batch / 128." in printed.out
+    assert "planning" not in printed.out
+    runs = [Run(directory) for directory in Sweep.open("s").directories]
+    assert (inside / "s" / "batch-size.png").read_bytes().startswith(b"\x89PNG")
+    ((name, figure),) = sweeps.draw(runs)
+    (means, seeds), (axes,) = figure.axes[0].lines, figure.axes
+    assert name == "batch-size"
+    assert axes.get_xlabel() == "batch size"
+    ends = {run.info.config.batch_size: run.sample("layer") for run in runs}
+    assert list(means.get_xdata()) == [35, 70]
+    assert list(means.get_ydata()) == [ends[35].mean, ends[70].mean]
+    assert list(seeds.get_ydata()) == [*ends[35].values, *ends[70].values]
 
 
 def test_a_plan_alone_trains_nothing(inside, tiny_by_name, capsys):

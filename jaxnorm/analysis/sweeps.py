@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from jaxnorm.analysis import stats
-from jaxnorm.analysis.drawing import Named, look_of, new_figure, percent_axes
+from jaxnorm.analysis.drawing import COLOURS, Named, look_of, new_figure, percent_axes
 from jaxnorm.analysis.results import Run
 from jaxnorm.analysis.tables import MEAN, Table
+from jaxnorm.config import SWEPT
 
 
 def results(runs: Sequence[Run]) -> Table:
@@ -26,7 +28,36 @@ def results(runs: Sequence[Run]) -> Table:
         f"Last test accuracy after {first.epochs} epochs, n = {first.seeds} each"
         f"{MEAN if first.seeds > 1 else ''}; {first.arch} nets, {runs[0].info.dataset.caption}."
     )
+    if first.linear_scaling:
+        note += " The learning rate is multiplied by batch / 128."
     return Table("The sweep", ["batch", "learning rate", *first.norms], rows, note + lost)
+
+
+def plot_against(axes: Axes, runs: Sequence[Run], setting: str) -> None:
+    """The last test accuracy of every norm against a setting of a sweep: the mean and each seed."""
+    ordered = sorted((float(getattr(run.info.config, setting)), i) for i, run in enumerate(runs))
+    for norm in runs[0].info.config.norms:
+        ends = [(x, runs[i].sample(norm)) for x, i in ordered if norm in runs[i].summaries]
+        if not ends:
+            continue
+        axes.plot([x for x, _ in ends], [sample.mean for _, sample in ends], **look_of(norm))
+        seeds = [(x, each) for x, sample in ends for each in sample.values]
+        axes.plot(*zip(*seeds, strict=True), ".", color=COLOURS[norm], alpha=0.5)
+    axes.set_xscale("log" if ordered[0][0] > 0 else "linear")
+    axes.set_xticks([x for x, _ in ordered], [f"{x:g}" for x, _ in ordered])
+    axes.minorticks_off()
+    percent_axes(axes, setting.replace("_", " "), "last test accuracy")
+
+
+def draw(runs: Sequence[Run]) -> Named:
+    """Accuracy against what differs between the runs of a sweep, where that is one number."""
+    configs = [run.info.config for run in runs]
+    differ = [name for name in SWEPT if len({str(getattr(c, name)) for c in configs}) > 1]
+    if len(differ) == 1 and any(run.summaries for run in runs):
+        title = f"Accuracy against {differ[0].replace('_', ' ')}"
+        figure = new_figure(runs[0].caption, title, 8, 4.6)
+        plot_against(figure.subplots(), runs, differ[0])
+        yield differ[0].replace("_", "-"), figure
 
 
 def trials(runs: Sequence[Run]) -> dict[str, list[tuple[float, float]]]:
@@ -77,23 +108,29 @@ def every_trial(runs: Sequence[Run]) -> Table:
     return Table("Every trial", ["learning rate", *said], rows)
 
 
-def draw_tuning(runs: Sequence[Run]) -> Named:
-    """Accuracy on held-out images against the learning rate; and the best of k trials against k."""
-    first, said = runs[0], trials(runs)
-    held_out = f"accuracy on {first.info.config.validation:,} held-out images"
-    figure = new_figure(first.caption, "Accuracy against learning rate", 8, 4.6)
-    axes = figure.subplots()
-    for norm, pairs in said.items():
+def plot_rates(axes: Axes, runs: Sequence[Run]) -> None:
+    """What each trial of a tuning ended with on held-out images, against its learning rate."""
+    for norm, pairs in trials(runs).items():
         axes.plot(*zip(*pairs, strict=True), **look_of(norm))
     axes.set_xscale("log")
-    percent_axes(axes, "learning rate", held_out)
+    percent_axes(axes, "learning rate", _held_out(runs))
+
+
+def _held_out(runs: Sequence[Run]) -> str:
+    return f"accuracy on {runs[0].info.config.validation:,} held-out images"
+
+
+def draw_tuning(runs: Sequence[Run]) -> Named:
+    """Accuracy on held-out images against the learning rate; and the best of k trials against k."""
+    figure = new_figure(runs[0].caption, "Accuracy against learning rate", 8, 4.6)
+    plot_rates(figure.subplots(), runs)
     yield "learning-rate", figure
-    figure = new_figure(first.caption, "What so many trials can expect to find", 8, 4.6)
+    figure = new_figure(runs[0].caption, "What so many trials can expect to find", 8, 4.6)
     axes = figure.subplots()
-    for norm, pairs in said.items():
+    for norm, pairs in trials(runs).items():
         values = [accuracy for _, accuracy in pairs]
         counts = range(1, len(values) + 1)
         axes.plot(counts, [stats.expected_best(values, k) for k in counts], **look_of(norm))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    percent_axes(axes, "trials", f"expected best {held_out}")
+    percent_axes(axes, "trials", f"expected best {_held_out(runs)}")
     yield "best-of-k", figure
