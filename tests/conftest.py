@@ -47,6 +47,16 @@ def pytest_sessionfinish() -> None:
 
 THREE_LAYERS = (Layer("C1", "block", 4), Layer("GAP", "mean", window=30), Layer("c11", "head"))
 ARCHS["three-layers"] = lambda norm: THREE_LAYERS  # compiles in a fraction of the time
+EVERY_KIND = (
+    Layer("C1", "block", 16, padding=1),
+    Layer("c2", "squeeze", 8),
+    Layer("P1", "pool"),
+    Layer("C3", "block", 8, padding=1),
+    Layer("C4", "residual", 8, padding=1),
+    Layer("GP", "mean-max"),
+    Layer("c5", "head"),
+)
+ARCHS["every-kind"] = lambda norm: EVERY_KIND  # a row of each kind of layer but "mean"
 
 
 @pytest.fixture

@@ -17,7 +17,13 @@ def normalization(norm, arch="matched", groups=4, train=True, name=None):
     return CNN(norm, arch, groups=groups).normalization(train, name)
 
 
+def initial(net, seed, images):
+    """The net's initial variables."""
+    return jax.jit(net.init, **SOON)(jax.random.key(seed), images)
+
+
 RNG = np.random.default_rng(1)
+SOON = {"compiler_options": {"xla_backend_optimization_level": 0}}  # random bits take long else
 ALL_NORMS = ["batch", "group", "layer", "instance", "rms"]
 
 
@@ -205,7 +211,7 @@ def test_running_averages_equal_the_closed_form_and_evaluation_leaves_and_uses_t
 
 
 def test_initial_kernels_are_uniform_within_one_over_root_fan_in():
-    params = jax.jit(CNN("group").init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    params = initial(CNN("group"), 0, jnp.zeros((1, 32, 32, 3)))["params"]
     for name, leaves in params.items():
         if "kernel" in leaves:
             kernel = np.asarray(leaves["kernel"])
@@ -232,9 +238,9 @@ def test_one_seed_gives_the_same_kernels_and_masks_under_every_norm(monkeypatch)
 
     for norm in [*ALL_NORMS, "none"]:
         net = CNN(norm, "matched")
-        variables = jax.jit(net.init)(jax.random.key(4), images)
+        variables = initial(net, 4, images)
         kernels[norm] = {k: v["kernel"] for k, v in variables["params"].items() if "kernel" in v}
-        masks[norm] = jax.jit(masks_of, static_argnums=0)(net, variables)
+        masks[norm] = jax.jit(masks_of, static_argnums=0, **SOON)(net, variables)
     assert len(masks["batch"]) == 8
     for norm in kernels:
         chex.assert_trees_all_equal(kernels[norm], kernels["batch"])
@@ -242,15 +248,16 @@ def test_one_seed_gives_the_same_kernels_and_masks_under_every_norm(monkeypatch)
     assert not any(np.array_equal(m, masks["batch"][1]) for m in masks["batch"][2:])
 
 
-def test_the_fast_net_equals_the_plain_one_with_dropout():
+@pytest.mark.parametrize("arch", ["every-kind", pytest.param("original", marks=pytest.mark.slow)])
+def test_the_fast_net_equals_the_plain_one_with_dropout(arch):
     """Without dropout, every net stands against PyTorch; here the masks are on."""
     images = jnp.asarray(RNG.normal(size=(4, 32, 32, 3)), jnp.float32)
-    variables = jax.jit(CNN("layer").init)(jax.random.key(4), images)
+    variables = initial(CNN("layer", arch), 4, images)
     labels = nn.one_hot(jnp.array([1, 2, 3, 4]), 10)
 
     def loss(params, plain):
         rngs = {"dropout": jax.random.key(9)}
-        logits = CNN("layer", fast=not plain).apply(
+        logits = CNN("layer", arch, fast=not plain).apply(
             {"params": params}, images, train=True, rngs=rngs
         )
         return -(nn.log_softmax(logits) * labels).sum()

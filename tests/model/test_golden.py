@@ -29,8 +29,14 @@ def stored():
         return {name: file[name] for name in file.files}
 
 
-CASES = [*((net, False) for net in golden.NETS)]
-CASES += [("original-batch", True), ("standardized-layer", True)]
+SOON = ("original-batch", "original-group", "original-layer", "standardized-group")
+CASES = [
+    pytest.param(net, False, marks=[pytest.mark.slow] * (net not in SOON)) for net in golden.NETS
+]
+CASES += [
+    pytest.param(net, True, marks=pytest.mark.slow)
+    for net in ("original-batch", "standardized-layer")
+]
 
 
 @pytest.mark.parametrize(("net", "plain"), CASES)

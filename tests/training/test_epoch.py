@@ -146,7 +146,9 @@ def test_evaluation_has_no_dropout_and_moves_nothing(tiny):
     chex.assert_trees_all_equal(state, before)
 
 
-@pytest.mark.parametrize("norm", ["batch", "group", "layer"])
+@pytest.mark.parametrize(
+    "norm", ["batch", *(pytest.param(norm, marks=pytest.mark.slow) for norm in ("group", "layer"))]
+)
 def test_a_tiny_set_is_learned(tiny, arrays, norm):
     """To 99 % with dropout on, and the test images, which it has not seen, to 95 %.
 

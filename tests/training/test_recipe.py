@@ -138,7 +138,7 @@ def test_one_cycle_goes_up_and_down_in_straight_lines_and_constant_stays():
     assert (constant == 1).all()
 
 
-@pytest.mark.parametrize("norm", ["batch", "pixel"])
+@pytest.mark.parametrize("norm", ["batch", pytest.param("pixel", marks=pytest.mark.slow)])
 def test_a_tuned_net_resumes_bit_for_bit(tiny, scratch, norm):
     config = dataclasses.replace(TUNED, norm=norm)
     whole = run(config, tiny, scratch / "whole")
@@ -147,6 +147,7 @@ def test_a_tuned_net_resumes_bit_for_bit(tiny, scratch, norm):
     assert difference(run(config, tiny, scratch / "stopped"), whole) == ""
 
 
+@pytest.mark.slow
 def test_a_seed_sees_the_same_images_on_any_devices(tiny):
     one, two = (
         fit(TUNED, tiny, mesh=mesh)["group", 1].step_losses

@@ -32,6 +32,7 @@ def test_seeds_in_one_program_pass(tiny, monkeypatch):
     selfcheck.self_check([config], tiny)
 
 
+@pytest.mark.slow
 def test_means_near_zero_and_flat_images_pass(monkeypatch):
     """Kernels that sum to zero over the digits' flat background, in three grey channels; and a
     maximum over many pixels that are the same.

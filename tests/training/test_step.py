@@ -63,18 +63,21 @@ def test_a_step_counts_what_the_net_before_it_classified_rightly(tiny, arrays):
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer"])
-def test_a_step_in_pieces_or_shared_by_devices_is_the_plain_step(tiny, arrays, norm):
+@pytest.mark.parametrize("arch", ["every-kind", pytest.param("matched", marks=pytest.mark.slow)])
+def test_a_step_in_micro_batches_or_shared_by_devices_is_the_plain_step(tiny, arrays, norm, arch):
     """32 images: at once by Flax's operators; in micro-batches; and 16 on each of two devices.
 
-    The same loss, gradients, masks and batch statistics, within rounding. Among three million
+    The same loss, gradients, masks and batch statistics, within rounding. Among millions of
     pre-activations some lie within rounding of zero, and a ReLU lets one program's gradient through
     and not the other's (see `close`): under batch norm, for every other seed. A wrong program
     differs under every seed, so one of six must agree to rounding.
     """
     images, labels = (array[:32] for array in arrays)
     chunk = Chunk(jnp.arange(32, dtype=jnp.int32)[None, None], 0, 0, 1)
-    micro = program_of(norm, tiny, "matched")
-    plain = program_of(norm, tiny, "matched", fast=False)
+    micro, plain = program_of(norm, tiny, arch), program_of(norm, tiny, arch, fast=False)
+    if norm == "layer":
+        initial = train.init_state(micro, 1)
+        assert train.micro_batch_size(micro.model, initial, 16) < 16
     shared = dataclasses.replace(micro, mesh=MeshShape(batch=2))
     assert meshes.choose(1, 32).batch == 2
     assert meshes.choose(1, 31).batch == meshes.choose(1, 16).batch == 1
