@@ -182,7 +182,7 @@ def finding(run: Run) -> str:
     if not run.summaries:
         return "No net is finished yet, so nothing is found."
     where, ends = "With the study's own nets, which differ in more than the norm", []
-    if run.info.config.arch == "matched":
+    if run.info.config.arch != "original":
         where = "With one net in which only the norm differs"
     samples = {norm: run.sample(norm) for norm in run.summaries}
     for norm, sample in sorted(samples.items(), key=lambda item: -item[1].mean):

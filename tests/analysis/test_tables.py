@@ -65,6 +65,8 @@ def test_the_finding_says_n_and_intervals_and_what_it_does_not_show(sweep):
     assert f"its 95% interval, {minus}14.22 to +20.28 points (n = 3, p 0.75 after Holm)" in text
     assert text.count("No difference between") == 3
     assert "no p-value under 0.25" in text
+    residual = tables.finding(Run(sweep("residual", arch="residual")))
+    assert residual.startswith("With one net in which only the norm differs, ")
 
 
 def test_the_finding_names_the_differences_that_are_clear(sweep):
