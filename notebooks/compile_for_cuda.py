@@ -8,13 +8,18 @@ It needs the CUDA plugin's wheels, of the version of JAX. Beside the account of 
 stands what `nets_at_once` takes for it: six arrays of the size of each layer's output for a net.
 The shortest time of a step is an estimate: all its bytes at the memory's bandwidth, or all its
 launches at `LAUNCH_SECONDS` each, whichever takes longer. No caches, no arithmetic.
+
+`--form` says how the convolutions of several nets are made: "grouped" is what `jax.vmap` makes, one
+convolution with a group for each net, and what the package does; "patches" gathers the pixels of
+each window and multiplies matrices, one for each net. One net after the other takes so many times
+the launches and bytes of one.
 """
 
 import itertools
 import os
 import re
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -94,6 +99,17 @@ def step_account(hlo: str) -> tuple[int, int]:
     return launches, total
 
 
+def over_patches(images, kernel, window_strides, padding, precision=None, **options):
+    """A convolution of stride 1 as a product of matrices: each window's pixels in a row."""
+    height, width, inputs, outputs = kernel.shape
+    images = jnp.pad(images, ((0, 0), *padding, (0, 0)))
+    tall, wide = images.shape[1] - height + 1, images.shape[2] - width + 1
+    corners = itertools.product(range(height), range(width))
+    patches = jnp.concatenate([images[:, i : i + tall, j : j + wide] for i, j in corners], -1)
+    kernel = kernel.reshape(height * width * inputs, outputs)
+    return jnp.matmul(patches, kernel, precision=precision)
+
+
 def compile_programs(
     norm: str, precision, nets: int, batch_size: int, sharding
 ) -> tuple[list[int], tuple[int, int]]:
@@ -132,9 +148,12 @@ def main(
     precision: Annotated[Sequence[str], Several] = ("float32", "tf32", "bfloat16"),
     nets: Annotated[Sequence[int], Several] = (1, 8),
     batch_size: int = 128,
+    form: Literal["grouped", "patches"] = "grouped",
 ) -> None:
     """Compiles for each norm and precision."""
     ops._on_cpu = lambda: False  # the operators as a GPU gets them
+    if form == "patches":
+        jax.lax.conv_general_dilated = over_patches
     topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
     sharding, rows = SingleDeviceSharding(topology.devices[0]), []
     for kind, exact, count in itertools.product(norm, precision, nets):
