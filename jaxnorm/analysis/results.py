@@ -128,10 +128,15 @@ class Run:
         """The classes, by number."""
         return self.info.dataset.class_names
 
+    @cached_property
+    def seed_numbers(self) -> list[int]:
+        """The seeds of which a net is finished; where none is, those of the settings."""
+        return sorted({seed for _, seed in self.finished}) or list(self.info.config.seed_numbers)
+
     @property
     def seeds_text(self) -> str:
         """Which seeds, in words."""
-        seeds = self.info.config.seed_numbers
+        seeds = self.seed_numbers
         if len(seeds) == 1:
             return f"seed {seeds[0]}"
         return f"n = {len(seeds)} seeds ({seeds[0]} to {seeds[-1]})"

@@ -63,7 +63,7 @@ class Number(NamedTuple):
 
 
 def _several(run: Run) -> bool:
-    return run.info.config.seeds > 1
+    return len(run.seed_numbers) > 1
 
 
 def _accuracy(head: str, field: str, shown: Callable[[Run], bool] = lambda run: True) -> Number:
@@ -132,7 +132,7 @@ def conditions(run: Run) -> str:
     parts.append(f"batch {config.batch_size}")
     if config.validation:
         parts.append(f"{config.validation} training images held out")
-    text = ", ".join([*parts, run.seeds_text]) + (MEAN if config.seeds > 1 else ", n = 1")
+    text = ", ".join([*parts, run.seeds_text]) + (MEAN if _several(run) else ", n = 1")
     names = ("jax", "flax", "optax")
     versions = ", ".join(f"{name} {made.versions.get(name, '?')}" for name in names)
     return f"{text}; {made.device}; {versions}."
@@ -241,7 +241,7 @@ def evaluation(run: Run) -> Table:
         rows.append([norm, str(len(nets)), *map(stats.accuracy_text, samples)])
         head[4:] = [f"batches of {size}" for size in sizes]
     note = (
-        f"Accuracy on {tested:,} test images{MEAN if run.info.config.seeds > 1 else ''}; the same "
+        f"Accuracy on {tested:,} test images{MEAN if _several(run) else ''}; the same "
         "nets, normalized by running averages, by statistics of all training images, and by those "
         "of each batch of test images."
     )
@@ -264,7 +264,7 @@ def calibration(run: Run) -> Table:
     head = ["norm", "n", "calibration error", "with a temperature", "temperature"]
     note = (
         f"Expected calibration error over 15 bins, {run.info.dataset.test_count:,} test images"
-        f"{MEAN if rows and run.info.config.seeds > 1 else ''}; each half of the images is divided "
+        f"{MEAN if rows and _several(run) else ''}; each half of the images is divided "
         "by the temperature of the other half."
     )
     return Table("Calibration", head, rows, note)

@@ -18,6 +18,16 @@ def test_nets_are_found_by_norm_and_seed(sweep):
     assert "matched nets, n = 3" in run.caption
 
 
+def test_seeds_that_are_not_finished_are_not_counted(sweep):
+    directory = sweep()
+    directory.write_epochs([epoch for epoch in directory.epochs() if epoch.seed < 3])
+    assert Run(directory).seeds_text == "n = 2 seeds (1 to 2)"
+    directory.write_epochs([epoch for epoch in directory.epochs() if epoch.seed < 2])
+    assert Run(directory).seeds_text == "seed 1"
+    directory.write_epochs([])
+    assert Run(directory).seeds_text == "n = 3 seeds (1 to 3)"
+
+
 def test_only_finished_nets_count(sweep):
     run = Run(sweep(accuracies=dict.fromkeys(("group",), ((9, 9), (9,), (9, 9))), norm="group"))
     assert list(run.finished) == [("group", 1), ("group", 3)]
