@@ -15,14 +15,13 @@ from jaxnorm.analysis.drawing import (
     plot_marked,
 )
 from jaxnorm.analysis.results import Run
+from jaxnorm.analysis.tables import CORRUPTED
 
 ACTIVATIONS = {"layers": "U L", "before": "f L 2", "after": "f L 2"}
 GRADIENTS = {"kernels": "U K", "gradients": "f K"}
 BATCHES = {"sizes": "iu S", "batch_accuracy": "f S", "running_accuracy": "f", "tested": "iu"}
 DEPTH = {"layers": "U L", "similarities": "f 2 L", "kernels": "U K", "gradients": "f K"}
 DEPTH |= {"initial_gradients": "f K"}
-CORRUPTED = {"corruptions": "U C", "corrupted_accuracy": "f C", "running_accuracy": "f"}
-CORRUPTED |= {"tested": "iu"}
 """The arrays of a probe that a figure shows (see `training.probes.measure`)."""
 Probes = Mapping[str, Mapping[str, np.ndarray]]
 

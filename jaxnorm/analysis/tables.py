@@ -17,7 +17,9 @@ from jaxnorm.storage.schema import Environment
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 EVALUATED = {"sizes": "iu S", "batch_accuracy": "f S", "running_accuracy": "f"}
 EVALUATED |= {"precise_accuracy": "f", "tested": "iu"}
-"""The arrays of a probe that `evaluation` shows (see `training.probes.measure`)."""
+CORRUPTED = {"corruptions": "U C", "corrupted_accuracy": "f C", "running_accuracy": "f"}
+CORRUPTED |= {"tested": "iu"}
+"""The arrays of a probe that `evaluation` and `corruptions` show (see `probes.measure`)."""
 MEAN = ", mean \N{PLUS-MINUS SIGN} standard deviation"
 
 
@@ -270,6 +272,18 @@ def calibration(run: Run) -> Table:
     return Table("Calibration", head, rows, note)
 
 
+def corruptions(run: Run) -> Table:
+    """The accuracy of each norm's nets on corrupted images. Empty where that was not measured."""
+    head, rows, tested = ["norm", "n", "none"], [], 0
+    for norm, nets in run.probes(CORRUPTED).items():
+        head[3:], tested = map(str, nets[0]["corruptions"]), int(nets[0]["tested"])
+        accuracies = [[net["running_accuracy"], *net["corrupted_accuracy"]] for net in nets]
+        samples = [stats.Sample(tuple(map(float, each))) for each in zip(*accuracies, strict=True)]
+        rows.append([norm, str(len(nets)), *map(stats.accuracy_text, samples)])
+    note = f"Accuracy on {tested:,} test images{MEAN if _several(run) else ''}."
+    return Table("Test accuracy on corrupted images", head, rows, note)
+
+
 def classes(run: Run) -> Table:
     """The mean test accuracy of each class under each norm."""
     means = [run.class_accuracies(norm).mean(0) for norm in run.norms]
@@ -354,6 +368,16 @@ def points(difference: float) -> str:
 
 
 TABLES: list[Callable[[Run], Table]] = [
-    *(results, differences, values, evaluation, calibration, classes, parameters, facts)
+    *(
+        results,
+        differences,
+        values,
+        evaluation,
+        calibration,
+        corruptions,
+        classes,
+        parameters,
+        facts,
+    )
 ]
 """The tables of a run's report, in order."""

@@ -171,3 +171,14 @@ def test_calibration_is_of_every_seed(sweep):
     ]
     assert batch["n"] == "3"
     assert batch["calibration error"] == stats.accuracy_text(stats.Sample(tuple(errors)))
+
+
+def test_accuracy_on_corrupted_images_is_of_every_measured_seed(sweep):
+    directory = sweep()
+    first = directory.probes(("group", 1), tables.CORRUPTED)
+    second = {**first, "corrupted_accuracy": first["corrupted_accuracy"] / 2}
+    directory.write_net("probes", ("group", 2), **second)
+    group = cells(tables.corruptions(Run(directory)), "group")
+    assert (group["n"], group["none"]) == ("2", "50.00% \N{PLUS-MINUS SIGN} 0.00")
+    assert group["noise"].startswith(f"{0.75 * first['corrupted_accuracy'][0]:.2%}")
+    assert group["blur"].startswith(f"{0.75 * first['corrupted_accuracy'][1]:.2%}")
