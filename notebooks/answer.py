@@ -18,7 +18,7 @@ from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.sweep import Sweep
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SMALL, LARGE = 4, 64
+REFERENCE, COMPARED = 64, (4, 256)
 """The batch sizes that the third sentence compares."""
 
 
@@ -92,19 +92,19 @@ class Answer:
         )
 
     def by_batch_size(self) -> str:
-        """What small batches cost each norm, paired by seed."""
-        small, large = (
-            next(run for run in self.batch_sizes if run.info.config.batch_size == size)
-            for size in (SMALL, LARGE)
-        )
-        costs = []
-        for norm, nets in small.summaries.items():
-            others = large.summaries[norm]
-            sample = Sample(tuple(nets[seed].last - others[seed].last for seed in nets))
-            costs.append(f"{points(sample.mean)} points{between(sample, points)} under {norm} norm")
+        """What small and large batches cost each norm, paired by seed."""
+        runs = {run.info.config.batch_size: run for run in self.batch_sizes}
+        reference, texts = runs[REFERENCE], []
+        for size in COMPARED:
+            changes = []
+            for norm, nets in runs[size].summaries.items():
+                others = reference.summaries[norm]
+                sample = Sample(tuple(nets[seed].last - others[seed].last for seed in nets))
+                changes.append(f"{norm} norm by {points(sample.mean)}{between(sample, points)}")
+            texts.append(f"batches of {size} change accuracy with {listed(changes)} points")
         return (
-            f"**With batches of {SMALL} instead of {LARGE}** accuracy changes by {listed(costs)} "
-            f"({small.info.config.epochs} epochs, n = {fewest([small, large])} pairs, 95 % "
+            f"**Against batches of {REFERENCE}**, {'; '.join(texts)} "
+            f"({reference.info.config.epochs} epochs, n = {fewest(self.batch_sizes)} pairs, 95 % "
             "intervals)."
         )
 
