@@ -83,6 +83,7 @@ class Answer:
             for r, all_lost in zip(rates, zip(*lost.values(), strict=True), strict=True)
             if max(all_lost) <= half
         ]
+        assert near == rates[rates.index(near[0]) : rates.index(near[-1]) + 1]  # no hole in it
         costs = [f"{norm} norm {100 * each[-1]:.1f}" for norm, each in lost.items()]
         return (
             f"**Learning rates from {near[0]:g} to {near[-1]:g}** leave every norm within "

@@ -61,10 +61,10 @@ def label_of(name: str) -> str:
     return literal(name if len(name) <= 24 else name[:23] + "\N{HORIZONTAL ELLIPSIS}")
 
 
-def percent_axes(axes: Axes, across: str, up: str) -> None:
+def percent_axes(axes: Axes, across: str, up: str, decimals: int = 0) -> None:
     """Names the axes of accuracies and adds the legend."""
     axes.set(xlabel=across, ylabel=up)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=decimals))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 
 from jaxnorm.analysis import stats
 from jaxnorm.analysis.drawing import COLOURS, Named, look_of, new_figure, percent_axes
@@ -46,8 +46,7 @@ def plot_against(axes: Axes, runs: Sequence[Run], setting: str) -> None:
     axes.set_xscale("log" if ordered[0][0] > 0 else "linear")
     axes.set_xticks([x for x, _ in ordered], [f"{x:g}" for x, _ in ordered])
     axes.minorticks_off()
-    percent_axes(axes, setting.replace("_", " "), "last test accuracy")
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    percent_axes(axes, setting.replace("_", " "), "last test accuracy", decimals=1)
 
 
 def draw(runs: Sequence[Run]) -> Named:
