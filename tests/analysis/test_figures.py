@@ -1,5 +1,6 @@
 """Figures from a run directory alone: all are there, from the right rows, in the right colours."""
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -150,7 +151,8 @@ def test_depth_and_corruptions_are_means_of_what_was_measured(sweep):
     np.testing.assert_allclose(axes.lines[2].get_ydata()[1:], measured["corrupted_accuracy"])
 
 
-def test_what_an_earlier_version_did_not_measure_is_neither_shown_nor_missing(sweep):
+def test_what_an_earlier_version_did_not_measure_is_neither_shown_nor_missing(sweep, monkeypatch):
+    monkeypatch.setattr(figures, "png", lambda figure: b"")  # drawing takes the time
     directory = sweep()
     for norm in NORMS:
         old = directory.probes((norm, 1), inside.ACTIVATIONS | inside.GRADIENTS | inside.BATCHES)
@@ -161,14 +163,14 @@ def test_what_an_earlier_version_did_not_measure_is_neither_shown_nor_missing(sw
     assert tables.evaluation(Run(directory)).rows == []
 
 
-def test_names_are_no_formulas(sweep, tiny):
-    import dataclasses
-
+def test_names_are_no_formulas(sweep, tiny, monkeypatch):
+    named = (figures.mistakes, figures.confusion, figures.training_images)
+    monkeypatch.setattr(figures, "FIGURES", named)  # that show the names of classes
     names = ("$\\frac$", "a_b^c", "$", "d")
     run = Run(sweep(dataset=dataclasses.replace(tiny, class_names=names)))
     charts, missing = figures.draw(run)
     assert missing == []
-    assert {chart.name for chart in charts} == NAMES
+    assert len(charts) == 7 + 4 + 1
 
 
 def test_training_images_are_the_sets_own(sweep, tiny):

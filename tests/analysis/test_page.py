@@ -16,7 +16,13 @@ def parse(text):
     return html5lib.HTMLParser(strict=True, namespaceHTMLElements=False).parse(text)
 
 
-def test_the_page_is_one_valid_file_with_every_part(sweep):
+@pytest.fixture
+def unpainted(monkeypatch):
+    """Figures without pixels, which take the time."""
+    monkeypatch.setattr(figures, "png", lambda figure: b"")
+
+
+def test_the_page_is_one_valid_file_with_every_part(sweep, unpainted):
     directory = sweep()
     part = page.write(directory)
     assert part.missing == []
@@ -44,12 +50,6 @@ def test_the_page_is_one_valid_file_with_every_part(sweep):
     wrong = sum(min(10, 22 - right) for right in (16, 15, 12)) * 2
     wrong += len(part.run.mistakes["mistakes-common"])
     assert sum(each.count("; true: ") for each in said) == wrong
-
-
-@pytest.fixture
-def unpainted(monkeypatch):
-    """Figures without pixels, which take the time."""
-    monkeypatch.setattr(figures, "png", lambda figure: b"")
 
 
 def test_the_markdown_names_every_figure(sweep, unpainted):
