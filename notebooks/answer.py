@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from jaxnorm.analysis import drawing, sweeps
 from jaxnorm.analysis.results import Run
 from jaxnorm.analysis.stats import Sample
-from jaxnorm.analysis.tables import listed, points
+from jaxnorm.analysis.tables import MINUS, listed, points
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.sweep import Sweep
 
@@ -60,15 +60,21 @@ class Answer:
         return "\n".join(f"- {sentence}" for sentence in said) + "\n"
 
     def at_the_end(self) -> str:
-        """Where each norm ends under the tuned recipe."""
+        """Where each norm ends under the tuned recipe, and which differences are shown."""
         samples = {norm: self.tuned.sample(norm) for norm in self.tuned.summaries}
         ends = [
             f"{each.mean:.1%}{between(each)} with {norm} norm" for norm, each in samples.items()
         ]
-        epochs = self.tuned.info.config.epochs
+        shown = [
+            f"{each.first} {MINUS} {each.second} {points(each.sample.mean)}"
+            f"{between(each.sample, points)}"
+            for each in self.tuned.differences
+            if excludes_zero(each.sample)
+        ]
+        clear = f"paired by seed, in points, {listed(shown)}" if shown else "no difference is shown"
         return (
-            f"**After {epochs} epochs of the tuned recipe** test accuracy is {listed(ends)} "
-            f"(n = {fewest([self.tuned])} seeds, 95 % intervals)."
+            f"**After {self.tuned.info.config.epochs} epochs of the tuned recipe** test accuracy "
+            f"is {listed(ends)}: {clear} (n = {fewest([self.tuned])} seeds, 95 % intervals)."
         )
 
     def by_learning_rate(self) -> str:
@@ -86,28 +92,37 @@ class Answer:
         assert near == rates[rates.index(near[0]) : rates.index(near[-1]) + 1]  # no hole in it
         costs = [f"{norm} norm {100 * each[-1]:.1f}" for norm, each in lost.items()]
         return (
-            f"**Learning rates from {near[0]:g} to {near[-1]:g}** leave every norm within "
-            f"{100 * half:.1f} points of its best, the 95 % interval of one accuracy on "
-            f"{config.validation:,} held-out images; {rates[-1]:g} costs {listed(costs)} points "
-            f"({config.epochs} epochs, n = {config.seeds})."
+            f"**The learning rate may be off by a factor of {near[-1] / near[0]:.0f}**: from "
+            f"{near[0]:g} to {near[-1]:g} every norm stays within {100 * half:.1f} points of its "
+            f"best, the 95 % interval of one accuracy on {config.validation:,} held-out images; "
+            f"{rates[-1]:g} costs {listed(costs)} points ({config.epochs} epochs, "
+            f"n = {config.seeds})."
         )
 
     def by_batch_size(self) -> str:
-        """What small and large batches cost each norm, paired by seed."""
+        """What small and large batches change for each norm, paired by seed."""
         runs = {run.info.config.batch_size: run for run in self.batch_sizes}
-        reference, texts = runs[REFERENCE], []
+        reference, texts, shown = runs[REFERENCE], [], []
         for size in COMPARED:
             changes = []
             for norm, nets in runs[size].summaries.items():
                 others = reference.summaries[norm]
                 sample = Sample(tuple(nets[seed].last - others[seed].last for seed in nets))
                 changes.append(f"{norm} norm by {points(sample.mean)}{between(sample, points)}")
-            texts.append(f"batches of {size} change accuracy with {listed(changes)} points")
+                shown += [f"{norm} norm's at {size}"] * excludes_zero(sample)
+            texts.append(f"batches of {size} move {listed(changes)} points")
+        clear = f"only {listed(shown)} {'is' if len(shown) == 1 else 'are'} shown"
         return (
-            f"**Against batches of {REFERENCE}**, {'; '.join(texts)} "
-            f"({reference.info.config.epochs} epochs, n = {fewest(self.batch_sizes)} pairs, 95 % "
+            f"**Against batches of {REFERENCE}**, {'; '.join(texts)}; "
+            f"{clear if shown else 'no change is shown'} (accuracy after "
+            f"{reference.info.config.epochs} epochs, n = {fewest(self.batch_sizes)} pairs, 95 % "
             "intervals)."
         )
+
+
+def excludes_zero(sample: Sample) -> bool:
+    """Whether the 95 % interval of a mean leaves zero out."""
+    return sample.interval is not None and sample.interval[0] * sample.interval[1] > 0
 
 
 def fewest(runs: Sequence[Run]) -> int:
