@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from jaxnorm.analysis import drawing, sweeps
 from jaxnorm.analysis.results import Run
 from jaxnorm.analysis.stats import Sample
-from jaxnorm.analysis.tables import MINUS, listed, points
+from jaxnorm.analysis.tables import listed, points
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.sweep import Sweep
 
@@ -60,21 +60,24 @@ class Answer:
         return "\n".join(f"- {sentence}" for sentence in said) + "\n"
 
     def at_the_end(self) -> str:
-        """Where each norm ends under the tuned recipe, and which differences are shown."""
+        """Where each norm ends under the tuned recipe, and the differences whose t interval leaves
+        zero out.
+        """
         samples = {norm: self.tuned.sample(norm) for norm in self.tuned.summaries}
         ends = [
             f"{each.mean:.1%}{between(each)} with {norm} norm" for norm, each in samples.items()
         ]
+        differences = [each for each in self.tuned.differences if excludes_zero(each.sample)]
         shown = [
-            f"{each.first} {MINUS} {each.second} {points(each.sample.mean)}"
-            f"{between(each.sample, points)}"
-            for each in self.tuned.differences
-            if excludes_zero(each.sample)
+            f"{each.first} norm minus {each.second} norm is {points(each.sample.mean)} points"
+            f"{between(each.sample, points)}, p {each.adjusted_p:.2g} by sign flips after Holm"
+            for each in differences
         ]
-        clear = f"paired by seed, in points, {listed(shown)}" if shown else "no difference is shown"
+        clear = f"paired by seed, {listed(shown)}" if shown else "no difference is shown"
         return (
             f"**After {self.tuned.info.config.epochs} epochs of the tuned recipe** test accuracy "
-            f"is {listed(ends)}: {clear} (n = {fewest([self.tuned])} seeds, 95 % intervals)."
+            f"is {listed(ends)}; {clear} (n = {fewest([self.tuned])} seeds; 95 % intervals, each "
+            "for itself)."
         )
 
     def by_learning_rate(self) -> str:
