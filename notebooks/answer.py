@@ -95,7 +95,7 @@ class Answer:
         assert near == rates[rates.index(near[0]) : rates.index(near[-1]) + 1]  # no hole in it
         costs = [f"{norm} norm {100 * each[-1]:.1f}" for norm, each in lost.items()]
         return (
-            f"**The learning rate may be off by a factor of {near[-1] / near[0]:.0f}**: from "
+            f"**Learning rates may differ by a factor of {near[-1] / near[0]:.0f}**: from "
             f"{near[0]:g} to {near[-1]:g} every norm stays within {100 * half:.1f} points of its "
             f"best, the 95 % interval of one accuracy on {config.validation:,} held-out images; "
             f"{rates[-1]:g} costs {listed(costs)} points ({config.epochs} epochs, "
