@@ -15,7 +15,7 @@ def call(*arguments) -> int:
     return cli.run(tune.app, [str(argument) for argument in arguments])
 
 
-FLAGS = ("--dataset", "tiny", "--arch", "three-layers", "--epochs", "1", "--batch-size", "35")
+FLAGS = ("--dataset", "tiny", "--arch", "three-layers", "--epochs", "1", "--batch-size", "25")
 FLAGS += ("--validation", "20", "--trials", "3", "--skip-self-check", "--quiet")
 
 
