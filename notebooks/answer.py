@@ -67,11 +67,11 @@ class Answer:
         ends = [
             f"{each.mean:.1%}{between(each)} with {norm} norm" for norm, each in samples.items()
         ]
-        differences = [each for each in self.tuned.differences if excludes_zero(each.sample)]
         shown = [
             f"{each.first} norm minus {each.second} norm is {points(each.sample.mean)} points"
             f"{between(each.sample, points)}, p {each.adjusted_p:.2g} by sign flips after Holm"
-            for each in differences
+            for each in self.tuned.differences
+            if each.sample.excludes_zero
         ]
         clear = f"paired by seed, {listed(shown)}" if shown else "no difference is shown"
         return (
@@ -112,7 +112,7 @@ class Answer:
                 others = reference.summaries[norm]
                 sample = Sample(tuple(nets[seed].last - others[seed].last for seed in nets))
                 changes.append(f"{norm} norm by {points(sample.mean)}{between(sample, points)}")
-                shown += [f"{norm} norm's at {size}"] * excludes_zero(sample)
+                shown += [f"{norm} norm's at {size}"] * sample.excludes_zero
             texts.append(f"batches of {size} move {listed(changes)} points")
         clear = f"only {listed(shown)} {'is' if len(shown) == 1 else 'are'} shown"
         return (
@@ -121,11 +121,6 @@ class Answer:
             f"{reference.info.config.epochs} epochs, n = {fewest(self.batch_sizes)} pairs, 95 % "
             "intervals)."
         )
-
-
-def excludes_zero(sample: Sample) -> bool:
-    """Whether the 95 % interval of a mean leaves zero out."""
-    return sample.interval is not None and sample.interval[0] * sample.interval[1] > 0
 
 
 def fewest(runs: Sequence[Run]) -> int:

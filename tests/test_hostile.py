@@ -218,8 +218,9 @@ def fewer_figures(request, monkeypatch):
         monkeypatch.setattr(figures, "FIGURES", drawn)
 
     def small(figure, right=figures.png):
-        """Without laying it out, which takes most of the time."""
-        figure.set_layout_engine("none")
+        """In the short profile not laid out, which takes most of the time."""
+        if not FULL:
+            figure.set_layout_engine("none")
         return right(figure, dots_per_inch=20)
 
     monkeypatch.setattr(figures, "png", small)

@@ -86,6 +86,11 @@ class Sample:
         half = scipy_stats.t.ppf(1 - LEVEL / 2, self.n - 1) * self.deviation / math.sqrt(self.n)
         return self.mean - float(half), self.mean + float(half)
 
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval leaves zero out; never for one value."""
+        return self.interval is not None and self.interval[0] * self.interval[1] > 0
+
     @cached_property
     def bootstrap_interval(self) -> tuple[float, float] | None:
         """The percentile bootstrap's 95 % interval of the mean, or None for one value. With few

@@ -210,7 +210,7 @@ def _compared(each: stats.Difference) -> str:
     norms, sample = (each.first, each.second), each.sample
     low, high = sample.interval or (0, 0)
     tail = f"n = {sample.n}, p {each.adjusted_p:.2g} after Holm"
-    if low * high > 0:
+    if sample.excludes_zero:
         up, down = norms if sample.mean > 0 else norms[::-1]
         low, high = sorted((abs(100 * low), abs(100 * high)))
         mean = f"{abs(100 * sample.mean):.1f} points ({low:.1f} to {high:.1f}, {tail})"

@@ -41,6 +41,12 @@ def test_mean_deviation_and_students_interval_by_hand():
     assert (one.mean, one.deviation, one.interval, one.bootstrap_interval) == (0.7, *3 * [None])
 
 
+def test_an_interval_excludes_zero_where_both_ends_are_on_one_side():
+    for values, wanted in (((1, 1.1, 0.9), True), ((-1, -1.1), True), ((-1, 1), False)):
+        assert stats.Sample(values).excludes_zero == wanted
+    assert not stats.Sample((1.0,)).excludes_zero
+
+
 def test_the_bootstrap_interval_by_hand():
     # Of the 27 resamples of three values, one is the lowest thrice: 3.7 %, more than 2.5 %.
     assert stats.Sample((1.0, 2.0, 6.0)).bootstrap_interval == (1.0, 6.0)
