@@ -35,7 +35,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "tuned": {
         "arch": "residual",
         "batch_size": 128,
-        "learning_rate": {"batch": 0.123, "group": 0.134, "layer": 0.134, "pixel": 0.2},
+        "learning_rate": {"batch": 0.123, "group": 0.134, "layer": 0.134, "pixel": 0.134},
         "schedule": "one-cycle",
         "nesterov": True,
         "weight_decay": 5e-4,
