@@ -28,8 +28,8 @@ import matplotlib.pyplot as plt
 from IPython.display import Markdown, display
 
 import jaxnorm
-from jaxnorm.analysis import stats, tables
-from jaxnorm.analysis.results import Run
+from jaxnorm.analysis import tables
+from jaxnorm.analysis.results import Run, differences
 from jaxnorm.runs import runner
 from jaxnorm.storage.sweep import Sweep
 
@@ -90,15 +90,7 @@ plt.show()
 # taken seed by seed.
 
 # %%
-last = {}
-for run in runs.values():
-    for norm, nets in run.summaries.items():
-        last[norm.rpartition(":")[2]] = {seed: net.last for seed, net in nets.items()}
-for each in stats.differences(last, len(dataset.test_labels)):
-    print(
-        f"{each.first} minus {each.second}: {100 * each.sample.mean:+.2f} points, "
-        f"n = {each.sample.n}, p = {each.p:.2g}, after Holm {each.adjusted_p:.2g}"
-    )
+display(Markdown(tables.paired(differences([*runs.values()])).markdown()))
 
 # %% [markdown]
 # So few seeds and epochs say nothing yet: set `EPOCHS` and `SEEDS` higher. On CIFAR-10 take

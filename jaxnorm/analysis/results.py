@@ -74,11 +74,7 @@ class Run:
     @cached_property
     def differences(self) -> list[stats.Difference]:
         """The last test accuracies of every two norms, compared by seed."""
-        last = {
-            norm: {seed: net.last for seed, net in nets.items()}
-            for norm, nets in self.summaries.items()
-        }
-        return stats.differences(last, self.info.dataset.test_count)
+        return differences([self])
 
     @cached_property
     def predictions(self) -> dict[Net, np.ndarray]:
@@ -179,3 +175,15 @@ class Run:
                 "to show"
             )
         return [self.examples["test_images"][places[int(row)]] for row in rows]
+
+
+def differences(runs: Sequence[Run]) -> list[stats.Difference]:
+    """The last test accuracies of every two norms of runs that share data and all other settings,
+    compared by seed.
+    """
+    last = {
+        norm: {seed: net.last for seed, net in nets.items()}
+        for run in runs
+        for norm, nets in run.summaries.items()
+    }
+    return stats.differences(last, runs[0].info.dataset.test_count)

@@ -154,10 +154,15 @@ def values(run: Run) -> Table:
 
 def differences(run: Run) -> Table:
     """A row a pair of norms: the paired difference, its intervals and what the sign flips say."""
+    return paired(run.differences)
+
+
+def paired(found: Sequence[stats.Difference]) -> Table:
+    """`differences`, also of norms that were trained in several runs."""
     head = ["difference", "pairs", "mean, points", "95% t interval", "95% bootstrap"]
     head += ["p, exact sign flips", "p after Holm"]
     rows = []
-    for each in run.differences:
+    for each in found:
         sample = each.sample
         row = [f"{each.first} {MINUS} {each.second}", str(sample.n), points(sample.mean)]
         for interval in (sample.interval, sample.bootstrap_interval):
@@ -165,16 +170,16 @@ def differences(run: Run) -> Table:
         rows.append([*row, f"{each.p:.3g}", f"{each.adjusted_p:.3g}"])
     note = (
         "Differences of last test accuracies between nets of the same seed; the intervals are not "
-        "corrected for there being several. " + _what_n_can_show(run)
+        "corrected for there being several. " + _what_n_can_show(found)
     )
     return Table("Paired differences", head, rows, note)
 
 
-def _what_n_can_show(run: Run) -> str:
+def _what_n_can_show(found: Sequence[stats.Difference]) -> str:
     """What the fewest and the most pairs of a comparison can show, in words."""
-    counts, tests = [each.sample.n for each in run.differences] or [1], len(run.differences)
+    counts = [each.sample.n for each in found] or [1]
     ends = sorted({min(counts), max(counts)})
-    return " ".join(stats.what_n_can_show(n, max(1, tests)) for n in ends)
+    return " ".join(stats.what_n_can_show(n, max(1, len(found))) for n in ends)
 
 
 def finding(run: Run) -> str:
@@ -199,7 +204,7 @@ def finding(run: Run) -> str:
     said = [f"{where}, {listed(ends)} test accuracy ({n}, {run.info.dataset.caption})."]
     if len(samples) > 1:
         said += [_compared(each) for each in run.differences if each.sample.n > 1]
-        said.append(_what_n_can_show(run))
+        said.append(_what_n_can_show(run.differences))
     return " ".join(said)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxnorm.analysis.results import Run
+from jaxnorm.analysis.results import Run, differences
 from jaxnorm.config import UserError
 
 
@@ -40,6 +40,15 @@ def test_differences_are_of_the_last_test_accuracies(sweep):
     first = Run(sweep()).differences[0]
     assert (first.first, first.second) == ("batch", "group")
     np.testing.assert_allclose(first.sample.values, np.array([1, 2, -1]) / 22)
+
+
+def test_norms_that_were_trained_apart_are_paired_by_seed(sweep):
+    together = Run(sweep())
+    norms = ("batch", "group")
+    apart = [Run(sweep(norm, norm=norm)) for norm in norms]
+    (found,) = differences(apart)
+    assert (found.first, found.second) == norms
+    assert found.sample == together.differences[0].sample
 
 
 def test_accuracies_of_the_classes_are_each_seeds_own(sweep):
