@@ -3,10 +3,10 @@
     python notebooks/fill_pages.py
 
 Writes what stands between `<!-- table NAME -->` and `<!-- end -->`. NAME is a run's own name in
-`results/`, that and "finding" or a table's name, the name of a tuning
-and "winners" or "trials", the name of a sweep, or the name of a benchmark's file; "answer" is the
-three sentences of `answer.py`, "faults" what the fault harness wrote. It also draws the front
-page's picture, `results/answer.png`.
+`results/`, that and "finding" or a table's name, "tuning winners" or "tuning
+trials", the name of a sweep, or the name of a benchmark's file; "answer" is the three sentences of
+`answer.py`, "faults" what the fault harness wrote. It also draws the front page's picture,
+`results/answer.png`, and the two of the tunings.
 """
 
 import json
@@ -24,7 +24,8 @@ from jaxnorm.storage.directory import RunDirectory
 
 HERE = Path(__file__).resolve().parent
 PAGES = [HERE.parent / "README.md", *sorted(HERE.glob("*.md"))]
-RUNS, SWEEPS, TUNINGS = ("original", "matched", "tuned"), ("batch-size",), ("tuning",)
+RUNS = ("original", "matched", "tuned")
+SWEEPS, TUNINGS = ("batch-size",), ("tuning", "tuning-pixel")
 SHOWN = (tables.differences, tables.values, tables.evaluation, tables.calibration)
 SHOWN += (tables.corruptions,)
 BENCHMARKS = ("speed", "scaling", "seeds")
@@ -45,15 +46,18 @@ def texts() -> dict[str, str]:
     found["answer"] = Answer().sentences()
     for name in SWEEPS:
         found[name] = sweeps.results(runs_of(name)).markdown()
-    for name in TUNINGS:
-        runs = runs_of(name)
-        found[f"{name} winners"] = sweeps.tuning(runs).markdown()
-        found[f"{name} trials"] = sweeps.every_trial(runs).markdown()
+    found["tuning winners"] = sweeps.tuning(tunings()).markdown()
+    found["tuning trials"] = sweeps.every_trial(tunings()).markdown()
     for name in BENCHMARKS:
         found[name] = speed(json.loads((RESULTS / f"{name}.json").read_text())).markdown()
     lines = (RESULTS / "faults.jsonl").read_text().splitlines()
     found["faults"] = faults([json.loads(line) for line in lines]).markdown()
     return found
+
+
+def tunings() -> list[Run]:
+    """The runs of all tunings: every norm got the same learning rates."""
+    return [run for name in TUNINGS for run in runs_of(name)]
 
 
 def fill(page: str, values: Mapping[str, str]) -> str:
@@ -156,3 +160,5 @@ if __name__ == "__main__":
     for path in PAGES:
         path.write_text(fill(path.read_text(), values))
     (RESULTS / "answer.png").write_bytes(drawing.png(Answer().picture()))
+    for name, figure in sweeps.draw_tuning(tunings()):
+        (RESULTS / "tuning" / f"{name}.png").write_bytes(drawing.png(figure))

@@ -12,6 +12,7 @@ from matplotlib.image import imread
 
 from jaxnorm.analysis import figures, sweeps
 from jaxnorm.analysis.results import Run
+from jaxnorm.config import RECIPES
 from jaxnorm.storage.directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +28,7 @@ def test_every_marked_table_equals_what_the_records_say():
     assert marked >= 9
 
 
-@pytest.mark.parametrize("name", ["original", "matched", "tuned"])
+@pytest.mark.parametrize("name", fill_pages.RUNS)
 def test_the_figures_shown_equal_what_the_records_draw(name):
     """Pixel by pixel, but for a hundredth of them that another Matplotlib may draw otherwise."""
     text = "".join(page.read_text() for page in fill_pages.PAGES)
@@ -58,7 +59,7 @@ def test_the_front_pages_picture_is_what_the_records_draw():
     assert_same_picture(figure, RESULTS / "batch-size" / f"{name}.png")
 
 
-@pytest.mark.parametrize("name", ["original", "matched", "tuned"])
+@pytest.mark.parametrize("name", fill_pages.RUNS)
 def test_committed_runs_are_complete_and_say_what_data_they_saw(name):
     directory = RunDirectory(RESULTS / name)
     info = directory.info()
@@ -71,6 +72,15 @@ def test_committed_runs_are_complete_and_say_what_data_they_saw(name):
         assert directory.step_losses(net).shape == (20 * 391,)
         logits, labels = directory.predictions(net)
         assert epochs[-1].test_accuracy == (logits.argmax(1) == labels).mean()
+
+
+def test_the_recipes_learning_rates_are_what_the_tuning_found():
+    found = sweeps.trials(fill_pages.tunings())
+    best = {norm: max(trials, key=lambda trial: trial[1])[0] for norm, trials in found.items()}
+    assert best == RECIPES["tuned"]["learning_rate"]
+    assert len({tuple(rate for rate, _ in trials) for trials in found.values()}) == 1
+    for name, figure in sweeps.draw_tuning(fill_pages.tunings()):
+        assert_same_picture(figure, RESULTS / "tuning" / f"{name}.png")
 
 
 def test_pictures_and_files_that_pages_name_exist():

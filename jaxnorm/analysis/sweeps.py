@@ -62,33 +62,35 @@ def draw(runs: Sequence[Run]) -> Named:
 
 def trials(runs: Sequence[Run]) -> dict[str, list[tuple[float, float]]]:
     """The learning rate of each trial of a tuning, ascending, and the mean accuracy on held-out
-    images at its end, by norm; 0 where no net's loss stayed finite.
+    images at its end, by norm; 0 where no net's loss stayed finite. Norms may be tuned apart.
     """
-    found: dict[str, list[tuple[float, float]]] = {norm: [] for norm in runs[0].info.config.norms}
+    found: dict[str, list[tuple[float, float]]] = {}
     for run in sorted(runs, key=lambda run: run.info.config.rate("")):
-        for norm, said in found.items():
+        for norm in run.info.config.norms:
             nets = run.summaries.get(norm, {}).values()
             ends = [net.validation for net in nets if net.validation is not None]
-            said.append((run.info.config.rate(norm), sum(ends) / len(ends) if ends else 0.0))
+            trial = (run.info.config.rate(norm), sum(ends) / len(ends) if ends else 0.0)
+            found.setdefault(norm, []).append(trial)
     return found
 
 
 def tuning(runs: Sequence[Run]) -> Table:
     """What each norm won with: a row a norm."""
-    config, rows = runs[0].info.config, []
-    for norm, said in trials(runs).items():
+    config, rows, found = runs[0].info.config, [], trials(runs)
+    count = max(map(len, found.values()))
+    for norm, said in found.items():
         rates = [rate for rate, _ in said]
         best = max(said, key=lambda trial: trial[1])[0]
         accuracies = [accuracy for _, accuracy in said]
         edge = " (the lowest)" * (best == rates[0]) + " (the highest)" * (best == rates[-1])
-        half = stats.expected_best(accuracies, max(1, len(said) // 2))
+        half = stats.expected_best(accuracies, max(1, count // 2))
         failed = sum(accuracy == 0 for accuracy in accuracies)
         cells = [f"{best:g}{edge}", f"{max(accuracies):.2%}", f"{half:.2%}", str(failed)]
         rows.append([norm, *cells])
-    half = f"expected best of {max(1, len(runs) // 2)}"
+    half = f"expected best of {max(1, count // 2)}"
     note = (
         f"Accuracy on {config.validation:,} held-out training images after {config.epochs} epochs, "
-        f"{len(runs)} trials of each norm from seed {config.seed} on, n = {config.seeds} each; "
+        f"{count} trials of each norm from seed {config.seed} on, n = {config.seeds} each; "
         f"{config.arch} nets, {runs[0].info.dataset.caption}. An optimum that is the lowest "
         "or the highest learning rate lies on the edge: a wider range may hold a better one. Test "
         "accuracy is recorded too and decides nothing."
