@@ -3,7 +3,7 @@
     python notebooks/fill_pages.py
 
 Writes what stands between `<!-- table NAME -->` and `<!-- end -->`. NAME is a run's own name in
-`results/`, that and "finding" or a table's name, "tuning winners" or "tuning
+`results/`, that and "finding" or a table's name, "tuned and pixel", "tuning winners" or "tuning
 trials", the name of a sweep, or the name of a benchmark's file; "answer" is the three sentences of
 `answer.py`, "faults" what the fault harness wrote. It also draws the front page's picture,
 `results/answer.png`, and the two of the tunings.
@@ -18,13 +18,13 @@ from typing import Any
 from answer import RESULTS, Answer, runs_of
 
 from jaxnorm.analysis import drawing, sweeps, tables
-from jaxnorm.analysis.results import Run
+from jaxnorm.analysis.results import Run, differences
 from jaxnorm.analysis.tables import Table, points
 from jaxnorm.storage.directory import RunDirectory
 
 HERE = Path(__file__).resolve().parent
 PAGES = [HERE.parent / "README.md", *sorted(HERE.glob("*.md"))]
-RUNS = ("original", "matched", "tuned")
+RUNS = ("original", "matched", "tuned", "tuned-pixel")
 SWEEPS, TUNINGS = ("batch-size",), ("tuning", "tuning-pixel")
 SHOWN = (tables.differences, tables.values, tables.evaluation, tables.calibration)
 SHOWN += (tables.corruptions,)
@@ -43,6 +43,8 @@ def texts() -> dict[str, str]:
             found[f"{name} {make.__name__}"] = make(run).markdown()
         reference = json.loads((RESULTS / "reference.json").read_text())
         found[f"{name} beside others"] = beside_others(run, reference).markdown()
+    apart = [Run(RunDirectory(RESULTS / name)) for name in ("tuned", "tuned-pixel")]
+    found["tuned and pixel"] = tables.paired(differences(apart)).markdown()
     found["answer"] = Answer().sentences()
     for name in SWEEPS:
         found[name] = sweeps.results(runs_of(name)).markdown()
