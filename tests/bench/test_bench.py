@@ -2,6 +2,7 @@
 
 import json
 
+import end_to_end
 import fill_pages
 import numpy as np
 import profile_step as profiling
@@ -78,6 +79,15 @@ def test_a_written_benchmark_becomes_a_table(tmp_path):
     assert "300.0 (torch contiguous)" in table
     assert "2 to 2 rounds" in table
     assert "jax 1.2, torch 3.4" in table
+
+
+def test_two_numbers_of_epochs_say_what_twenty_take():
+    """Ours takes 50 s and 80 s an epoch, PyTorch's 10 s and 160 s."""
+    values = {"machine": bench.describe_machine(2e11), "epochs": [1, 2]}
+    table = end_to_end.table({**values, "seconds": {"jaxnorm": [130, 210], "torch": [170, 330]}})
+    assert table.rows[0] == ["jaxnorm", "130", "210", "80", "50", "1650"]
+    assert table.rows[1] == ["torch", "170", "330", "160", "10", "3210"]
+    assert table.rows[2][1:] == ["1.31", "1.57", "2.00", "0.20", "1.95"]
 
 
 def test_the_profile_names_layer_direction_and_operator():
