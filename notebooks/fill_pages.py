@@ -4,9 +4,9 @@
 
 Writes what stands between `<!-- table NAME -->` and `<!-- end -->`. NAME is a run's own name in
 `results/`, that and "finding" or a table's name, "tuned and pixel", "tuning winners" or "tuning
-trials", the name of a sweep, or the name of a benchmark's file ("end-to-end" too); "answer" is the
-three sentences of `answer.py`, "faults" what the fault harness wrote. It also draws the front
-page's picture, `results/answer.png`, and the two of the tunings.
+trials", the name of a sweep, or the name of a file that a benchmark or a script beside this one
+wrote; "answer" is the three sentences of `answer.py`, "faults" what the fault harness wrote. It
+also draws the front page's picture, `results/answer.png`, and the two of the tunings.
 """
 
 import json
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import end_to_end
+import fused_batch_norm
+import profile_step
 from answer import RESULTS, Answer, runs_of
 
 from jaxnorm.analysis import drawing, sweeps, tables
@@ -53,9 +55,9 @@ def texts() -> dict[str, str]:
     found["tuning trials"] = sweeps.every_trial(tunings()).markdown()
     for name in BENCHMARKS:
         found[name] = speed(json.loads((RESULTS / f"{name}.json").read_text())).markdown()
-    found["end-to-end"] = end_to_end.table(
-        json.loads((RESULTS / "end-to-end.json").read_text())
-    ).markdown()
+    scripts = {"end-to-end": end_to_end, "profile": profile_step, "fused": fused_batch_norm}
+    for name, script in scripts.items():
+        found[name] = script.table(json.loads((RESULTS / f"{name}.json").read_text())).markdown()
     lines = (RESULTS / "faults.jsonl").read_text().splitlines()
     found["faults"] = faults([json.loads(line) for line in lines]).markdown()
     return found

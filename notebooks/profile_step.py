@@ -1,21 +1,28 @@
 """Where a training step's time goes, by layer and operator.
 
     python notebooks/profile_step.py --norm group
+    python notebooks/profile_step.py --arch residual --norm batch group --out profile.json
 
 XLA names its operators after the lines of our program that they came from; JAX's profiler times
 them. On a CPU operators run side by side, so that their times can add up to more than a step's.
 """
 
 import collections
+import json
 import re
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import cyclopts
 
+from jaxnorm.analysis.tables import Table
+from jaxnorm.bench.__main__ import describe_machine, measure_ceiling
 from jaxnorm.bench.worker import Job
+from jaxnorm.storage.directory import RunDirectory
 
 STEPS = 5
 
@@ -103,9 +110,50 @@ def render(profile: Profile, lines: int = 30) -> str:
     return "\n".join([head, *table])
 
 
-def main(norm: str = "batch", arch: str = "original", batch_size: int = 128) -> None:
-    """Prints the profile of a training step."""
-    print(render(profile(Job("jaxnorm", norm, arch, batch_size))))
+def kinds(profile: Profile) -> dict[str, Any]:
+    """What of a profile is written: milliseconds a step on the clock, and of each operator."""
+    total: collections.Counter[str] = collections.Counter()
+    for (_, _, kind), milliseconds in profile.operators.items():
+        total[kind] += milliseconds
+    return {"clock": profile.step_milliseconds, "operators": dict(total.most_common())}
+
+
+def table(values: Mapping[str, Any]) -> Table:
+    """Written profiles as a table: a column a norm, its operators' work and its time."""
+    profiles, machine = values["profiles"], values["machine"]
+    names = list(dict.fromkeys(kind for each in profiles.values() for kind in each["operators"]))
+    rows = [
+        [kind, *(f"{each['operators'].get(kind, 0):.1f}" for each in profiles.values())]
+        for kind in names
+    ]
+    work = [sum(each["operators"].values()) for each in profiles.values()]
+    rows.append(["all operators", *(f"{each:.1f}" for each in work)])
+    rows.append(["a step on the clock", *(f"{each['clock']:.1f}" for each in profiles.values())])
+    note = (
+        f"Milliseconds of work of all {machine['cores']} cores in a step of the "
+        f"{values['arch']} net, batch {values['batch_size']}; {machine['processor']}; "
+        f"{machine['when'][:10]}."
+    )
+    return Table("Profile", ["operator", *profiles], rows, note)
+
+
+def main(
+    norm: Annotated[tuple[str, ...], cyclopts.Parameter(consume_multiple=True)] = ("batch",),
+    arch: str = "original",
+    batch_size: int = 128,
+    out: Path | None = None,
+) -> None:
+    """Prints the profile of a training step of each norm's net, and writes what a table needs."""
+    profiles = {}
+    for each in norm:
+        found = profile(Job("jaxnorm", each, arch, batch_size))
+        print(render(found) + "\n")
+        profiles[each] = kinds(found)
+    if out:
+        machine = describe_machine(measure_ceiling())
+        values = {"machine": machine, "arch": arch, "batch_size": batch_size, "profiles": profiles}
+        content = json.dumps(values, indent=1) + "\n"
+        RunDirectory(out.parent).write_bytes(out.name, content.encode())
 
 
 if __name__ == "__main__":

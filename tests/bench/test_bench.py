@@ -2,8 +2,11 @@
 
 import json
 
+import chex
 import end_to_end
 import fill_pages
+import fused_batch_norm
+import jax
 import numpy as np
 import profile_step as profiling
 import pytest
@@ -12,6 +15,7 @@ from jaxnorm import cli
 from jaxnorm.bench import __main__ as bench
 from jaxnorm.bench import worker as peers
 from jaxnorm.bench.worker import IMAGES, Job, batches_of, draw_data
+from jaxnorm.model import ops
 from jaxnorm.model.summary import count_parameters, net_of
 
 
@@ -107,6 +111,37 @@ def test_the_profile_names_layer_direction_and_operator():
     }
     text = profiling.render(profiling.Profile(job_of(128), 80.0, {("C2", "backward", "sum"): 1.5}))
     assert text.splitlines()[1].split() == ["1.50", "ms", "C2", "backward", "sum"]
+
+
+def test_profiles_are_a_column_a_norm_with_their_sums():
+    operators = {
+        ("C2", "backward", "sum"): 1.5,
+        ("C3", "forward", "sum"): 2.0,
+        ("", "", "pad"): 4.0,
+    }
+    one = profiling.kinds(profiling.Profile(job_of(128), 80.0, operators))
+    values = {"machine": bench.describe_machine(2e11), "arch": "matched", "batch_size": 128}
+    other = {"clock": 70.0, "operators": {"sum": 3.0}}
+    table = profiling.table({**values, "profiles": {"batch": one, "group": other}})
+    assert table.head == ["operator", "batch", "group"]
+    assert table.rows[:2] == [["pad", "4.0", "0.0"], ["sum", "3.5", "3.0"]]
+    assert table.rows[2:] == [
+        ["all operators", "7.5", "3.0"],
+        ["a step on the clock", "80.0", "70.0"],
+    ]
+
+
+@pytest.mark.slow
+def test_the_fused_batch_norm_has_the_gradients_of_the_packages_own(monkeypatch):
+    monkeypatch.setattr(ops, "MICRO_BATCH_BYTES", 4 * 4 * 8 * 8 * 6)  # four images
+    random = np.random.default_rng(0)
+    shapes = ((16, 8, 8, 6), (6,), (6,), (3, 3, 6, 6))
+    arguments = [random.normal(size=shape).astype(np.float32) for shape in shapes]
+    forms = (fused_batch_norm.one_after_the_other, fused_batch_norm.fused)
+    (own, back), (fused, fused_back) = (jax.vjp(form, *arguments) for form in forms)
+    chex.assert_trees_all_close(own, fused, rtol=1e-5, atol=1e-5)
+    cotangent = random.normal(size=own.shape).astype(np.float32)
+    chex.assert_trees_all_close(back(cotangent), fused_back(cotangent), rtol=1e-4, atol=1e-4)
 
 
 def test_both_sides_take_the_same_batches():
