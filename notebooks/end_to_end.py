@@ -12,7 +12,6 @@ the same decoded images. Two numbers of epochs tell what an epoch takes and what
 these follow 20 epochs.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from cyclopts import Parameter
 
 import jaxnorm
 from jaxnorm.analysis.tables import Table
-from jaxnorm.bench.__main__ import describe_machine, measure_ceiling
+from jaxnorm.bench.__main__ import describe_machine, measure_ceiling, save
 from jaxnorm.bench.worker import torch_net
 from jaxnorm.config import ALL, Config
 from jaxnorm.data.datasets import CIFAR10_DEVIATION, CIFAR10_MEAN
@@ -98,7 +97,7 @@ def main(
     values = {"machine": machine, "epochs": epochs, "seconds": seconds}
     print(table(values).plain())
     if out:
-        out.write_text(json.dumps(values, indent=1) + "\n")
+        save(out, values)
 
 
 def seconds_of(command: list[str], folder: str) -> float:

@@ -10,7 +10,6 @@ package's own operators do one after the other for the whole batch. Both have th
 which is checked, and take turns. Each device normalizes its own half of a batch in both.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -26,9 +25,8 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxnorm.analysis.tables import Table
-from jaxnorm.bench.__main__ import describe_machine, measure_ceiling
+from jaxnorm.bench.__main__ import describe_machine, measure_ceiling, save
 from jaxnorm.model import ops
-from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.training.mesh import use_all_cores
 
 SHAPES = ((32, 16), (16, 32))
@@ -169,8 +167,7 @@ def main(out: Path | None = None) -> None:
     values = {"machine": machine, "jax": jax.__version__, "comparisons": comparisons}
     print(table(values).plain())
     if out:
-        content = json.dumps(values, indent=1) + "\n"
-        RunDirectory(out.parent).write_bytes(out.name, content.encode())
+        save(out, values)
 
 
 if __name__ == "__main__":

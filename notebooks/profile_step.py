@@ -8,7 +8,6 @@ them. On a CPU operators run side by side, so that their times can add up to mor
 """
 
 import collections
-import json
 import re
 import tempfile
 import time
@@ -20,9 +19,8 @@ from typing import Annotated, Any
 import cyclopts
 
 from jaxnorm.analysis.tables import Table
-from jaxnorm.bench.__main__ import describe_machine, measure_ceiling
+from jaxnorm.bench.__main__ import describe_machine, measure_ceiling, save
 from jaxnorm.bench.worker import Job
-from jaxnorm.storage.directory import RunDirectory
 
 STEPS = 5
 
@@ -152,8 +150,7 @@ def main(
     if out:
         machine = describe_machine(measure_ceiling())
         values = {"machine": machine, "arch": arch, "batch_size": batch_size, "profiles": profiles}
-        content = json.dumps(values, indent=1) + "\n"
-        RunDirectory(out.parent).write_bytes(out.name, content.encode())
+        save(out, values)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -146,8 +146,6 @@ def main(
     ] = Options(),
 ) -> int:
     """Times each net and batch size, prints a table for each, and writes the JSON."""
-    from jaxnorm.storage.directory import RunDirectory
-
     ceiling = measure_ceiling()
     machine = describe_machine(ceiling)
     print(f"{machine['processor']}: ", end="")
@@ -160,9 +158,16 @@ def main(
         comparisons.append(summarize(compare(options, job), ceiling))
         print(render(comparisons[-1]), flush=True)
         if options.out:
-            content = json.dumps({"machine": machine, "comparisons": comparisons}, indent=1) + "\n"
-            RunDirectory(options.out.parent).write_bytes(options.out.name, content.encode())
+            save(options.out, {"machine": machine, "comparisons": comparisons})
     return 0
+
+
+def save(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes measurements as JSON, whole or not at all."""
+    from jaxnorm.storage.directory import RunDirectory
+
+    content = json.dumps(values, indent=1) + "\n"
+    RunDirectory(path.parent).write_bytes(path.name, content.encode())
 
 
 def compare(options: Options, ours: Job) -> list[Worker]:
