@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from jaxnorm.analysis import drawing, sweeps
 from jaxnorm.analysis.results import Run
 from jaxnorm.analysis.stats import Sample
-from jaxnorm.analysis.tables import listed, points
+from jaxnorm.analysis.tables import MINUS, Table, listed, points
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.sweep import Sweep
 
@@ -103,24 +103,45 @@ class Answer:
         )
 
     def by_batch_size(self) -> str:
-        """What small and large batches change for each norm, paired by seed."""
-        runs = {run.info.config.batch_size: run for run in self.batch_sizes}
-        reference, texts, shown = runs[REFERENCE], [], []
-        for size in COMPARED:
-            changes = []
-            for norm, nets in runs[size].summaries.items():
-                others = reference.summaries[norm]
-                sample = Sample(tuple(nets[seed].last - others[seed].last for seed in nets))
-                changes.append(f"{norm} norm by {points(sample.mean)}{between(sample, points)}")
-                shown += [f"{norm} norm's at {size}"] * sample.excludes_zero
-            texts.append(f"batches of {size} move {listed(changes)} points")
-        clear = f"only {listed(shown)} {'is' if len(shown) == 1 else 'are'} shown"
+        """Which changes of accuracy by small and large batches are shown, and which are not."""
+        shown, held = [], []
+        for norm, size, each in self.changes():
+            text = f"{norm} norm at {size}, {points(each.mean)}{between(each, points)}"
+            (shown if each.excludes_zero else held).append((each.mean, text))
+        parts = []
+        if shown:
+            parts.append(f": {listed([text for _, text in shown])} points")
+        if held:
+            ends = f"{points(min(held)[0])} to {points(max(held)[0])}"
+            parts.append(f"; the other {len(held)}, {ends} points, have intervals that hold zero")
+        verb = "is" if len(shown) == 1 else "are"
         return (
-            f"**Against batches of {REFERENCE}**, {'; '.join(texts)}; "
-            f"{clear if shown else 'no change is shown'} (accuracy after "
-            f"{reference.info.config.epochs} epochs, n = {fewest(self.batch_sizes)} pairs, 95 % "
-            "intervals)."
+            f"**Of {len(shown + held)} changes by batches of {' or '.join(map(str, COMPARED))} "
+            f"instead of {REFERENCE}, {len(shown)} {verb} shown**{''.join(parts)} (accuracy after "
+            f"{self.batch_sizes[0].info.config.epochs} epochs, n = {fewest(self.batch_sizes)} "
+            "pairs, 95 % intervals)."
         )
+
+    def changes(self) -> list[tuple[str, int, Sample]]:
+        """What each batch size of `COMPARED` changes for each norm against `REFERENCE`: the
+        differences of last test accuracies, paired by seed.
+        """
+        runs = {run.info.config.batch_size: run.summaries for run in self.batch_sizes}
+        return [
+            (norm, size, Sample(tuple(nets[s].last - runs[REFERENCE][norm][s].last for s in nets)))
+            for size in COMPARED
+            for norm, nets in runs[size].items()
+        ]
+
+    def table(self) -> Table:
+        """`changes`, a row each."""
+        rows = []
+        for norm, size, each in self.changes():
+            interval = " to ".join(map(points, each.interval)) if each.interval else "none: n = 1"
+            name = f"{norm}, {size} {MINUS} {REFERENCE}"
+            rows.append([name, str(each.n), points(each.mean), interval])
+        head = ["norm, batches", "pairs", "mean, points", "95% t interval"]
+        return Table("Changes by batch size", head, rows)
 
 
 def fewest(runs: Sequence[Run]) -> int:

@@ -5,8 +5,8 @@
 Writes what stands between `<!-- table NAME -->` and `<!-- end -->`. NAME is a run's own name in
 `results/`, that and "finding" or a table's name, "tuned and pixel", "tuning winners" or "tuning
 trials", the name of a sweep, or the name of a file that a benchmark or a script beside this one
-wrote; "answer" is the three sentences of `answer.py`, "faults" what the fault harness wrote. It
-also draws the front page's picture, `results/answer.png`, and the two of the tunings.
+wrote; "answer" and "batch-size changes" are of `answer.py`, "faults" is what the fault harness
+wrote. It also draws the front page's picture, `results/answer.png`, and the two of the tunings.
 """
 
 import json
@@ -49,6 +49,7 @@ def texts() -> dict[str, str]:
     apart = [Run(RunDirectory(RESULTS / name)) for name in ("tuned", "tuned-pixel")]
     found["tuned and pixel"] = tables.paired(differences(apart)).markdown()
     found["answer"] = Answer().sentences()
+    found["batch-size changes"] = Answer().table().markdown()
     for name in SWEEPS:
         found[name] = sweeps.results(runs_of(name)).markdown()
     found["tuning winners"] = sweeps.tuning(tunings()).markdown()
