@@ -69,7 +69,7 @@ class Answer:
         ]
         shown = [
             f"{each.first} norm minus {each.second} norm is {points(each.sample.mean)} points"
-            f"{between(each.sample, points)}, p {each.adjusted_p:.2g} by sign flips after Holm"
+            f"{between(each.sample, points)}, p {each.adjusted_p:.2g}"
             for each in self.tuned.differences
             if each.sample.excludes_zero
         ]
@@ -77,7 +77,7 @@ class Answer:
         return (
             f"**After {self.tuned.info.config.epochs} epochs of the tuned recipe** test accuracy "
             f"is {listed(ends)}; {clear} (n = {fewest([self.tuned])} seeds; 95 % intervals, each "
-            "for itself)."
+            "for itself; p of exact sign flips after Holm)."
         )
 
     def by_learning_rate(self) -> str:
