@@ -28,11 +28,14 @@ def runs_of(sweep: str) -> list[Run]:
 
 
 class Answer:
-    """The tuned run, the tuning, and the runs with batches of several sizes."""
+    """The tuned run, the trials of the tuning with those at rates beyond its range, and the runs
+    with batches of several sizes.
+    """
 
     def __init__(self) -> None:
         self.tuned = Run(RunDirectory(RESULTS / "tuned"))
-        self.tuning, self.batch_sizes = runs_of("tuning"), runs_of("batch-size")
+        self.rates = [*runs_of("tuning"), *runs_of("learning-rate")]
+        self.batch_sizes = runs_of("batch-size")
 
     def picture(self) -> Figure:
         """Learning curves, accuracy against learning rate and against batch size, each with n."""
@@ -43,15 +46,20 @@ class Answer:
         figure = drawing.new_figure(data, title, 13, 4.4)
         curves, rates, sizes = figure.subplots(1, 3)
         plot_curves(curves, self.tuned)
-        sweeps.plot_rates(rates, self.tuning)
+        sweeps.plot_rates(rates, self.rates)
         sweeps.plot_against(sizes, self.batch_sizes, "batch_size")
         for axes, runs, what in (
             (curves, [self.tuned], "mean and 95 % interval"),
-            (rates, self.tuning, "each trial"),
+            (rates, self.rates, "each trial"),
             (sizes, self.batch_sizes, "mean and each seed"),
         ):
             epochs = runs[0].info.config.epochs
             axes.set_title(f"{epochs} epochs, n = {fewest(runs)}: {what}", fontsize=10)
+        return figure
+
+    def against_rate(self) -> Figure:
+        """Accuracy against learning rate, alone and larger."""
+        _, figure = next(iter(sweeps.draw_tuning(self.rates)))
         return figure
 
     def sentences(self) -> str:
@@ -81,8 +89,8 @@ class Answer:
         )
 
     def by_learning_rate(self) -> str:
-        """In which range the learning rate does not matter, and what the highest costs."""
-        config, trials = self.tuning[0].info.config, sweeps.trials(self.tuning)
+        """In which range the learning rate does not matter, and what the two highest cost."""
+        config, trials = self.rates[0].info.config, sweeps.trials(self.rates)
         best = {norm: max(accuracy for _, accuracy in each) for norm, each in trials.items()}
         half = max(1.96 * math.sqrt(p * (1 - p) / config.validation) for p in best.values())
         rates = [rate for rate, _ in next(iter(trials.values()))]
@@ -93,13 +101,18 @@ class Answer:
             if max(all_lost) <= half
         ]
         assert near == rates[rates.index(near[0]) : rates.index(near[-1]) + 1]  # no hole in it
-        costs = [f"{norm} norm {100 * each[-1]:.1f}" for norm, each in lost.items()]
+        least = {min(lost, key=lambda norm: lost[norm][end]) for end in (-2, -1)}
+        best_above = f"above, {least.pop()} norm loses least: " if len(least) == 1 else ""
+        less, most = (
+            listed([f"{norm} norm {100 * each[end]:.1f}" for norm, each in lost.items()])
+            for end in (-2, -1)
+        )
         return (
             f"**Learning rates may differ by a factor of {near[-1] / near[0]:.0f}**: from "
             f"{near[0]:g} to {near[-1]:g} every norm stays within {100 * half:.1f} points of its "
             f"best, the 95 % interval of one accuracy on {config.validation:,} held-out images; "
-            f"{rates[-1]:g} costs {listed(costs)} points ({config.epochs} epochs, "
-            f"n = {config.seeds})."
+            f"{best_above}{rates[-2]:g} costs {less} points; {rates[-1]:g} costs {most} "
+            f"({config.epochs} epochs, n = {config.seeds})."
         )
 
     def by_batch_size(self) -> str:

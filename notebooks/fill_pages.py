@@ -5,8 +5,9 @@
 Writes what stands between `<!-- table NAME -->` and `<!-- end -->`. NAME is a run's own name in
 `results/`, that and "finding" or a table's name, "tuned and pixel", "tuning winners" or "tuning
 trials", the name of a sweep, or the name of a file that a benchmark or a script beside this one
-wrote; "answer" and "batch-size changes" are of `answer.py`, "faults" is what the fault harness
-wrote. It also draws the front page's picture, `results/answer.png`, and the two of the tunings.
+wrote; "answer", "learning rates" and "batch-size changes" are of `answer.py`, "faults" is what the
+fault harness wrote. It also draws the pictures of several runs: the front page's,
+`results/answer.png`, accuracy against learning rate, and the two of the tunings.
 """
 
 import json
@@ -49,6 +50,7 @@ def texts() -> dict[str, str]:
     apart = [Run(RunDirectory(RESULTS / name)) for name in ("tuned", "tuned-pixel")]
     found["tuned and pixel"] = tables.paired(differences(apart)).markdown()
     found["answer"] = Answer().sentences()
+    found["learning rates"] = sweeps.every_trial(Answer().rates).markdown()
     found["batch-size changes"] = Answer().table().markdown()
     for name in SWEEPS:
         found[name] = sweeps.results(runs_of(name)).markdown()
@@ -169,5 +171,6 @@ if __name__ == "__main__":
     for path in PAGES:
         path.write_text(fill(path.read_text(), values))
     (RESULTS / "answer.png").write_bytes(drawing.png(Answer().picture()))
+    (RESULTS / "learning-rate.png").write_bytes(drawing.png(Answer().against_rate()))
     for name, figure in sweeps.draw_tuning(tunings()):
         (RESULTS / "tuning" / f"{name}.png").write_bytes(drawing.png(figure))

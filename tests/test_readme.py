@@ -49,6 +49,7 @@ def assert_same_picture(figure, committed):
 def test_the_front_pages_picture_is_what_the_records_draw():
     picture = Answer().picture()
     assert_same_picture(picture, RESULTS / "answer.png")
+    assert_same_picture(Answer().against_rate(), RESULTS / "learning-rate.png")
     curves, rates, sizes = picture.axes
     tuned = Run(RunDirectory(RESULTS / "tuned"))
     for line, norm in zip(curves.lines, ("batch", "group", "layer"), strict=True):
