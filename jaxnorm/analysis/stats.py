@@ -173,9 +173,14 @@ def smallest_p(n: int) -> float:
     return min(1.0, 2.0 ** (1 - n))
 
 
+def fewest_pairs(comparisons: int) -> int:
+    """How many pairs the sign flips need to call one of so many comparisons significant."""
+    return next(n for n in itertools.count(1) if comparisons * smallest_p(n) < LEVEL)
+
+
 def what_n_can_show(n: int, comparisons: int) -> str:
     """A sentence on what so many pairs can show when so many comparisons are made at once."""
-    needed = next(n for n in itertools.count(1) if comparisons * smallest_p(n) < LEVEL)
+    needed = fewest_pairs(comparisons)
     if n == 1:
         return (
             "With one seed there is no telling a difference between norms from one between two "

@@ -176,10 +176,14 @@ def paired(found: Sequence[stats.Difference]) -> Table:
 
 
 def _what_n_can_show(found: Sequence[stats.Difference]) -> str:
-    """What the fewest and the most pairs of a comparison can show, in words."""
-    counts = [each.sample.n for each in found] or [1]
-    ends = sorted({min(counts), max(counts)})
-    return " ".join(stats.what_n_can_show(n, max(1, len(found))) for n in ends)
+    """What the fewest and the most pairs of a comparison can show, in words; what the most cannot,
+    the fewest cannot either.
+    """
+    counts, comparisons = [each.sample.n for each in found] or [1], max(1, len(found))
+    ends = {max(counts)}
+    if max(counts) >= stats.fewest_pairs(comparisons):
+        ends.add(min(counts))
+    return " ".join(stats.what_n_can_show(n, comparisons) for n in sorted(ends))
 
 
 def finding(run: Run) -> str:

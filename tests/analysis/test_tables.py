@@ -182,3 +182,11 @@ def test_accuracy_on_corrupted_images_is_of_every_measured_seed(sweep):
     assert (group["n"], group["none"]) == ("2", "50.00% \N{PLUS-MINUS SIGN} 0.00")
     assert group["noise"].startswith(f"{0.75 * first['corrupted_accuracy'][0]:.2%}")
     assert group["blur"].startswith(f"{0.75 * first['corrupted_accuracy'][1]:.2%}")
+
+
+@pytest.mark.parametrize(("counts", "said"), [((3, 5), [5]), ((3, 7), [3, 7]), ((7, 7), [7])])
+def test_what_the_most_pairs_cannot_show_is_not_said_of_fewer(counts, said):
+    seeds = [dict.fromkeys(range(n), 0.5) for n in counts]
+    values = {"batch": seeds[1], "group": seeds[1], "layer": seeds[0]}
+    note = tables.paired(stats.differences(values, 10)).note
+    assert [n for n in range(1, 9) if f"With {n} paired" in note] == said
