@@ -51,6 +51,10 @@ def run(
         def begin() -> tuple[bool, list[int]]:
             """Readies the directories; whether any had begun, and the epochs of every net."""
             stack.enter_context(sweep.locked())
+            for config, directory in zip(configs, sweep.directories, strict=True):
+                if directory.exists():
+                    check_grown(directory.info().config, config, directory.path)
+            sweep.record_growth()
             begun = any(directory.exists() for directory in sweep.directories)
             for i, (config, directory) in enumerate(zip(configs, sweep.directories, strict=True)):
                 shape = str(trainer.mesh_for(configs, config.batch_size, mesh))

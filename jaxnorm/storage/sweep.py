@@ -62,6 +62,15 @@ class Sweep:
             return cls(path, folder.read_json(_FILE, SweepInfo).runs)
         return cls(path, [folder.info().config])
 
+    def record_growth(self) -> None:
+        """Has `sweep.json` say how far its runs are to grow, before any of them does, so that one
+        that is killed meanwhile resumes. To be called under the lock.
+        """
+        if self.folder.path_of(_FILE).exists():
+            info = self.folder.read_json(_FILE, SweepInfo)
+            if info.runs != self.configs:
+                self.folder.write_json(_FILE, dataclasses.replace(info, runs=self.configs))
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps other processes from training it (see `RunDirectory.locked`)."""

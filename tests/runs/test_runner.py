@@ -226,6 +226,21 @@ class StopAfter(Callback):
             raise Stopped
 
 
+def test_a_sweep_that_is_killed_while_it_grows_goes_on_growing(tiny, scratch):
+    configs = product({**BASE, "batch_size": 35}, {"learning_rate": (0.01, 0.002)})
+    runner.run(Sweep.create(scratch / "s", configs, "x"), tiny)
+    grown = [dataclasses.replace(config, seeds=2) for config in configs]
+    with pytest.raises(Stopped):
+        runner.run(Sweep(scratch / "s", grown), tiny, callback=StopAfter(1))
+    sweep = Sweep.open(scratch / "s")  # as `--resume` without any other flag
+    assert sweep.configs == grown
+    with pytest.raises(UserError, match="seeds=1 conflicts with the run"):
+        runner.run(Sweep(scratch / "s", configs), tiny)
+    assert Sweep.open(scratch / "s").configs == grown
+    runner.run(sweep, tiny)
+    assert [len(directory.epochs()) for directory in sweep.directories] == [4, 4]
+
+
 def test_a_sweep_stopped_twice_trains_nothing_twice(tiny, scratch):
     """And each of its runs is the run alone, bit for bit."""
     configs = product(BASE, {"batch_size": (35, 70), "learning_rate": (0.01, 0.002)})
