@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import end_to_end
-import fused_batch_norm
+import fused_stage
 import profile_step
 from answer import RESULTS, Answer, runs_of
 
@@ -58,7 +58,7 @@ def texts() -> dict[str, str]:
     found["tuning trials"] = sweeps.every_trial(tunings()).markdown()
     for name in BENCHMARKS:
         found[name] = speed(json.loads((RESULTS / f"{name}.json").read_text())).markdown()
-    scripts = {"end-to-end": end_to_end, "profile": profile_step, "fused": fused_batch_norm}
+    scripts = {"end-to-end": end_to_end, "profile": profile_step, "fused": fused_stage}
     for name, script in scripts.items():
         found[name] = script.table(json.loads((RESULTS / f"{name}.json").read_text())).markdown()
     lines = (RESULTS / "faults.jsonl").read_text().splitlines()

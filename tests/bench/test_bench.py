@@ -5,7 +5,7 @@ import json
 import chex
 import end_to_end
 import fill_pages
-import fused_batch_norm
+import fused_stage
 import jax
 import numpy as np
 import profile_step as profiling
@@ -132,12 +132,12 @@ def test_profiles_are_a_column_a_norm_with_their_sums():
 
 
 @pytest.mark.slow
-def test_the_fused_batch_norm_has_the_gradients_of_the_packages_own(monkeypatch):
+def test_the_fused_stage_has_the_gradients_of_the_packages_own(monkeypatch):
     monkeypatch.setattr(ops, "MICRO_BATCH_BYTES", 4 * 4 * 8 * 8 * 6)  # four images
     random = np.random.default_rng(0)
     shapes = ((16, 8, 8, 6), (6,), (6,), (3, 3, 6, 6))
     arguments = [random.normal(size=shape).astype(np.float32) for shape in shapes]
-    forms = (fused_batch_norm.one_after_the_other, fused_batch_norm.fused)
+    forms = (fused_stage.one_after_the_other, fused_stage.fused)
     (own, back), (fused, fused_back) = (jax.vjp(form, *arguments) for form in forms)
     chex.assert_trees_all_close(own, fused, rtol=1e-5, atol=1e-5)
     cotangent = random.normal(size=own.shape).astype(np.float32)

@@ -1,7 +1,7 @@
 """Batch norm, ReLU and the next convolution as one operator, layer by layer in micro-batches, with
 the gradient written by hand: the form that was to save trips to memory, and does not pay.
 
-    python notebooks/fused_batch_norm.py --out fused.json        # two minutes, nothing else running
+    python notebooks/fused_stage.py --out fused.json        # two minutes, nothing else running
 
 A convolution's output is read once in each direction, eight or sixteen images at a time: the loop
 normalizes them and convolves what comes out while it lies in a core's cache; on the way back it
