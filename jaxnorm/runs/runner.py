@@ -91,7 +91,6 @@ def _begin(directory: RunDirectory, now: RunInfo, callback: Callback) -> dict[Ne
         directory.write_info(now)
         return {net: NetProgress() for net in config.nets}
     info = directory.info()
-    check_grown(info.config, config, directory.path)
     if now.dataset.fingerprint != info.dataset.fingerprint:
         raise UserError(
             f"the data found is not what {directory.path} was trained on: give its data_dir="
