@@ -19,6 +19,7 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from jaxnorm.model import layers, ops
 from jaxnorm.model.cnn import CNN
 from jaxnorm.model.summary import activation_bytes
 from jaxnorm.training import mesh as meshes
@@ -32,7 +33,8 @@ from jaxnorm.training.step import (
     train_step,
 )
 
-EVALUATION_BATCH = 100
+EVALUATION_BATCH = 128
+"""Images evaluated at a time, on a CPU in micro-batches."""
 
 
 class Steps(NamedTuple):
@@ -208,6 +210,13 @@ def net_bytes(net: CNN, batch_size: int) -> int:
     return 6 * max(batch_size, EVALUATION_BATCH) * sum(activation_bytes(net))
 
 
+def evaluation_batch(net: CNN) -> int:
+    """How many images to evaluate at a time; a norm of the user's own may look at all of them."""
+    if layers.is_custom(net.norm):
+        return EVALUATION_BATCH
+    return ops.micro_batch_of(EVALUATION_BATCH, max(activation_bytes(net)))
+
+
 def _logits(program: Program, images: jax.Array, state: TrainState) -> jax.Array:
     """What each device does for one net: its share of the images, and all logits of the row."""
 
@@ -216,17 +225,11 @@ def _logits(program: Program, images: jax.Array, state: TrainState) -> jax.Array
         return program.model.apply(state.variables, standardize(state, batch))
 
     def of_part(images):
-        """Any number of images, a batch at a time."""
-        count = images.shape[0]
-        size = -(-count // -(-count // EVALUATION_BATCH))
-        full = count // size * size
-        parts = []
-        if full:
-            batches = images[:full].reshape(-1, size, *images.shape[1:])
-            parts.append(lax.map(of_batch, batches).reshape(full, -1))
-        if full < count:
-            parts.append(of_batch(images[full:]))
-        return jnp.concatenate(parts)
+        """Any number of images, a batch at a time; the first ones again fill the last batch."""
+        size = min(len(images), evaluation_batch(program.model))
+        filled = jnp.pad(images, ((0, -len(images) % size), *[(0, 0)] * 3), mode="wrap")
+        logits = lax.map(of_batch, filled.reshape(-1, size, *images.shape[1:]))
+        return logits.reshape(len(filled), -1)[: len(images)]
 
     count, devices = images.shape[0], program.mesh.batch
     if count == 0:

@@ -11,6 +11,7 @@ import pytest
 from close import assert_gradients_close
 from helpers import evaluate, predict_logits, program_of, train_epoch
 
+from jaxnorm.model.cnn import CNN
 from jaxnorm.model.summary import activation_bytes
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training import step as train
@@ -127,6 +128,11 @@ def test_evaluation_is_exact_for_any_number_of_images(tiny, count):
     losses = np.log(np.exp(alone).sum(1)) - chosen
     np.testing.assert_allclose(result.loss, losses.mean(), rtol=1e-5)
     np.testing.assert_allclose(result.accuracy, (alone.argmax(1) == labels).mean(), rtol=1e-6)
+
+
+def test_a_norm_of_ones_own_is_evaluated_on_large_batches():
+    assert epochs.evaluation_batch(CNN("own.module:Norm", "matched")) == epochs.EVALUATION_BATCH
+    assert epochs.evaluation_batch(CNN("group")) < 16  # what a core's cache holds
 
 
 def test_no_images_give_no_logits(tiny):
