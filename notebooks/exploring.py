@@ -26,7 +26,7 @@ def averaged_over(
     """
     module = CNN(norm, "matched", groups=groups, fast=False).normalization(train=True)
     inputs = jax.random.normal(jax.random.key(0), shape)
-    variables = module.init(jax.random.key(1), inputs)
+    variables = jax.jit(module.init)(jax.random.key(1), inputs)
 
     def output(x):
         return module.apply(variables, x, mutable=["batch_stats"])[0][at]

@@ -11,7 +11,7 @@ from jaxnorm.training import step
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_only_batch_norm_lets_one_images_loss_depend_on_another(tiny, norm):
-    program = step.Program(CNN(norm, "matched", 4), 0.9, tiny.mean, tiny.deviation)
+    program = step.Program(CNN(norm, "every-kind", 4), 0.9, tiny.mean, tiny.deviation)
     state = step.init_state(program, 1)
     images, labels = tiny.train_images[:4], tiny.train_labels[:4]
     found = exploring.example_gradients(program, state, images, labels)

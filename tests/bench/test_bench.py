@@ -278,6 +278,7 @@ def test_pytorchs_side_makes_steps_of_a_net_of_the_same_size(few_images, norm, a
         assert about["device"] == "cpu"
 
 
+@pytest.mark.slow
 def test_a_profile_finds_the_time_of_a_step(few_images, monkeypatch):
     monkeypatch.setattr(profiling, "STEPS", 2)
     found = profiling.profile(Job("jaxnorm", "layer", "original", 16))

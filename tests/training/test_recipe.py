@@ -70,10 +70,11 @@ def test_a_compiled_epoch_trains_on_the_images_that_its_keys_choose(tiny):
     )
     order = np.asarray(epochs.epoch_order(3, 1, 70))
     wanted, by_step, train_step = initial, [], jax.jit(train.train_step, static_argnums=0)
+    crop_and_flip = jax.jit(train.crop_and_flip, static_argnums=1)
     for step, start in enumerate(range(0, 70, 16)):
         rows = order[start : start + 16]
-        places = train.crop_and_flip(train.derive_key(3, "augment", 1, step), len(rows))
-        images = epochs.augmented(jnp.asarray(tiny.train_images), jnp.asarray(rows), *places)
+        down, across = crop_and_flip(train.derive_key(3, "augment", 1, step), len(rows))
+        images = tiny.train_images[rows[:, None, None], down[:, :, None], across[:, None]]
         key = train.derive_key(3, "dropout", 1, step)
         labels = jnp.asarray(tiny.train_labels[rows])
         wanted, loss, _ = train_step(program, wanted, images, labels, key, 0.1)
