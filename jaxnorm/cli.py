@@ -8,9 +8,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_origin
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 
 from jaxnorm.config import Config, UserError
 from jaxnorm.runs import signals
@@ -21,6 +21,19 @@ _LONGEST = 1_000
 _arguments: list[str] = []
 _program = "python -m jaxnorm.run"
 _before_failing: list[Callable[[], None]] = []
+
+
+def _whole(kind: Any, tokens: Sequence[Any]) -> Any:
+    for token in tokens:
+        if not re.fullmatch(r"[+-]?\d{1,20}", token.value):
+            wrong = f"{token.keyword} {token.value[:40]}"
+            raise UserError(f"{wrong} is wrong: it must be a whole number")
+    numbers = tuple(int(token.value) for token in tokens)
+    return numbers if get_origin(kind) is tuple else numbers[0]
+
+
+WHOLE = Parameter(converter=_whole)
+"""Of a flag that takes whole numbers: without it 1.5 would be rounded."""
 
 
 def arguments() -> list[str]:

@@ -112,6 +112,8 @@ def _settings_class() -> type:
             kind, default = Annotated[tuple[value, ...], several], ()
         elif default is None:  # of the recipe, which may be undone
             kind = Annotated[kind | None, Parameter(negative_bool="no-")]
+        if hints[field.name] is int:
+            kind = Annotated[kind, cli.WHOLE]
         fields.append((field.name, kind, dataclasses.field(default=default)))
     made = dataclasses.make_dataclass("Settings", fields, frozen=True)
     made.__module__, made.__doc__ = __name__, Config.__doc__
@@ -195,6 +197,7 @@ def _prepare_jax(options: Options) -> Options:
 
 def _train(asked: list[Config], options: Options, finish: "Finish") -> int:
     """Checks, trains and reports a new sweep or one that resumes. A run is a sweep of one."""
+    from jaxnorm.model import summary
     from jaxnorm.runs import multihost, runner
     from jaxnorm.storage.directory import RunDirectory
     from jaxnorm.storage.sweep import Sweep
@@ -217,14 +220,17 @@ def _train(asked: list[Config], options: Options, finish: "Finish") -> int:
         from jaxnorm.runs.callbacks import TensorBoard
 
         board = TensorBoard(out / "tensorboard", sweep=len(configs) > 1)
+    mesh = None if options.mesh is None else MeshShape.parse(options.mesh)
+    for config in configs:
+        trainer.mesh_for(configs, config.batch_size, mesh)
+    # What is wrong whatever the data is, is said before a download.
+    summary.check_nets(dataclasses.replace(configs[0], allow_large=True), num_classes=10)
     # Process 0 may import an archive, or write a cache, that the others find.
     dataset = multihost.in_every_process(lambda: _load(configs[0], options) if process_0 else None)
     dataset = multihost.in_every_process(lambda: dataset or _load(configs[0], options))
     multihost.agree(data=dataset.fingerprint)
-    mesh = None if options.mesh is None else MeshShape.parse(options.mesh)
     for config in configs:
         trainer.check(config, dataset)
-        trainer.mesh_for(configs, config.batch_size, mesh)
     if options.plan:
         _print_plan(configs, options, dataset, mesh)
         return 0

@@ -42,7 +42,7 @@ class Trials:
         The highest that may be drawn.
     """
 
-    trials: int = 12
+    trials: Annotated[int, cli.WHOLE] = 12
     lowest: float = 0.01
     highest: float = 1.0
 

@@ -88,6 +88,9 @@ def test_summary_prints_the_layer_tables_and_trains_nothing(inside, capsys):
         ("--epochs", "0"),
         ("--epochs", "-1"),
         ("--epochs", "many"),
+        ("--epochs", "1.5"),
+        ("--batch-size", "16", "32.5"),
+        ("--mesh", "2"),
         ("--batch-size", "1438"),
         ("--norm", "group", "--groups", "3"),
         ("--learning-rate", "nan"),
@@ -205,6 +208,24 @@ def test_a_loss_that_turns_nan_is_exit_code_1(inside, tiny_by_name, capsys):
     assert "epoch" in error
     assert "step" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--norm", "weight"),
+        ("--norm", "group", "--groups", "3"),
+        ("--mesh", "2"),
+        ("--mesh", "seed=99"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_wrong_whatever_the_data_is_is_said_before_a_download(
+    inside, arguments, monkeypatch, capsys
+):
+    monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("loaded"))
+    assert call(*arguments) == 2
+    assert f"error: {' '.join(arguments[-2:])}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -67,8 +67,8 @@ class Options:
 
     norm: tuple[Literal["batch", "group", "layer"], ...] = ("batch", "group", "layer")
     arch: tuple[Literal["original", "matched", "residual"], ...] = ("original",)
-    batch_size: tuple[int, ...] = (128,)
-    seeds: tuple[int, ...] = (1,)
+    batch_size: Annotated[tuple[int, ...], cli.WHOLE] = (128,)
+    seeds: Annotated[tuple[int, ...], cli.WHOLE] = (1,)
     task: tuple[Literal["train", "evaluate"], ...] = ("train",)
     peers: tuple[Peer, ...] = ("jaxnorm", "torch", "torch-compile")
     seconds: float = 60.0
