@@ -86,14 +86,15 @@ def from_json(kind: type[T], text: str | bytes) -> T:
 
 
 def _saying(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Has Pydantic's first error be a `UserError` of one line."""
+    """Has an error of Pydantic's be a `UserError` of one line."""
 
     @functools.wraps(function)
     def checked(*arguments: Any, **values: Any) -> Any:
         try:
             return function(*arguments, **values)
         except pydantic.ValidationError as error:
-            first = error.errors()[0]
+            # Of a union the errors of each part are told: the deepest is of the part that is meant.
+            first = max(error.errors(), key=lambda each: len(each["loc"]))
         kinds = ("float", "constrained", "dict[")  # of a union, which are no names of fields
         name = ".".join(str(part) for part in first["loc"] if not str(part).startswith(kinds))
         message = first["msg"]

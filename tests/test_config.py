@@ -28,6 +28,11 @@ def test_digits_have_a_smaller_batch_unless_one_is_asked_for():
     assert Config(dataset="digits", batch_size=64).batch_size == 64
 
 
+def test_a_wrong_learning_rate_of_one_norm_is_named():
+    with pytest.raises(UserError, match=r"^learning_rate\.batch=-1\.0 is wrong: .* than 0$"):
+        Config(learning_rate={"group": 0.1, "batch": -1.0})
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

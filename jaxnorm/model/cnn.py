@@ -208,7 +208,7 @@ class CNN(nn.Module):
         table = ARCHS[self.arch](self.norm)
         if table is None:
             raise UserError(
-                f"norm={self.norm} has no net in the study: choose arch=matched, or batch, group "
-                "or layer norm"
+                f"norm={self.norm} has no net in the study: choose batch, group or layer; or "
+                "arch=matched, whose net takes other norms too"
             )
         return table
