@@ -22,8 +22,10 @@ from jaxnorm.training import mesh as meshes
 from jaxnorm.training.mesh import MeshShape
 from jaxnorm.training.trainer import Nets, Trained, groups
 
-MEASURED_STEPS = 3
-"""Steps from which an estimate knows how long one takes; their median counts."""
+MEASURED, STEPS = 3, 5
+"""How often each thing is timed, of which the median counts; and the training steps timed at once:
+a call takes time of its own, a third of a step under batch norm.
+"""
 COLUMNS = ("norm", "batch", "nets", "at once", "mesh", "rounds x steps", "step, ms")
 COLUMNS += ("evaluation, ms", "writing, ms", "memory, MB", "training", "rest")
 
@@ -62,13 +64,16 @@ def _estimate(
     state = nets.states([None] * len(group.nets))
     memory = _device_bytes(nets.arguments(state, chunk, of_epoch))
 
-    def step() -> None:
-        """One training step."""
+    few = chunk._replace(stop=min(chunk.start + STEPS, chunk.stop))
+
+    def train_few() -> None:
+        """A few training steps."""
         nonlocal state
-        state, done = nets.train_chunk(state, chunk._replace(stop=chunk.start + 1), of_epoch)
+        state, done = nets.train_chunk(state, few, of_epoch)
         jax.block_until_ready(done.losses)
 
-    step_seconds, evaluation = _seconds(step), _seconds(lambda: nets.evaluate(state))
+    step_seconds = _seconds(train_few) / (few.stop - few.start)
+    evaluation = _seconds(lambda: nets.evaluate(state))
     writing = _seconds(lambda: _write(nets, state, dataset)) * len(group.nets)
     last_epoch = nets.config.epochs
     steps = nets.steps * last_epoch
@@ -85,7 +90,7 @@ def _estimate(
 def _seconds(function: Callable[[], Any]) -> float:
     """The median time of a few calls, after one that compiles."""
     times = []
-    for _ in range(1 + MEASURED_STEPS):
+    for _ in range(1 + MEASURED):
         clock = time.perf_counter()
         function()
         times.append(time.perf_counter() - clock)
