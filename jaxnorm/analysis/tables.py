@@ -309,13 +309,13 @@ def layers(config: Config, num_classes: int) -> Table:
     """The layers of each norm's net: output, receptive field, parameters of kernel and norm."""
     from jaxnorm.model import summary
 
-    nets = [summary.net_of(config, norm, num_classes) for norm in config.norms]
+    nets = [summary.summarize(summary.net_of(config, norm, num_classes)) for norm in config.norms]
     head, total = ["layer"], ["total"]
-    for net in nets:
-        head += [f"{net.norm}: output", "field", "kernel", "norm"]
-        total += ["", "", "", f"{summary.count_parameters(net):,}"]
+    for norm, net in zip(config.norms, nets, strict=True):
+        head += [f"{norm}: output", "field", "kernel", "norm"]
+        total += ["", "", "", f"{sum(row.kernel + row.norm for row in net):,}"]
     rows = []
-    for same in zip(*map(summary.summarize, nets), strict=True):
+    for same in zip(*nets, strict=True):
         row = [same[0].name]
         for each in same:
             shape = TIMES.join(map(str, each.shape))

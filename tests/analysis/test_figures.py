@@ -32,9 +32,14 @@ def test_every_figure_of_every_norm_is_drawn(sweep):
 
 
 def shown(figure):
-    """The pictures in a figure, and the titles above them."""
-    tiles = [axes for axes in figure.axes if axes.images]
-    return [np.asarray(a.images[0].get_array()) for a in tiles], [a.get_title() for a in tiles]
+    """The pictures in a figure, and the words above them: each straight over its picture."""
+    (axes,) = figure.axes
+    for image, text in zip(axes.images, axes.texts, strict=True):
+        left, right, _, top = image.get_extent()
+        assert text.get_position() == pytest.approx(((left + right) / 2, top), abs=0.04)
+    images = [np.asarray(image.get_array()) for image in axes.images]
+    assert len({tuple(image.get_extent()) for image in axes.images}) == len(images)  # none over another
+    return images, [text.get_text() for text in axes.texts]
 
 
 def test_mistakes_show_the_right_images_as_they_are_with_class_and_confidence(sweep, tiny):
