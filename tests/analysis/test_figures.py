@@ -38,7 +38,8 @@ def shown(figure):
         left, right, _, top = image.get_extent()
         assert text.get_position() == pytest.approx(((left + right) / 2, top), abs=0.04)
     images = [np.asarray(image.get_array()) for image in axes.images]
-    assert len({tuple(image.get_extent()) for image in axes.images}) == len(images)  # none over another
+    places = {tuple(image.get_extent()) for image in axes.images}
+    assert len(places) == len(images)  # none over another
     return images, [text.get_text() for text in axes.texts]
 
 

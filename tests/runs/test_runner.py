@@ -164,9 +164,10 @@ def test_seeds_that_train_in_one_program_are_the_seeds_alone(tiny, scratch, monk
 
 
 def test_held_out_images_are_evaluated_and_never_trained_on(tiny, scratch):
-    config = Config("group", "three-layers", "tiny", 1, 29, validation=12)
-    _, held = data.hold_out(tiny.train_labels, 12, seed=1)
-    fit = jaxnorm.fit(config, tiny)["group", 1]
+    """Nor have they a part in the mean and deviation: spoiled, they change nothing of the net."""
+    config = Config("batch", "three-layers", "tiny", 1, 29, validation=12)
+    rows, held = data.hold_out(tiny.train_labels, 12, seed=1)
+    fit = jaxnorm.fit(config, tiny)["batch", 1]
     assert fit.step_losses.shape == (2,)  # of 58 images
     (epoch,) = fit.epochs
     probabilities = np.asarray(fit.predict(tiny.train_images[held]))
@@ -176,9 +177,12 @@ def test_held_out_images_are_evaluated_and_never_trained_on(tiny, scratch):
     assert epoch.validation_loss == pytest.approx(losses.mean(), rel=1e-5)
     spoiled = tiny.train_images.copy()
     spoiled[held] = 255
-    other = jaxnorm.fit(config, dataclasses.replace(tiny, train_images=spoiled))["group", 1]
+    other = jaxnorm.fit(config, dataclasses.replace(tiny, train_images=spoiled))["batch", 1]
     np.testing.assert_array_equal(other.step_losses, fit.step_losses)
     assert other.epochs[0].validation_loss != epoch.validation_loss
+    mean, deviation = data.channel_statistics(tiny.train_images[rows])
+    np.testing.assert_allclose(other.state.standard[0], 255 * np.array(mean), rtol=1e-6)
+    np.testing.assert_allclose(other.state.standard[1], 1 / (255 * np.array(deviation)), rtol=1e-6)
 
 
 def test_what_cannot_be_trained_is_refused_before_training(tiny):
@@ -270,7 +274,7 @@ def test_a_sweep_stopped_twice_trains_nothing_twice(tiny, scratch):
 
 def test_a_net_whose_loss_is_not_finite_is_left_out_and_the_others_go_on(tiny, scratch):
     rates = {"batch_size": (35,), "learning_rate": (0.01, 1e30)}
-    sweep = Sweep.create(scratch / "s", product({**BASE, "momentum": 0.0}, rates), "x")
+    sweep = Sweep.create(scratch / "s", product(BASE, rates), "x")
     callback = StopAfter(99)
     runner.run(sweep, tiny, "x", callback)
     (warning,) = callback.warnings
@@ -292,19 +296,3 @@ def test_bfloat16_trains_near_float32_and_is_recorded(tiny, scratch):
     assert state.params["C1"]["kernel"].dtype == np.float32
     with pytest.raises(UserError, match="precision=tf32 needs an NVIDIA GPU"):
         trainer.check(dataclasses.replace(config, precision="tf32"), tiny)
-
-
-def test_held_out_images_have_no_part_in_the_mean(tiny):
-    """They are made white: a net that holds them out is the same net."""
-    config = Config("batch", "three-layers", "tiny", 1, 16, validation=20)
-    _, held_out = data.hold_out(tiny.train_labels, 20, config.seed)
-    images = tiny.train_images.copy()
-    images[held_out] = 255
-    white = dataclasses.replace(tiny, train_images=images)
-    losses = [jaxnorm.fit(config, each)["batch", 1].step_losses for each in (tiny, white)]
-    np.testing.assert_array_equal(*losses)
-    rows = np.delete(np.arange(70), held_out)
-    state = jaxnorm.fit(config, tiny)["batch", 1].state
-    mean, deviation = data.channel_statistics(tiny.train_images[rows])
-    np.testing.assert_allclose(state.standard[0], 255 * np.array(mean), rtol=1e-6)
-    np.testing.assert_allclose(state.standard[1], 1 / (255 * np.array(deviation)), rtol=1e-6)
