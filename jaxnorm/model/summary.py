@@ -1,5 +1,6 @@
 """What a net is made of, without computing any of it: parameters, output shapes, memory."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ def net_of(config: Config, norm: str, num_classes: int) -> CNN:
     )
 
 
+@functools.cache  # tracing a net takes a sixth of a second, and a run asks many times
 def parameter_shapes(net: CNN) -> dict[str, Any]:
     """The shapes of a net's parameters by layer name; raises `UserError` for no such net."""
     try:
