@@ -79,7 +79,8 @@ def depth(run: Run) -> Named:
     measured = run.probes(DEPTH)
     if not measured:
         return
-    figure = new_figure(run.caption, "Over depth, before training (dashed) and after it", 10, 4.4)
+    caption = _caption(run, measured)
+    figure = new_figure(caption, "Over depth, before training (dashed) and after it", 10, 4.4)
     left, right = figure.subplots(1, 2)
     for norm, nets in measured.items():
         for when, line in (("initial_gradients", "--"), ("gradients", "-")):
@@ -101,7 +102,7 @@ def corruptions(run: Run) -> Named:
     measured = run.probes(CORRUPTED)
     if not measured:
         return
-    figure = new_figure(run.caption, "Test accuracy on corrupted images", 8, 4.4)
+    figure = new_figure(_caption(run, measured), "Test accuracy on corrupted images", 8, 4.4)
     axes, kinds = figure.subplots(), ["none", *next(iter(measured.values()))[0]["corruptions"]]
     for number, (norm, nets) in enumerate(measured.items()):
         values = np.array([[net["running_accuracy"], *net["corrupted_accuracy"]] for net in nets])
@@ -112,6 +113,12 @@ def corruptions(run: Run) -> Named:
     tested = int(next(iter(measured.values()))[0]["tested"])
     percent_axes(axes, "corruption", f"accuracy on {tested:,} test images")
     yield "corruptions", figure
+
+
+def _caption(run: Run, measured: Mapping[str, list]) -> str:
+    """A run's caption, and of how many seeds this was measured where it was not of all."""
+    count = min(map(len, measured.values()))
+    return run.caption + (f", {count} measured" if count < len(run.seed_numbers) else "")
 
 
 def _once(axes: Axes) -> tuple[list, list]:

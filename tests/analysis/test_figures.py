@@ -145,8 +145,11 @@ def test_inside_shows_what_was_measured(sweep):
 
 
 def test_depth_and_corruptions_are_means_of_what_was_measured(sweep):
-    run = Run(sweep())
-    left, right = dict(inside.depth(run))["depth"].axes
+    directory = sweep()
+    run = Run(directory)
+    figure = dict(inside.depth(run))["depth"]
+    assert figure.get_supxlabel().endswith("n = 3 seeds (1 to 3), 1 measured")
+    left, right = figure.axes
     measured = run.directory.probes(("batch", 1), inside.DEPTH)
     np.testing.assert_allclose(left.lines[0].get_ydata(), measured["initial_gradients"])
     np.testing.assert_allclose(right.lines[1].get_ydata(), measured["similarities"][1])
@@ -155,6 +158,13 @@ def test_depth_and_corruptions_are_means_of_what_was_measured(sweep):
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["none", "noise", "blur"]
     measured = run.directory.probes(("layer", 1), inside.CORRUPTED)
     np.testing.assert_allclose(axes.lines[2].get_ydata()[1:], measured["corrupted_accuracy"])
+    for norm in NORMS:
+        for seed in (2, 3):
+            probes = directory.path / "probes"
+            shutil.copy(probes / f"{norm}-1.npz", probes / f"{norm}-{seed}.npz")
+    for make in (inside.depth, inside.corruptions):
+        ((_, figure),) = make(Run(directory))
+        assert figure.get_supxlabel().endswith("n = 3 seeds (1 to 3)")
 
 
 def test_what_an_earlier_version_did_not_measure_is_neither_shown_nor_missing(sweep, monkeypatch):
