@@ -234,7 +234,7 @@ def mistakes(run: Run) -> Named:
 
 
 def _gallery(
-    caption: str, title: str, images: Sequence[np.ndarray], words: Sequence[str]
+    caption: str, title: str, images: Sequence[np.ndarray] | np.ndarray, words: Sequence[str]
 ) -> Figure:
     """Images, five in a row, with words above each. All share one `Axes`: drawing one for each
     takes three times as long.

@@ -13,6 +13,7 @@ from jaxnorm.model.cnn import CNN
 
 CAP = 50_000
 """The study's cap on parameters."""
+_kept: Any = functools.cache  # whose type does not know that Flax's modules can be hashed
 
 
 class Row(NamedTuple):
@@ -40,7 +41,7 @@ def net_of(config: Config, norm: str, num_classes: int) -> CNN:
     )
 
 
-@functools.cache  # tracing a net takes a sixth of a second, and a run asks many times
+@_kept  # tracing a net takes a sixth of a second, and a run asks many times
 def parameter_shapes(net: CNN) -> dict[str, Any]:
     """The shapes of a net's parameters by layer name; raises `UserError` for no such net."""
     try:
