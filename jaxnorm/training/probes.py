@@ -99,18 +99,22 @@ def precise_statistics(
     program: Program,
     state: TrainState,
     batches: jax.Array,  # u8[S, B, 32, 32, 3]
+    key: jax.Array | None = None,
 ) -> Any:
     """Batch norm's state with the statistics of all these images, as its layers see them in
-    training, in place of running averages (Wu and Johnson, "Rethinking 'Batch'", 2021).
+    training, in place of running averages (Wu and Johnson, "Rethinking 'Batch'", 2021). With a key
+    dropout is on, as it is when running averages are collected.
     """
-    empty = jax.tree.map(jnp.zeros_like, state.norm_state)
+    empty = state._replace(norm_state=jax.tree.map(jnp.zeros_like, state.norm_state))
 
-    def of_batch(batch: jax.Array) -> Any:
+    def of_batch(numbered: tuple[jax.Array, jax.Array]) -> Any:
         """Its statistics: what an average that was zero moved by."""
-        _, updates = _apply(program, state._replace(norm_state=empty), standardize(state, batch))
+        number, batch = numbered
+        dropout = None if key is None else jax.random.fold_in(key, number)
+        _, updates = _apply(program, empty, standardize(state, batch), dropout=dropout)
         return jax.tree.map(lambda leaf: leaf / (1 - MOMENTUM), updates["batch_stats"])
 
-    layers = lax.map(of_batch, batches).items()
+    layers = lax.map(of_batch, (jnp.arange(batches.shape[0]), batches)).items()
     return {
         "batch_stats": {
             name: {"mean": of["mean"].mean(0), "var": of["var"].mean(0) + of["mean"].var(0)}
@@ -234,9 +238,17 @@ def _accuracy(program: Program, state: TrainState, images: np.ndarray, labels: n
 
 
 def _apply(
-    program: Program, state: TrainState, inputs: jax.Array, capture: bool = False
+    program: Program,
+    state: TrainState,
+    inputs: jax.Array,
+    capture: bool = False,
+    dropout: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """Logits of standardized images as in training, without dropout; and what was captured."""
+    """Logits of standardized images as in training, without dropout where there is no key for it;
+    and what was captured.
+    """
     mutable = [*state.norm_state, "intermediates"]
     options = {"train": True, "capture_intermediates": capture, "mutable": mutable}
-    return program.model.clone(dropout=0.0).apply(state.variables, inputs, **options)
+    if dropout is None:
+        return program.model.clone(dropout=0.0).apply(state.variables, inputs, **options)
+    return program.model.apply(state.variables, inputs, rngs={"dropout": dropout}, **options)

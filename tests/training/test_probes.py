@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import running_averages
+from helpers import predict_logits
 
 from jaxnorm.analysis.inside import ACTIVATIONS, BATCHES, CORRUPTED, DEPTH, GRADIENTS
 from jaxnorm.analysis.tables import EVALUATED
@@ -96,6 +98,39 @@ def test_precise_statistics_are_those_of_all_images(tiny):
     np.testing.assert_allclose(
         found["batch_stats"]["C1_norm"]["mean"], flat.mean((0, 1)), rtol=1e-4, atol=1e-6
     )
+
+
+def test_dropout_adds_to_the_variances_of_later_norms_alone(tiny):
+    program, state = net("batch", tiny, "every-kind")
+    program = dataclasses.replace(program, model=program.model.clone(dropout=0.5))
+    batches = tiny.train_images[:36].reshape(3, 12, 32, 32, 3)
+    without, dropped, other = (
+        probes.precise_statistics(program, state, batches, key)["batch_stats"]
+        for key in (None, jax.random.key(1), jax.random.key(2))
+    )
+    chex.assert_trees_all_close(dropped["C1_norm"], without["C1_norm"], rtol=1e-5)
+    for name in ("C3_norm", "C4_norm"):
+        assert (dropped[name]["var"] > 1.1 * without[name]["var"]).all()
+        assert (dropped[name]["var"] != other[name]["var"]).all()
+
+
+def test_the_cost_of_running_averages_is_split_into_lag_and_dropout(tiny):
+    program, state = net("batch", tiny)
+    found = running_averages.accuracies(program, state, tiny, jax.random.key(1))
+    anew = probes.precise_statistics(
+        program, state, jnp.asarray(tiny.train_images)[None], jax.random.key(1)
+    )
+    states = {"running": state, "with dropout": state._replace(norm_state=anew)}
+    for way, each in states.items():
+        logits = predict_logits(program, each, tiny.test_images)
+        assert found[way] == (logits.argmax(1) == tiny.test_labels).mean()
+    assert found["without dropout"] == found["with dropout"]  # no norm comes after its dropout
+    accuracies = {"1": (0.5, 0.6, 0.8), "2": (0.6, 0.7, 0.8)}
+    nets = {s: dict(zip(running_averages.WAYS, a, strict=True)) for s, a in accuracies.items()}
+    (row,) = running_averages.table({"arch": "x", "caption": "y", "nets": nets}).rows
+    assert row[0] == "2"
+    assert row[-2].startswith("+10.00")
+    assert row[-1].startswith("+15.00 (")
 
 
 def test_corruptions_by_hand():
