@@ -11,6 +11,7 @@ import pytest
 from close import assert_gradients_close
 from helpers import evaluate, predict_logits, program_of, train_epoch
 
+from jaxnorm.config import ALL
 from jaxnorm.model.cnn import CNN
 from jaxnorm.model.summary import activation_bytes
 from jaxnorm.training import epoch as epochs
@@ -153,15 +154,19 @@ def test_evaluation_has_no_dropout_and_moves_nothing(tiny):
 
 
 @pytest.mark.parametrize(
-    "norm", ["batch", *(pytest.param(norm, marks=pytest.mark.slow) for norm in ("group", "layer"))]
+    ("norm", "arch"),
+    [
+        ("batch", "every-kind"),
+        *(pytest.param(norm, "matched", marks=pytest.mark.slow) for norm in ALL),
+    ],
 )
-def test_a_tiny_set_is_learned(tiny, arrays, norm):
+def test_a_tiny_set_is_learned(tiny, arrays, norm, arch):
     """To 99 % with dropout on, and the test images, which it has not seen, to 95 %.
 
     At a learning rate at which every norm and seed tried learns by the 30th epoch; from 0.02 on
     layer norm's first epochs are chaotic, and rounding decides when it recovers.
     """
-    program = program_of(norm, tiny, "matched")
+    program = program_of(norm, tiny, arch)
     state, best = train.init_state(program, 0), 0.0
     test = jnp.asarray(tiny.test_images), jnp.asarray(tiny.test_labels)
     for epoch in range(1, 81):

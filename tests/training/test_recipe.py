@@ -21,10 +21,11 @@ TUNED = Config(
     arch="three-layers",
     dataset="tiny",
     epochs=2,
-    batch_size=16,
+    batch_size=14,
     label_smoothing=0.1,
     weight_average=0.5,
 )
+"""70 images in batches of 14: none is ragged, and fewer programs are compiled."""
 
 
 class Stopped(Exception):
@@ -66,13 +67,13 @@ def test_a_compiled_epoch_trains_on_the_images_that_its_keys_choose(tiny):
     program = program_of(TUNED, tiny, "group")
     initial = train.init_state(program, 3)
     state, losses, _ = train_epoch(
-        program, initial, tiny.train_images, tiny.train_labels, 3, 1, 16, rate=0.1
+        program, initial, tiny.train_images, tiny.train_labels, 3, 1, 14, rate=0.1
     )
     order = np.asarray(epochs.epoch_order(3, 1, 70))
     wanted, by_step, train_step = initial, [], jax.jit(train.train_step, static_argnums=0)
     crop_and_flip = jax.jit(train.crop_and_flip, static_argnums=1)
-    for step, start in enumerate(range(0, 70, 16)):
-        rows = order[start : start + 16]
+    for step, start in enumerate(range(0, 70, 14)):
+        rows = order[start : start + 14]
         down, across = crop_and_flip(train.derive_key(3, "augment", 1, step), len(rows))
         images = tiny.train_images[rows[:, None, None], down[:, :, None], across[:, None]]
         key = train.derive_key(3, "dropout", 1, step)
