@@ -19,6 +19,7 @@ from typing import Any
 import end_to_end
 import fused_stage
 import profile_step
+import running_averages
 from answer import RESULTS, Answer, runs_of
 
 from jaxnorm.analysis import drawing, sweeps, tables
@@ -59,6 +60,7 @@ def texts() -> dict[str, str]:
     for name in BENCHMARKS:
         found[name] = speed(json.loads((RESULTS / f"{name}.json").read_text())).markdown()
     scripts = {"end-to-end": end_to_end, "profile": profile_step, "fused": fused_stage}
+    scripts["running-averages"] = running_averages
     for name, script in scripts.items():
         found[name] = script.table(json.loads((RESULTS / f"{name}.json").read_text())).markdown()
     lines = (RESULTS / "faults.jsonl").read_text().splitlines()
