@@ -3,8 +3,8 @@ reach each layer, what batch norm loses when it is evaluated otherwise than it w
 a net bears corrupted images.
 
 Pure functions of nets and images. `measure` is what a run records of a net; a new probe is one more
-entry in its result. All of them look at the net as it is in training, with the statistics of the
-batch, but without dropout, so that what differs between two norms is the norm.
+entry in its result. All that it calls look at the net as it is in training, with the statistics of
+the batch, but without dropout, so that what differs between two norms is the norm.
 """
 
 import dataclasses
