@@ -188,6 +188,9 @@ def test_names_are_no_formulas(sweep, tiny, monkeypatch):
     assert missing == []
     shown = ("mistakes", "confusion", "class-accuracy", "training-images")
     assert {chart.name for chart in charts} == {n for n in NAMES if n.startswith(shown)}
+    (words,) = (chart.text for chart in charts if chart.name == "training-images")
+    assert "; $\\frac$; " in words
+    assert r"\$" not in words
 
 
 def test_training_images_are_the_sets_own(sweep, tiny):
