@@ -27,6 +27,7 @@ from jaxnorm.bench.__main__ import save
 from jaxnorm.config import UserError
 from jaxnorm.data import datasets
 from jaxnorm.data.datasets import Dataset
+from jaxnorm.runs.environment import processor
 from jaxnorm.runs.runner import load_state
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.training.mesh import ONE
@@ -49,7 +50,7 @@ def accuracies(
     batches = whole.reshape(-1, count, 32, 32, 3)
     anew = [precise_statistics(program, state, batches, each) for each in (key, None)]
     states = [state, *(state._replace(norm_state=each) for each in anew)]
-    guesses = [np.argmax(predict(program, each, dataset.test_images), 1) for each in states]
+    guesses = [np.asarray(predict(program, each, dataset.test_images)).argmax(1) for each in states]
     return {
         way: float((each == dataset.test_labels).mean())
         for way, each in zip(WAYS, guesses, strict=True)
@@ -67,7 +68,8 @@ def table(values: Mapping[str, Any]) -> Table:
         cells.append(points(gain.mean) + interval)
     head = ["n", "running averages", "anew, with dropout", "anew, without"]
     note = f"Batch norm of {values['arch']} nets, {values['caption']}: test accuracy{MEAN}, seeds "
-    note += f"{', '.join(values['nets'])}; 95 % t intervals. Statistics of all training images."
+    note += f"{', '.join(values['nets'])}; 95 % t intervals. Statistics of all training images; "
+    note += f"{values['device']}; jax {values['jax']}."
     return Table("Running averages", [*head, "cost of lag, points", "of dropout"], [cells], note)
 
 
@@ -91,7 +93,8 @@ def main(
         print(seed, nets[str(seed)], flush=True)
     if not nets:
         raise UserError(f"{run} has no trained net of batch norm with a checkpoint")
-    values = {"arch": config.arch, "caption": dataset.caption, "nets": nets}
+    values = {"arch": config.arch, "caption": dataset.caption, "device": processor()}
+    values |= {"jax": jax.__version__, "nets": nets}
     print(table(values).plain())
     if out:
         save(out, values)

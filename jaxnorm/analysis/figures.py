@@ -236,8 +236,8 @@ def mistakes(run: Run) -> Named:
 def _gallery(
     caption: str, title: str, images: Sequence[np.ndarray] | np.ndarray, words: Sequence[str]
 ) -> Figure:
-    """Images, five in a row, with words above each. All share one `Axes`: drawing one for each
-    takes three times as long.
+    """Images, five in a row, with words above each. All share one `Axes`: one for each would take
+    half as long again.
     """
     lines = max((each.count("\n") + 1 for each in words), default=1)
     rows, row_height = max(1, -(-len(images) // 5)), 1 + 0.1 * lines

@@ -112,6 +112,9 @@ def test_dropout_adds_to_the_variances_of_later_norms_alone(tiny):
     for name in ("C3_norm", "C4_norm"):
         assert (dropped[name]["var"] > 1.1 * without[name]["var"]).all()
         assert (dropped[name]["var"] != other[name]["var"]).all()
+    again = probes.precise_statistics(program, state, batches[::-1], jax.random.key(1))
+    ratio = again["batch_stats"]["C3_norm"]["var"] / dropped["C3_norm"]["var"]
+    assert (abs(ratio - 1) > 1e-3).any()  # each batch has masks of its own
 
 
 def test_the_cost_of_running_averages_is_split_into_lag_and_dropout(tiny):
@@ -127,7 +130,8 @@ def test_the_cost_of_running_averages_is_split_into_lag_and_dropout(tiny):
     assert found["without dropout"] == found["with dropout"]  # no norm comes after its dropout
     accuracies = {"1": (0.5, 0.6, 0.8), "2": (0.6, 0.7, 0.8)}
     nets = {s: dict(zip(running_averages.WAYS, a, strict=True)) for s, a in accuracies.items()}
-    (row,) = running_averages.table({"arch": "x", "caption": "y", "nets": nets}).rows
+    about = {"arch": "x", "caption": "y", "device": "z", "jax": "1"}
+    (row,) = running_averages.table({**about, "nets": nets}).rows
     assert row[0] == "2"
     assert row[-2].startswith("+10.00")
     assert row[-1].startswith("+15.00 (")
