@@ -20,6 +20,8 @@ EVALUATED |= {"precise_accuracy": "f", "tested": "iu"}
 CORRUPTED = {"corruptions": "U C", "corrupted_accuracy": "f C", "running_accuracy": "f"}
 CORRUPTED |= {"tested": "iu"}
 """The arrays of a probe that `evaluation` and `corruptions` show (see `probes.measure`)."""
+VERSIONS = ("jax", "flax", "optax")
+"""The packages that results name."""
 MEAN = ", mean \N{PLUS-MINUS SIGN} standard deviation"
 
 
@@ -126,8 +128,8 @@ def results(run: Run) -> Table:
 
 
 def conditions(run: Run) -> str:
-    """The data, nets, epochs, seeds, device and versions of a run, in a line."""
-    info, config, made = run.info, run.info.config, run.info.environment
+    """The data, nets, epochs, seeds, devices and versions of a run, in a line."""
+    info, config = run.info, run.info.config
     parts = [f"{info.dataset.caption}; {config.arch} nets", f"{config.epochs} epochs"]
     if len(run.finished) < len(config.nets):
         parts.append(f"{len(run.finished)} of {len(config.nets)} nets finished")
@@ -135,9 +137,15 @@ def conditions(run: Run) -> str:
     if config.validation:
         parts.append(f"{config.validation} training images held out")
     text = ", ".join([*parts, run.seeds_text]) + (MEAN if _several(run) else ", n = 1")
-    names = ("jax", "flax", "optax")
-    versions = ", ".join(f"{name} {made.versions.get(name, '?')}" for name in names)
-    return f"{text}; {made.device}; {versions}."
+    made = (info.environment, *info.resumed)
+    found = {name: [each.versions.get(name, "?") for each in made] for name in VERSIONS}
+    versions = ", ".join(f"{name} {_each(version)}" for name, version in found.items())
+    return f"{text}; {_each([each.device for each in made])}; {versions}."
+
+
+def _each(texts: Sequence[str]) -> str:
+    """Every different one, in words."""
+    return listed(list(dict.fromkeys(texts)))
 
 
 def values(run: Run) -> Table:

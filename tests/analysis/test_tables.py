@@ -1,5 +1,7 @@
 """Words and tables from records: the numbers are those of the made-up sweep, worked out by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -34,6 +36,18 @@ def test_one_seed_has_no_interval_and_names_the_best_epoch(sweep):
     ]
     assert cells(table, "batch")["best of 2 on test (the study's rule)"] == "72.73% (epoch 2)"
     assert "seed 1, n = 1" in table.note
+
+
+def test_results_name_every_device_and_version_that_trained_them(sweep):
+    run = Run(sweep())
+    first = run.info.environment
+    later = {"device": "gpu x8", "versions": {**first.versions, "flax": "9.9"}}
+    info = dataclasses.replace(run.info, resumed=[first, dataclasses.replace(first, **later)])
+    run.directory.write_info(info)
+    note = tables.results(Run(run.directory)).note
+    versions = {name: first.versions[name] for name in ("jax", "flax", "optax")}
+    assert f"; {first.device} and gpu x8; jax {versions['jax']}, " in note
+    assert note.endswith(f"flax {versions['flax']} and 9.9, optax {versions['optax']}.")
 
 
 def test_differences_by_hand(sweep):
