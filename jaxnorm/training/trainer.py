@@ -5,7 +5,7 @@ down. Both take what `train` yields.
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -229,17 +229,24 @@ class Group:
 
 
 def groups(
-    configs: Sequence[Config], dataset: Dataset, mesh: MeshShape | None = None
+    configs: Sequence[Config],
+    dataset: Dataset,
+    mesh: MeshShape | None = None,
+    finished: Container[SweptNet] = (),
 ) -> Iterator[Group]:
-    """All nets of a sweep, in the order in which they train: by batch size; then as many as train
-    in one program together, run by run; and all norms of these before the next.
+    """The nets of a sweep, in the order in which they train: by batch size; then as many as train
+    in one program together, run by run; and all norms of these before the next. A seed whose nets
+    are all finished takes no place.
     """
     for batch_size in dict.fromkeys(config.batch_size for config in configs):
         same = [(i, config) for i, config in enumerate(configs) if config.batch_size == batch_size]
         shape, norms = mesh_for(configs, batch_size, mesh), same[0][1].norms
         programs = [program_of(same[0][1], dataset, norm, shape) for norm in norms]
         at_once = min(epochs.nets_at_once(program, batch_size) for program in programs)
-        nets = [(i, seed) for i, config in same for seed in config.seed_numbers]
+        every = [(i, seed) for i, config in same for seed in config.seed_numbers]
+        nets = [(i, s) for i, s in every if not all((i, norm, s) in finished for norm in norms)]
+        if not nets:
+            continue
         count = math.ceil(len(nets) / (at_once * shape.seed))
         size = math.ceil(len(nets) / count / shape.seed) * shape.seed
         for part in np.array_split(np.array(nets), count):
@@ -329,9 +336,9 @@ def train(
     leaves none, `NonFiniteLoss` is raised. `share` gives every process of a job the arrays of
     process 0.
     """
-    progress, failed, all_groups = progress or {}, [], list(groups(configs, dataset, mesh))
-    total = sum(len(group.nets) for group in all_groups)
-    for group in all_groups:
+    progress, failed, total = progress or {}, [], sum(len(config.nets) for config in configs)
+    finished = {net for net, at in progress.items() if at.epochs == configs[net[0]].epochs}
+    for group in groups(configs, dataset, mesh, finished):
         at = {net: progress.get(net, NetProgress()) for net in group.nets}
         last_epoch, left = configs[group.nets[0][0]].epochs, list(group.nets)
         # Nets that were cut off between their lines are an epoch apart: those behind catch up.

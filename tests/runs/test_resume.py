@@ -33,7 +33,10 @@ class StopAfter(Callback):
     """Stops a run when so many epochs of all nets are complete, and writes down what it hears."""
 
     def __init__(self, epochs=10**9):
-        self.left, self.complete, self.warnings = epochs, None, []
+        self.left, self.complete, self.warnings, self.together = epochs, None, [], []
+
+    def on_start(self, norm, seeds, steps):
+        self.together.append(seeds)
 
     def on_epoch(self, config, epoch):
         self.left -= 1
@@ -113,6 +116,13 @@ def test_a_finished_run_grows_by_seeds_and_by_epochs(whole, tiny, scratch):
     for seed in (3, 4):
         name = f"probes/layer-{seed}.npz"
         assert (directory.path / name).read_bytes() == (whole.path / name).read_bytes()
+
+
+def test_the_seeds_that_a_run_grows_by_train_side_by_side(tiny, scratch):
+    """The finished one takes no place beside them, which would leave a device idle."""
+    small = dataclasses.replace(CONFIG, epochs=1, seeds=1)
+    directory = run(small, tiny, scratch / "run", mesh=ONE)
+    assert resumed(directory, tiny, MeshShape(seed=2), seeds=3).together == [[4, 5]]
 
 
 def test_a_finished_net_that_was_not_measured_is_measured(copy, whole, tiny):
