@@ -3,6 +3,7 @@ down. Both take what `train` yields.
 """
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -234,24 +235,25 @@ def groups(
     mesh: MeshShape | None = None,
     finished: Container[SweptNet] = (),
 ) -> Iterator[Group]:
-    """The nets of a sweep, in the order in which they train: by batch size; then as many as train
-    in one program together, run by run; and all norms of these before the next. A seed whose nets
-    are all finished takes no place.
+    """The nets of a sweep, in the order in which they train: by batch size; then as many of a norm
+    as train in one program together, run by run; and as many of every other norm before the next.
+    Those that are finished take no place.
     """
     for batch_size in dict.fromkeys(config.batch_size for config in configs):
         same = [(i, config) for i, config in enumerate(configs) if config.batch_size == batch_size]
         shape, norms = mesh_for(configs, batch_size, mesh), same[0][1].norms
         programs = [program_of(same[0][1], dataset, norm, shape) for norm in norms]
         at_once = min(epochs.nets_at_once(program, batch_size) for program in programs)
-        every = [(i, seed) for i, config in same for seed in config.seed_numbers]
-        nets = [(i, s) for i, s in every if not all((i, norm, s) in finished for norm in norms)]
-        if not nets:
-            continue
-        count = math.ceil(len(nets) / (at_once * shape.seed))
-        size = math.ceil(len(nets) / count / shape.seed) * shape.seed
-        for part in np.array_split(np.array(nets), count):
-            for norm in norms:
-                yield Group(tuple((i, norm, seed) for i, seed in part.tolist()), shape, size)
+        of_norms = []
+        for norm in norms:
+            nets = [(i, norm, seed) for i, config in same for seed in config.seed_numbers]
+            if left := [net for net in nets if net not in finished]:
+                count = math.ceil(len(left) / (at_once * shape.seed))
+                size = math.ceil(len(left) / count / shape.seed) * shape.seed
+                parts = [tuple(left[k : k + size]) for k in range(0, len(left), size)]
+                of_norms.append([Group(part, shape, size) for part in parts])
+        for together in itertools.zip_longest(*of_norms):
+            yield from filter(None, together)
 
 
 class Nets:

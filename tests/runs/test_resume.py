@@ -17,7 +17,7 @@ from jaxnorm.storage import checkpoint
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training.mesh import ONE, MeshShape
-from jaxnorm.training.trainer import Callback, NonFiniteLoss
+from jaxnorm.training.trainer import Callback, NonFiniteLoss, groups
 
 CONFIG = Config(
     norm="layer", arch="three-layers", dataset="tiny", epochs=3, batch_size=16, seed=3, seeds=2
@@ -123,6 +123,26 @@ def test_the_seeds_that_a_run_grows_by_train_side_by_side(tiny, scratch):
     small = dataclasses.replace(CONFIG, epochs=1, seeds=1)
     directory = run(small, tiny, scratch / "run", mesh=ONE)
     assert resumed(directory, tiny, MeshShape(seed=2), seeds=3).together == [[4, 5]]
+
+
+def test_finished_nets_take_no_place_beside_those_that_are_left(tiny):
+    config = dataclasses.replace(CONFIG, norm="all", arch="matched", seeds=5)
+    finished = {
+        (0, "batch", 3),
+        (0, "batch", 4),
+        (0, "group", 3),
+        *((0, "layer", s) for s in range(9)),
+    }
+    shape = MeshShape(seed=2)
+    of = [group.nets for group in groups([config], tiny, shape, finished)]
+    assert [[(net[1], net[2]) for net in nets] for nets in of] == [
+        [("batch", 5), ("batch", 6)],
+        [("group", 4), ("group", 5)],
+        [("batch", 7)],
+        [("group", 6), ("group", 7)],
+    ]
+    every = [group.nets[0][1:] for group in groups([config], tiny, shape)]
+    assert every == [(norm, seed) for seed in (3, 5, 7) for norm in ("batch", "group", "layer")]
 
 
 def test_a_finished_net_that_was_not_measured_is_measured(copy, whole, tiny):
