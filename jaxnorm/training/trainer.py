@@ -236,24 +236,23 @@ def groups(
     finished: Container[SweptNet] = (),
 ) -> Iterator[Group]:
     """The nets of a sweep, in the order in which they train: by batch size; then as many of a norm
-    as train in one program together, run by run; and as many of every other norm before the next.
-    Those that are finished take no place.
+    as train in one program together, run by run, and as many of each other norm before any more.
+    Nets that are finished are left out.
     """
     for batch_size in dict.fromkeys(config.batch_size for config in configs):
         same = [(i, config) for i, config in enumerate(configs) if config.batch_size == batch_size]
         shape, norms = mesh_for(configs, batch_size, mesh), same[0][1].norms
         programs = [program_of(same[0][1], dataset, norm, shape) for norm in norms]
         at_once = min(epochs.nets_at_once(program, batch_size) for program in programs)
+        nets = [(i, seed) for i, config in same for seed in config.seed_numbers]
+        count = math.ceil(len(nets) / (at_once * shape.seed))
+        size = math.ceil(len(nets) / count / shape.seed) * shape.seed
         of_norms = []
         for norm in norms:
-            nets = [(i, norm, seed) for i, config in same for seed in config.seed_numbers]
-            if left := [net for net in nets if net not in finished]:
-                count = math.ceil(len(left) / (at_once * shape.seed))
-                size = math.ceil(len(left) / count / shape.seed) * shape.seed
-                parts = [tuple(left[k : k + size]) for k in range(0, len(left), size)]
-                of_norms.append([Group(part, shape, size) for part in parts])
-        for together in itertools.zip_longest(*of_norms):
-            yield from filter(None, together)
+            left = [(i, norm, seed) for i, seed in nets if (i, norm, seed) not in finished]
+            parts = [tuple(left[k : k + size]) for k in range(0, len(left), size)]
+            of_norms.append([Group(part, shape, size) for part in parts])
+        yield from filter(None, itertools.chain(*itertools.zip_longest(*of_norms)))
 
 
 class Nets:
