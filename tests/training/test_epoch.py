@@ -161,18 +161,18 @@ def test_evaluation_has_no_dropout_and_moves_nothing(tiny):
     ],
 )
 def test_a_tiny_set_is_learned(tiny, arrays, norm, arch):
-    """To 99 % with dropout on, and the test images, which it has not seen, to 95 %.
+    """To 99 % with dropout on, and after the same epoch the test images, which it has not seen, to
+    95 %: after the first epoch at 99 % they depend on how a processor rounds.
 
     At a learning rate at which every norm and seed tried learns by the 30th epoch; from 0.02 on
     layer norm's first epochs are chaotic, and rounding decides when it recovers.
     """
     program = program_of(norm, tiny, arch)
-    state, best = train.init_state(program, 0), 0.0
+    state, learned = train.init_state(program, 0), False
     test = jnp.asarray(tiny.test_images), jnp.asarray(tiny.test_labels)
     for epoch in range(1, 81):
         state, _, _ = train_epoch(program, state, *arrays, 0, epoch, 10, rate=0.005)
-        best = max(best, float(evaluate(program, state, *arrays).accuracy))
-        if best >= 0.99:
+        own, new = (float(evaluate(program, state, *each).accuracy) for each in (arrays, test))
+        if learned := own >= 0.99 and new >= 0.95:
             break
-    assert best >= 0.99
-    assert float(evaluate(program, state, *test).accuracy) >= 0.95
+    assert learned
