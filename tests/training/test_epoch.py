@@ -161,18 +161,19 @@ def test_evaluation_has_no_dropout_and_moves_nothing(tiny):
     ],
 )
 def test_a_tiny_set_is_learned(tiny, arrays, norm, arch):
-    """To 99 % with dropout on, and after the same epoch the test images, which it has not seen, to
-    95 %: after the first epoch at 99 % they depend on how a processor rounds.
+    """To 99 % with dropout on, and the test images, which it has not seen, to 95 %: in the median
+    of the last ten epochs, as rounding decides which epochs jump.
 
     At a learning rate at which every norm and seed tried learns by the 30th epoch; from 0.02 on
     layer norm's first epochs are chaotic, and rounding decides when it recovers.
     """
     program = program_of(norm, tiny, arch)
-    state, learned = train.init_state(program, 0), False
+    state, own, new = train.init_state(program, 0), [], []
     test = jnp.asarray(tiny.test_images), jnp.asarray(tiny.test_labels)
-    for epoch in range(1, 81):
+    for epoch in range(1, 41):
         state, _, _ = train_epoch(program, state, *arrays, 0, epoch, 10, rate=0.005)
-        own, new = (float(evaluate(program, state, *each).accuracy) for each in (arrays, test))
-        if learned := own >= 0.99 and new >= 0.95:
-            break
-    assert learned
+        if epoch > 30:
+            own.append(float(evaluate(program, state, *arrays).accuracy))
+            new.append(float(evaluate(program, state, *test).accuracy))
+    assert np.median(own) >= 0.99
+    assert np.median(new) >= 0.95
