@@ -48,7 +48,7 @@ def train_epoch(program, state, images, labels, seed, epoch, batch_size, rate=0.
     """Trains one net on every image once: the state, all losses and the correct predictions."""
     rows = jnp.arange(labels.shape[0], dtype=jnp.int32)[None]
     seeds = jnp.array([seed], jnp.uint32)
-    cut, keys = epochs.epoch_chunks(program, seeds, epoch, rows, batch_size, chunks)
+    cut, keys = epochs.epoch_chunks(program.mesh, seeds, epoch, rows, batch_size, chunks)
     losses, correct = [], 0
     for chunk in cut:
         state, done, right = train_chunk(program, state, images, labels, chunk, keys, rate)

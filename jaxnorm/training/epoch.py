@@ -80,7 +80,7 @@ def epoch_keys(seed: int | jax.Array, epoch: int | jax.Array) -> jax.Array:  # [
 
 @partial(jax.jit, static_argnums=(0, 4))
 def _batches(
-    program: Program, seeds: jax.Array, epoch: int | jax.Array, rows: jax.Array, batch_size: int
+    mesh: MeshShape, seeds: jax.Array, epoch: int | jax.Array, rows: jax.Array, batch_size: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # i32[K, S, B], i32[K, 1, ragged], [K, 2]
     def of_net(epoch, seed, rows):
         """One net's full batches, ragged batch and keys."""
@@ -89,11 +89,11 @@ def _batches(
         batches = order[:full].reshape(-1, batch_size)
         return batches, order[full:][None], epoch_keys(seed, epoch)
 
-    return _for_each_net(program.mesh, of_net, (epoch,), (seeds, rows))
+    return _for_each_net(mesh, of_net, (epoch,), (seeds, rows))
 
 
 def epoch_chunks(
-    program: Program,
+    mesh: MeshShape,
     seeds: jax.Array,  # u32[K]
     epoch: int | jax.Array,
     rows: jax.Array,  # i32[K, N], the images to train each net on
@@ -103,7 +103,7 @@ def epoch_chunks(
     """Cuts an epoch of K nets into about `chunks` chunks of full batches, and one of the ragged
     last batch if there is one. Also returns the epoch's keys [K, 2], of dropout and augmentation.
     """
-    full, ragged, keys = _batches(program, seeds, epoch, rows, batch_size)
+    full, ragged, keys = _batches(mesh, seeds, epoch, rows, batch_size)
     count = full.shape[1]
     edges = sorted({round(count * i / chunks) for i in range(chunks + 1)})
     cut = [Chunk(full, 0, start, stop) for start, stop in itertools.pairwise(edges)]

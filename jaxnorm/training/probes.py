@@ -24,7 +24,7 @@ from jaxnorm.training.epoch import predict_logits
 from jaxnorm.training.mesh import ONE
 from jaxnorm.training.step import Program, TrainState, init_state, standardize
 
-_ONCE: Any = {"compiler_options": {"xla_backend_optimization_level": 1}}
+_ONCE: Any = {"compiler_options": {"xla_backend_optimization_level": 0}}
 """For functions that run once: compiled in half of the time, at half of the speed."""
 SIZES = (4, 16, 64, 128)
 """The batch sizes at which batch norm is looked at."""
@@ -145,15 +145,14 @@ def corrupt(
     return {name: each.round().clip(0, 255).astype(np.uint8) for name, each in corrupted.items()}
 
 
-@jax.jit
 def similarity(
-    activations: jax.Array,  # f32[N, H, W, C]
-) -> jax.Array:  # f32[]
+    activations: np.ndarray,  # f32[N, H, W, C]
+) -> float:
     """The mean cosine between what ReLU makes of the activations of two different images."""
-    flat = jax.nn.relu(activations).reshape(activations.shape[0], -1)
-    units = flat / jnp.maximum(jnp.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
-    count = units.shape[0]
-    return (jnp.square(units.sum(0)).sum() - count) / (count * (count - 1))
+    flat = np.maximum(activations, 0).reshape(len(activations), -1)
+    units = flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
+    count = len(units)
+    return float((np.square(units.sum(0)).sum() - count) / (count * (count - 1)))
 
 
 def measure(
@@ -182,9 +181,10 @@ def measure(
     images = jnp.asarray(dataset.train_images[:LOOKED_AT])
     labels = jnp.asarray(dataset.train_labels[:LOOKED_AT])
     initial = init_state(program, seed)._replace(standard=state.standard)
-    seen, seen_before = (activations(program, each, images) for each in (state, initial))
-    gradients, gradients_before = (
-        jax.device_get(gradient_norms(program, each, images, labels)) for each in (state, initial)
+    nets = state, initial
+    seen, seen_before = jax.device_get([activations(program, net, images) for net in nets])
+    gradients, gradients_before = jax.device_get(
+        [gradient_norms(program, net, images, labels) for net in nets]
     )
     sizes = [size for size in SIZES if size <= len(dataset.test_labels)]
     largest = max(sizes, default=1)
@@ -208,7 +208,7 @@ def measure(
     layers, kernels = (sorted(each, key=order.index) for each in (seen, gradients))
     before, after = (
         [(each.mean(), each.std()) for each in side]
-        for side in zip(*(jax.device_get(seen[name]) for name in layers), strict=True)
+        for side in zip(*(seen[name] for name in layers), strict=True)
     )
     similarities = [[similarity(each[n][1]) for n in layers] for each in (seen_before, seen)]
     wrong = [_accuracy(program, state, each, test_labels) for each in corrupted.values()]

@@ -284,18 +284,18 @@ class Nets:
 
     def states(self, start: Sequence[TrainState | None]) -> TrainState:
         """Stacks the states of the group's nets, the initial one for None, on the mesh."""
-        states = []
+        alone, states = dataclasses.replace(self.program, mesh=ONE), []
         for state, (_, _, seed), standard in zip(
             start, self.group.nets, self.standards, strict=False
         ):
-            initial = jax.device_get(init_state(self.program, seed)) if state is None else state
+            initial = jax.device_get(init_state(alone, seed)) if state is None else state
             states.append(initial._replace(standard=standard))
         states += [states[-1]] * (self.group.size - len(states))
         return self.place(jax.tree.map(lambda *leaves: np.stack(leaves), *states))
 
     def chunks(self, epoch: int) -> tuple[list[Chunk], tuple]:
         """What the nets train on in an epoch; its keys, and its learning rates f32[K, steps]."""
-        about = (self.program, self.seeds, epoch, self.rows, self.config.batch_size, CHUNKS)
+        about = (self.group.mesh, self.seeds, epoch, self.rows, self.config.batch_size, CHUNKS)
         shares = learning_rates(self.config, epoch, self.steps)
         chunks, keys = epochs.epoch_chunks(*about)
         return chunks, (keys, self.rates[:, None] * shares[None])

@@ -158,7 +158,7 @@ def test_similarity_is_the_mean_cosine_of_two_images():
     one[0, 0, 0], other[0, 0, 0], other[1, 1, 1] = 2, 3, 3
     negative = one - 5 * (one == 0)  # ReLU takes it away
     cosine = 1 / 2**0.5
-    found = probes.similarity(jnp.stack([one, negative, other]))
+    found = probes.similarity(np.stack([one, negative, other]))
     assert float(found) == pytest.approx((1 + 2 * cosine) / 3)
 
 
@@ -180,7 +180,7 @@ def test_a_run_records_what_its_nets_do(tiny_run, tiny):
     initial = train.init_state(program, 3)._replace(standard=state.standard)
     for row, each in zip(found["similarities"], (initial, state), strict=True):
         (_, after) = probes.activations(program, each, tiny.train_images)["C1"]
-        assert row[0] == pytest.approx(float(probes.similarity(after)), rel=1e-4)
+        assert row[0] == pytest.approx(probes.similarity(np.asarray(after)), rel=1e-4)
     clean = probes._accuracy(program, state, tiny.test_images[:16], tiny.test_labels[:16])
     assert found["running_accuracy"] == pytest.approx(clean)
     assert len(found["corruptions"]) == len(found["corrupted_accuracy"]) == 5
