@@ -26,6 +26,18 @@ def normal(*shape: int) -> jax.Array:
     return jnp.asarray(RNG.normal(size=shape), jnp.float32)
 
 
+def with_gradients(function, *arguments):
+    """What the function returns, and the gradients of a random sum of it, compiled as one."""
+    shape = jax.eval_shape(function, *arguments).shape
+    cotangent = np.random.default_rng(2).normal(size=shape).astype(np.float32)
+
+    def both(*arguments):
+        outputs, back = jax.vjp(function, *arguments)
+        return outputs, back(jnp.asarray(cotangent, outputs.dtype))
+
+    return jax.jit(both)(*arguments)
+
+
 def plain_convolution(images, kernel, padding):
     return lax.conv_general_dilated(
         images, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -51,13 +63,13 @@ def plain_convolution(images, kernel, padding):
 def test_convolution_and_both_gradients_equal_xlas(side, kernel, padding):
     images, weights = normal(5, *side, kernel[2]), normal(*kernel)
     ours = partial(ops.convolution, window_strides=(1, 1), padding=padding)
-    wanted, back = jax.vjp(lambda x, w: plain_convolution(x, w, padding), images, weights)
-    outputs, our_back = jax.vjp(ours, images, weights)
+    plain = partial(plain_convolution, padding=padding)
+    outputs, gradients = with_gradients(ours, images, weights)
+    wanted, wanted_gradients = with_gradients(plain, images, weights)
     chex.assert_shape(outputs, wanted.shape)
     chex.assert_type(outputs, jnp.float32)
     chex.assert_trees_all_close(outputs, wanted, atol=1e-5)
-    cotangent = normal(*wanted.shape)
-    chex.assert_trees_all_close(our_back(cotangent), back(cotangent), atol=3e-5)
+    chex.assert_trees_all_close(gradients, wanted_gradients, atol=3e-5)
 
 
 def test_convolution_equals_a_sum_over_the_window_in_float64():
@@ -85,8 +97,8 @@ def test_convolution_refuses_what_its_gradients_do_not_cover(options):
 def test_convolution_under_vmap_equals_one_by_one():
     images, kernels = normal(3, 2, 6, 6, 2), normal(3, 3, 3, 2, 4)
     one = partial(ops.convolution, window_strides=(1, 1), padding=((1, 1), (1, 1)))
-    total = jax.grad(lambda x, w: jnp.square(one(x, w)).sum(), (0, 1))
-    together = jax.vmap(total)(images, kernels)
+    total = jax.jit(jax.grad(lambda x, w: jnp.square(one(x, w)).sum(), (0, 1)))
+    together = jax.jit(jax.vmap(total))(images, kernels)
     apart = [total(x, w) for x, w in zip(images, kernels, strict=True)]
     chex.assert_trees_all_close(
         together, jax.tree.map(lambda *leaves: jnp.stack(leaves), *apart), rtol=2e-5, atol=1e-4
@@ -97,11 +109,10 @@ def test_convolution_under_vmap_equals_one_by_one():
 def test_a_kernels_gradient_is_that_of_all_images(count, monkeypatch):
     """However many there are, and however they are cut into pieces."""
     monkeypatch.setattr(ops, "MICRO_BATCH_BYTES", 4 * 16 * 5 * 6 * 4)  # 16 images
-    images, weights, cotangent = normal(count, 5, 6, 3), normal(3, 3, 3, 4), normal(count, 5, 6, 4)
-    padding = ((1, 1), (1, 1))
-    _, back = jax.vjp(lambda w: plain_convolution(images, w, padding), weights)
-    _, our_back = jax.vjp(lambda w: ops.convolution(images, w, (1, 1), padding), weights)
-    chex.assert_trees_all_close(our_back(cotangent), back(cotangent), rtol=1e-5, atol=1e-4)
+    images, weights, padding = normal(count, 5, 6, 3), normal(3, 3, 3, 4), ((1, 1), (1, 1))
+    _, wanted = with_gradients(lambda w: plain_convolution(images, w, padding), weights)
+    _, ours = with_gradients(lambda w: ops.convolution(images, w, (1, 1), padding), weights)
+    chex.assert_trees_all_close(ours, wanted, rtol=1e-5, atol=1e-4)
 
 
 def test_pieces_divide_and_are_few():
@@ -146,11 +157,10 @@ def test_normalize_and_its_gradients_equal_flaxs(norm, offset, atol):
     def ours(inputs, params):
         return ops.normalize(inputs, params["scale"], params.get("bias", 0 * bias), over)[0]
 
-    wanted, back = jax.vjp(flax, inputs, params)
-    outputs, our_back = jax.vjp(ours, inputs, params)
+    wanted, wanted_gradients = with_gradients(flax, inputs, params)
+    outputs, gradients = with_gradients(ours, inputs, params)
     chex.assert_trees_all_close(outputs, wanted, rtol=1e-4, atol=atol)
-    cotangent = normal(*wanted.shape)
-    chex.assert_trees_all_close(our_back(cotangent), back(cotangent), rtol=1e-4, atol=10 * atol)
+    chex.assert_trees_all_close(gradients, wanted_gradients, rtol=1e-4, atol=10 * atol)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "layer"])
@@ -201,19 +211,15 @@ def test_normalize_tells_the_statistics_it_used():
 
 def test_relu_and_its_gradient_equal_flaxs_whatever_its_first_value_is():
     for first in (0.0, -0.0, 1.0, -1.0, np.nan, np.inf):
-        x, cotangent = normal(2, 3, 4, 5).at[0, 0, 0, 0].set(first), normal(2, 3, 4, 5)
-        x = x.at[0, 0, 0, 1].set(0.0)
-        wanted, back = jax.vjp(nn.relu, x)
-        outputs, our_back = jax.jit(lambda x: jax.vjp(ops.relu, x))(x)
-        np.testing.assert_array_equal(outputs, wanted)
-        np.testing.assert_array_equal(our_back(cotangent)[0], back(cotangent)[0])
+        x = np.array(normal(2, 3, 4, 5))
+        x[0, 0, 0, :2] = first, 0.0
+        chex.assert_trees_all_equal(with_gradients(ops.relu, x), with_gradients(nn.relu, x))
 
 
 def test_max_pool_keeps_the_type_of_its_input():
     images = normal(2, 4, 4, 3).astype(jnp.bfloat16)
-    _, back = jax.vjp(pooling.max_pool, images)
-    (gradient,) = back(jnp.ones((2, 2, 2, 3), jnp.bfloat16))
-    chex.assert_type(gradient, jnp.bfloat16)
+    outputs, (gradient,) = with_gradients(pooling.max_pool, images)
+    chex.assert_type([outputs, gradient], jnp.bfloat16)
 
 
 @pytest.mark.parametrize("side", [(6, 6), (7, 5), (2, 3), (34, 34)])
@@ -221,25 +227,21 @@ def test_max_pool_keeps_the_type_of_its_input():
 def test_max_pool_and_its_gradient_equal_flaxs(side, ties):
     images = normal(3, *side, 4)
     images = jnp.round(images) if ties else images  # after a ReLU, ties at zero are the rule
-    wanted, back = jax.vjp(lambda x: nn.max_pool(x, (2, 2), (2, 2)), images)
-    outputs, our_back = jax.vjp(pooling.max_pool, images)
-    chex.assert_shape(outputs, (3, side[0] // 2, side[1] // 2, 4))
-    chex.assert_trees_all_equal(outputs, wanted)
-    cotangent = normal(*wanted.shape)
-    chex.assert_trees_all_close(our_back(cotangent), back(cotangent), atol=0)
+    ours = with_gradients(pooling.max_pool, images)
+    chex.assert_shape(ours[0], (3, side[0] // 2, side[1] // 2, 4))
+    flax = with_gradients(lambda x: nn.max_pool(x, (2, 2), (2, 2)), images)
+    chex.assert_trees_all_equal(ours, flax)
 
 
 def test_global_max_and_its_gradient_equal_jaxs():
-    images, cotangent = normal(3, 5, 4, 6), normal(3, 1, 1, 6)
-    wanted, back = jax.vjp(lambda x: x.max((1, 2), keepdims=True), images)
-    outputs, our_back = jax.vjp(pooling.global_max, images)
-    chex.assert_trees_all_equal(outputs, wanted)
-    chex.assert_trees_all_equal(our_back(cotangent), back(cotangent))
-    (tied,) = jax.vjp(pooling.global_max, jnp.zeros((1, 2, 2, 1)))[1](jnp.ones((1, 1, 1, 1)))
+    images = normal(3, 5, 4, 6)
+    jaxs = with_gradients(lambda x: x.max((1, 2), keepdims=True), images)
+    chex.assert_trees_all_equal(with_gradients(pooling.global_max, images), jaxs)
+    tied = jax.grad(lambda x: pooling.global_max(x).sum())(jnp.zeros((1, 2, 2, 1)))
     assert tied.ravel().tolist() == [1, 0, 0, 0]
     low = images.astype(jnp.bfloat16)
-    (gradient,) = jax.vjp(pooling.global_max, low)[1](jnp.ones((3, 1, 1, 6), jnp.bfloat16))
-    chex.assert_type(gradient, jnp.bfloat16)
+    outputs, (gradient,) = with_gradients(pooling.global_max, low)
+    chex.assert_type([outputs, gradient], jnp.bfloat16)
 
 
 def test_the_gradient_of_a_maximum_does_not_hang_on_how_xla_rounds():
