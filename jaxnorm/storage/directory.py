@@ -117,7 +117,7 @@ class RunDirectory:
             raise UserError(
                 f"{self.path / name} is missing: {self.path} is not a run directory"
             ) from None
-        except (OSError, UserError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{self.path / name} cannot be read: {error}") from None
 
     def epochs(self) -> list[Epoch]:

@@ -90,6 +90,8 @@ def test_a_model_that_is_not_there_is_refused(tiny_run, scratch):
             jaxnorm.load_model(tiny_run.path, norm, seed)
     with pytest.raises(UserError, match="not a run directory"):
         jaxnorm.load_model(scratch, "batch", 3)
+    with pytest.raises(UserError, match="cannot be read"):
+        jaxnorm.load_model("a\0b", "batch", 3)
 
 
 def test_fit_is_the_run_without_the_disk_and_repeats_bit_for_bit(tiny_run, tiny, monkeypatch):
