@@ -145,6 +145,7 @@ def torch_net(config: Config) -> Any:
     from jaxnorm.model.summary import net_of, summarize
 
     net = net_of(config, config.norm, 10)
+    table, rows = net.table, summarize(net)  # here: torch.compile looks into no module of Flax's
 
     class Conv(nn.Conv2d):
         """A convolution without a bias, its kernel standardized where that is asked for."""
@@ -173,7 +174,7 @@ def torch_net(config: Config) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.convs, self.norms, inputs = nn.ModuleDict(), nn.ModuleDict(), 3
-            for layer, row in zip(net.table, summarize(net), strict=True):
+            for layer, row in zip(table, rows, strict=True):
                 channels, window = row.shape[2], {"block": 3, "residual": 3}.get(layer.kind, 1)
                 if row.kernel:
                     self.convs[layer.name] = Conv(
@@ -186,7 +187,7 @@ def torch_net(config: Config) -> Any:
         def forward(self, x: Any) -> Any:
             """Logits."""
             given = []
-            for layer in net.table:
+            for layer in table:
                 given.append(x)
                 match layer.kind:
                     case "block" | "residual":
@@ -316,7 +317,7 @@ def main() -> None:
         first, first_step_seconds = time.perf_counter(), time.time() - job.spawned
         stepper(3 if job.task == "train" else 1)
     except Exception as error:  # a variant that does not work here is told, not hidden
-        answer(failed=f"{type(error).__name__}: {error}"[:300])
+        answer(failed=" ".join(f"{type(error).__name__}: {error}".split())[:200])
         return
     answer(
         about=about,
