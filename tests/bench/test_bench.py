@@ -279,6 +279,16 @@ def test_pytorchs_side_makes_steps_of_a_net_of_the_same_size(few_images, norm, a
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # torch.compile has many of its own
+@pytest.mark.parametrize("arch", ["original", "residual"])
+def test_pytorchs_net_can_be_compiled(few_images, arch):
+    """Else only the eager variants would be held against ours."""
+    pytest.importorskip("torch")
+    stepper, _ = peers.torch_stepper(Job("torch-compile", "batch", arch, 16))
+    stepper(1)
+
+
+@pytest.mark.slow
 def test_a_profile_finds_the_time_of_a_step(few_images, monkeypatch):
     monkeypatch.setattr(profiling, "STEPS", 2)
     found = profiling.profile(Job("jaxnorm", "layer", "original", 16))

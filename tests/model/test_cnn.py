@@ -160,6 +160,7 @@ def test_each_norm_and_its_gradients_equal_the_closed_form(norm, arch, spread):
         return module.apply({**variables, "params": params}, x, mutable=["batch_stats"])[0]
 
     variables = {name: value for name, value in params.items() if name != "params"}
+
     def both(x, params, cotangent):
         outputs, back = jax.vjp(apply, x, params)
         return outputs, *back(cotangent)
