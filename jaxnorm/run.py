@@ -242,8 +242,9 @@ def _train(asked: list[Config], options: Options, finish: "Finish") -> int:
         print(f"{dataset.caption}: {images}, from {dataset.source}")
     if not options.skip_self_check:
         try:
-            self_check(configs, dataset, mesh)
-        except ArithmeticError:
+            with _bar(options) as bar:
+                self_check(configs, dataset, mesh, bar.at)
+        except BaseException:  # a signal too
             with contextlib.suppress(OSError):
                 out.rmdir()  # where it is new, and so empty
             raise
@@ -311,14 +312,17 @@ def _grown(asked: Sequence[Config], had: Sequence[Config], options: Options) -> 
 
 def _load(config: Config, options: Options) -> "Dataset":
     from jaxnorm.data import datasets
+
+    unverified, places = options.allow_unverified, (options.data_dir, options.archive)
+    with _bar(options) as bar:
+        return datasets.load(config.dataset, *places, allow_unverified=unverified, progress=bar.at)
+
+
+def _bar(options: Options) -> contextlib.closing[cli.Bar]:
+    """A progress bar in process 0, if it may speak; everywhere a signal stops what moves it."""
     from jaxnorm.runs import multihost
 
-    bar = cli.Bar(options.quiet or not multihost.is_process_0())
-    unverified, places = options.allow_unverified, (options.data_dir, options.archive)
-    try:
-        return datasets.load(config.dataset, *places, allow_unverified=unverified, progress=bar.at)
-    finally:
-        bar.close()
+    return contextlib.closing(cli.Bar(options.quiet or not multihost.is_process_0()))
 
 
 def report(sweep: "Sweep", dataset: "Dataset", quiet: bool) -> None:
@@ -397,7 +401,8 @@ def _print_plan(
     speaks = multihost.is_process_0()
     if speaks:
         print(f"planning {nets} nets: compiling, and a few steps")
-    estimates = estimate(configs, dataset, mesh)
+    with _bar(options) as bar:
+        estimates = estimate(configs, dataset, mesh, bar.at)
     training = duration(sum(each.training for each in estimates))
     rest = duration(sum(each.rest for each in estimates))
     size = dataset.train_images.nbytes + dataset.test_images.nbytes

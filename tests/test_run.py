@@ -1,6 +1,7 @@
 """The command, as a user calls it: output, exit codes, and nothing left behind by a mistake."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,10 @@ from jaxnorm.analysis.results import Run
 from jaxnorm.config import Config
 from jaxnorm.data import datasets as data
 from jaxnorm.model import ops
-from jaxnorm.runs import environment, runner, signals
+from jaxnorm.runs import environment, estimate, runner, signals
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.sweep import Sweep
+from jaxnorm.training import selfcheck, trainer
 
 
 def call(*arguments) -> int:
@@ -337,6 +339,27 @@ def test_settings_become_flags_in_errors():
 FLAGS = ("--norm", "layer", "--dataset", "tiny", "--epochs", "2", "--skip-self-check")
 FLAGS += ("--arch", "three-layers")
 SWEPT = ("--batch-size", "35", "70", "--learning-rate", "0.01", "0.002")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "flags"),
+    [(selfcheck, "with_noise", FLAGS[:-3] + FLAGS[-2:]), (estimate, "groups", (*FLAGS, "--plan"))],
+    ids=["self-check", "plan"],
+)
+def test_a_signal_stops_what_comes_before_training(
+    inside, tiny_by_name, capsys, monkeypatch, module, name, flags
+):
+    right = getattr(module, name)
+
+    def signalled(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return right(*arguments)
+
+    monkeypatch.setattr(module, name, signalled)
+    monkeypatch.setattr(trainer.Nets, "train_chunk", lambda *_: pytest.fail("trained"))
+    assert call(*flags, "--batch-size", "35", "--out", "new") == 143
+    assert capsys.readouterr().err == "error: terminated\n"
+    assert list(inside.iterdir()) == []
 
 
 def test_a_sweep_is_planned_trained_and_resumed(inside, tiny_by_name, capsys, monkeypatch):

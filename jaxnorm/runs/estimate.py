@@ -2,6 +2,7 @@
 XLA's account, and the time from a measured step, a measured evaluation and a measured write.
 """
 
+import itertools
 import statistics
 import tempfile
 import time
@@ -14,6 +15,7 @@ import numpy as np
 
 from jaxnorm.config import Config
 from jaxnorm.data.datasets import Dataset
+from jaxnorm.data.download import Progress
 from jaxnorm.runs.runner import save_epoch
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.schema import Epoch
@@ -42,7 +44,10 @@ class Estimate:
 
 
 def estimate(
-    configs: Sequence[Config], dataset: Dataset, mesh: MeshShape | None = None
+    configs: Sequence[Config],
+    dataset: Dataset,
+    mesh: MeshShape | None = None,
+    progress: Progress = lambda what, done, total: None,
 ) -> list[Estimate]:
     """Estimates the training of all nets, by norm and batch size. Compiles every program, runs a
     few steps of each, and writes to a folder of its own, which it removes.
@@ -52,11 +57,28 @@ def estimate(
     rounds: dict[tuple[str, int], list] = {}
     for group in groups(configs, dataset, mesh):
         rounds.setdefault((group.norm, configs[group.nets[0][0]].batch_size), []).append(group)
-    return [_estimate(configs, dataset, *key, same) for key, same in rounds.items()]
+    done = itertools.count()
+
+    def seconds(function: Callable[[], Any]) -> float:
+        """The median time of a few calls, after one that compiles."""
+        times = []
+        for _ in range(1 + MEASURED):
+            progress("planning", next(done), 3 * (1 + MEASURED) * len(rounds))
+            clock = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - clock)
+        return statistics.median(times[1:])
+
+    return [_estimate(configs, dataset, *key, same, seconds) for key, same in rounds.items()]
 
 
 def _estimate(
-    configs: Sequence[Config], dataset: Dataset, norm: str, batch_size: int, rounds: list
+    configs: Sequence[Config],
+    dataset: Dataset,
+    norm: str,
+    batch_size: int,
+    rounds: list,
+    seconds: Callable[[Callable[[], Any]], float],
 ) -> Estimate:
     """Each round trains as many nets as the program does, from the first epoch to the last."""
     group, nets = rounds[0], Nets(configs, dataset, rounds[0])
@@ -72,9 +94,9 @@ def _estimate(
         state, done = nets.train_chunk(state, few, of_epoch)
         jax.block_until_ready(done.losses)
 
-    step_seconds = _seconds(train_few) / (few.stop - few.start)
-    evaluation = _seconds(lambda: nets.evaluate(state))
-    writing = _seconds(lambda: _write(nets, state, dataset)) * len(group.nets)
+    step_seconds = seconds(train_few) / (few.stop - few.start)
+    evaluation = seconds(lambda: nets.evaluate(state))
+    writing = seconds(lambda: _write(nets, state, dataset)) * len(group.nets)
     last_epoch = nets.config.epochs
     steps = nets.steps * last_epoch
     training = len(rounds) * steps * step_seconds
@@ -85,16 +107,6 @@ def _estimate(
     row += [f"{1e3 * time:.1f}" for time in (step_seconds, evaluation, writing)]
     row += ["not known" if memory is None else f"{memory / 1e6:,.0f}"]
     return Estimate([*row, duration(training), duration(rest)], training, rest)
-
-
-def _seconds(function: Callable[[], Any]) -> float:
-    """The median time of a few calls, after one that compiles."""
-    times = []
-    for _ in range(1 + MEASURED):
-        clock = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - clock)
-    return statistics.median(times[1:])
 
 
 def _device_bytes(arguments: tuple) -> int | None:

@@ -7,7 +7,8 @@ Flax's and XLA's own operators, in float32.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from jaxnorm.config import Config, Precision
 from jaxnorm.data.datasets import Dataset
+from jaxnorm.data.download import Progress
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training.mesh import ONE, MeshShape
 from jaxnorm.training.step import (
@@ -56,7 +58,12 @@ class WrongNumbers(ArithmeticError):
     """This installation computes wrongly: what disagreed, and by how much."""
 
 
-def self_check(configs: Sequence[Config], dataset: Dataset, mesh: MeshShape | None = None) -> None:
+def self_check(
+    configs: Sequence[Config],
+    dataset: Dataset,
+    mesh: MeshShape | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> None:
     """Checks, before anything is trained, that this installation computes the nets of a sweep
     rightly, by the programs that will train them. Raises `WrongNumbers`.
     """
@@ -64,8 +71,14 @@ def self_check(configs: Sequence[Config], dataset: Dataset, mesh: MeshShape | No
     dataset, programs = with_noise(dataset), {}
     for group in groups(configs, dataset, mesh):
         programs.setdefault((group.norm, configs[group.nets[0][0]].batch_size), group)
+    done = itertools.count()
+
+    def tick() -> None:
+        """A step or an evaluation is compared next, three for each program."""
+        progress("checking the arithmetic", next(done), 3 * len(programs))
+
     for group in programs.values():
-        _check_group(configs, dataset, group)
+        _check_group(configs, dataset, group, tick)
 
 
 def with_noise(dataset: Dataset) -> Dataset:
@@ -100,7 +113,9 @@ def check_compiler() -> None:
         )
 
 
-def _check_group(configs: Sequence[Config], dataset: Dataset, group: Group) -> None:
+def _check_group(
+    configs: Sequence[Config], dataset: Dataset, group: Group, tick: Callable[[], None]
+) -> None:
     """Every place of the program trains the group's first net, and each is compared."""
     nets = Nets(configs, dataset, dataclasses.replace(group, nets=group.nets[:1]))
     initial = jax.tree.map(lambda leaf: leaf[0], meshes.fetch(nets.states([None])))
@@ -109,6 +124,7 @@ def _check_group(configs: Sequence[Config], dataset: Dataset, group: Group) -> N
     plain_step = jax.jit(partial(train_step, plain), compiler_options=_ONCE)
     allowed = ALLOWED[nets.program.model.precision]
     for which in (0, -1):  # the first full batch, and the ragged one
+        tick()
         said, passed = "", 0
         for epoch in range(1, TRIES + 1):
             said = _compare_step(nets, dataset, plain_step, initial, epoch, which, allowed)
@@ -118,6 +134,7 @@ def _check_group(configs: Sequence[Config], dataset: Dataset, group: Group) -> N
         if not passed:
             said = said or "in another process"
             raise _wrong(f"one training step of {group.norm} norm", said)
+    tick()
     images = jnp.asarray(np.resize(dataset.test_images, (EVALUATED, 32, 32, 3)))
     wanted = np.asarray(
         jax.jit(partial(_plain_logits, plain), compiler_options=_ONCE)(initial, images)
