@@ -35,7 +35,7 @@ def test_each_epoch_is_a_fresh_shuffle_of_all_images():
     assert len({tuple(np.asarray(order)) for order in orders}) == 4
 
 
-def test_chunks_cover_the_epoch_once_and_share_one_array(tiny):
+def test_chunks_cover_the_epoch_once_and_share_one_array():
     for count, batch, chunks in [(70, 16, 3), (64, 16, 20), (70, 70, 2), (10, 3, 1)]:
         rows = jnp.arange(100, 100 + count)
         cut, _ = epochs.epoch_chunks(ONE, jnp.array([3]), 1, rows[None], batch, chunks)

@@ -159,7 +159,7 @@ def test_similarity_is_the_mean_cosine_of_two_images():
     negative = one - 5 * (one == 0)  # ReLU takes it away
     cosine = 1 / 2**0.5
     found = probes.similarity(np.stack([one, negative, other]))
-    assert float(found) == pytest.approx((1 + 2 * cosine) / 3)
+    assert found == pytest.approx((1 + 2 * cosine) / 3)
 
 
 def test_a_run_records_what_its_nets_do(tiny_run, tiny):
