@@ -31,7 +31,7 @@ def main() -> None:
     elif name in ("--help", "-h"):
         print(USAGE)
     elif name in COMMANDS:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does: a norm of one's own may lie here
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: the user's own norm may lie here
         cli.leave(cli.run(importlib.import_module(COMMANDS[name]).app, arguments))
     else:
         print(f"error: there is no command {name!r}: choose {', '.join(COMMANDS)}", file=sys.stderr)

@@ -47,15 +47,15 @@ def program() -> list[str]:
 
 
 def before_failing(action: Callable[[], None]) -> None:
-    """Has a process that fails do this after it has said why, and then end at once: Python's
-    clean-up would wait for other processes, where it shares something with them.
+    """Registers what a process that fails does once its error is printed. It then ends at once:
+    Python's clean-up would wait for the other processes of its job.
     """
     _before_failing.append(action)
 
 
 @contextlib.contextmanager
 def advising(hint: str) -> Iterator[None]:
-    """Where the work inside is stopped, or a disk or device fails it, the error says this too."""
+    """Adds a hint to the error where a signal, a disk or a device stops the work inside."""
     try:
         yield
     except (signals.Stopped, OSError, RuntimeError) as error:
@@ -91,9 +91,9 @@ def as_flags(text: str) -> str:
     `--allow-large`.
     """
 
-    def flag(found: re.Match) -> str:
-        name, follows = "--" + found[1].replace("_", "-"), text[found.end() : found.end() + 1]
-        return name if found[2] or not follows or follows in " ,;.:)" else f"{name} "
+    def flag(match: re.Match) -> str:
+        name, follows = "--" + match[1].replace("_", "-"), text[match.end() : match.end() + 1]
+        return name if match[2] or not follows or follows in " ,;.:)" else f"{name} "
 
     return re.sub(r"(?<![\w,='\"/.])([a-z]\w*)=(True\b)?", flag, text)
 

@@ -46,16 +46,16 @@ RECIPES: dict[str, dict[str, Any]] = {
         "weight_standardization": True,
     },
 }
-"""What each recipe sets where nothing else is asked for; learning rates may be a norm's own."""
+"""The settings of each recipe, which the user may replace; norms may have their own rates."""
 DIGITS = {
     "study": {"batch_size": 32, "learning_rate": 0.05, "schedule": "one-cycle"},
     "tuned": {"batch_size": 32, "learning_rate": 0.05},
 }
-"""What the digits are trained with instead: at a constant rate a late epoch can jump by points."""
+"""What replaces them for digits: at a constant rate a late epoch's accuracy can jump by points."""
 OTHER_RATE = 0.1
 """The learning rate of a norm for which a recipe has none of its own."""
 SWEPT = ("batch_size", "learning_rate", "weight_decay")
-"""The settings of which a sweep takes several values, beside norms and seeds."""
+"""The settings that a sweep takes several values of, besides norms and seeds."""
 Net = tuple[str, int]
 """A net of a run: its norm and seed."""
 Rate = Annotated[float, Field(gt=0, lt=3e38)]
@@ -63,7 +63,7 @@ Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 RECIPE: Any = None
-"""The default of a setting that the recipe sets."""
+"""Marks a setting whose default is the recipe's."""
 T = TypeVar("T")
 
 
@@ -75,26 +75,26 @@ class UserError(ValueError):
 def typed(kind: type[T]) -> type[T]:
     """A frozen dataclass that Pydantic checks by its type hints; raises `UserError`."""
     config = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-    made: Any = dataclass(frozen=True, config=config)(kind)
-    made.__init__ = _saying(made.__init__)
-    return made
+    checked_kind: Any = dataclass(frozen=True, config=config)(kind)
+    checked_kind.__init__ = _raising_user_errors(checked_kind.__init__)
+    return checked_kind
 
 
 def from_json(kind: type[T], text: str | bytes) -> T:
     """A `typed` dataclass from JSON; raises `UserError` that names the field that is wrong."""
-    return _saying(pydantic.TypeAdapter(kind).validate_json)(text)
+    return _raising_user_errors(pydantic.TypeAdapter(kind).validate_json)(text)
 
 
-def _saying(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Has an error of Pydantic's be a `UserError` of one line."""
+def _raising_user_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Turns an error of Pydantic's into a `UserError` of one line."""
 
     @functools.wraps(function)
     def checked(*arguments: Any, **values: Any) -> Any:
         try:
             return function(*arguments, **values)
         except pydantic.ValidationError as error:
-            # Of a union the errors of each part are told: the deepest is of the part that is meant.
-            first = max(error.errors(), key=lambda each: len(each["loc"]))
+            # Pydantic lists the errors of every part of a union: the deepest is of the part meant.
+            first = max(error.errors(), key=lambda e: len(e["loc"]))
         kinds = ("float", "constrained", "dict[")  # of a union, which are no names of fields
         name = ".".join(str(part) for part in first["loc"] if not str(part).startswith(kinds))
         message = first["msg"]
@@ -207,8 +207,8 @@ class Config:
     allow_large: bool = False
 
     def __post_init__(self) -> None:
-        own = DIGITS[self.recipe] if self.dataset == "digits" else {}
-        for name, default in {**RECIPES[self.recipe], **own}.items():
+        of_digits = DIGITS[self.recipe] if self.dataset == "digits" else {}
+        for name, default in {**RECIPES[self.recipe], **of_digits}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         names = {"norm": r"[\w.]+(:\w+)?", "arch": r"[\w-]+", "dataset": r"\S(.*\S)?"}

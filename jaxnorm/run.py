@@ -115,9 +115,9 @@ def _settings_class() -> type:
         if hints[field.name] is int:
             kind = Annotated[kind, cli.WHOLE]
         fields.append((field.name, kind, dataclasses.field(default=default)))
-    made = dataclasses.make_dataclass("Settings", fields, frozen=True)
-    made.__module__, made.__doc__ = __name__, Config.__doc__
-    return made
+    settings = dataclasses.make_dataclass("Settings", fields, frozen=True)
+    settings.__module__, settings.__doc__ = __name__, Config.__doc__
+    return settings
 
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def main(
 
 
 def split(settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is asked for: settings that all runs share, and the values of those that are swept."""
+    """The settings that are given: those that all runs share, and the values of the swept ones."""
     named = {name: value for name, value in vars(settings).items() if value not in (None, ())}
     return named, {name: named.pop(name) for name in SWEPT if name in named}
 
@@ -167,7 +167,7 @@ def start(configs: list[Config], options: Options, finish: "Finish") -> int:
 
 
 def _prepare_jax(options: Options) -> Options:
-    """What JAX and XLA must be told before they start; the options, deterministic if the run to
+    """Sets what JAX and XLA read when they start; returns the options, deterministic if the run to
     resume is.
     """
     # XLA logs as errors, each time it loads, that its own tuning hints are no processor features.
@@ -195,7 +195,7 @@ def _prepare_jax(options: Options) -> Options:
     return options
 
 
-def _train(asked: list[Config], options: Options, finish: "Finish") -> int:
+def _train(requested: list[Config], options: Options, finish: "Finish") -> int:
     """Checks, trains and reports a new sweep or one that resumes. A run is a sweep of one."""
     from jaxnorm.model import summary
     from jaxnorm.runs import multihost, runner
@@ -206,14 +206,14 @@ def _train(asked: list[Config], options: Options, finish: "Finish") -> int:
     from jaxnorm.training.selfcheck import self_check
 
     shared = dataclasses.replace(options, data_dir=None, archive=None)  # each host has its own
-    multihost.agree(command=repr((asked, shared)))
+    multihost.agree(command=repr((requested, shared)))
     out, process_0 = (
-        options.resume or options.out or _default_out(asked[0]),
+        options.resume or options.out or _default_out(requested[0]),
         multihost.is_process_0(),
     )
-    found = multihost.from_process_0(lambda: _what_to_train(asked, out, options))
-    configs = [Config(**values) for values in found["configs"]]
-    if found["unverified"]:
+    task = multihost.from_process_0(lambda: _what_to_train(requested, out, options))
+    configs = [Config(**values) for values in task["configs"]]
+    if task["unverified"]:
         options = dataclasses.replace(options, allow_unverified=True)
     board = None
     if options.tensorboard:
@@ -267,23 +267,23 @@ def _train(asked: list[Config], options: Options, finish: "Finish") -> int:
     return 0
 
 
-def _what_to_train(asked: list[Config], out: Path, options: Options) -> dict[str, Any]:
+def _what_to_train(requested: list[Config], out: Path, options: Options) -> dict[str, Any]:
     """What the other processes need to know of the run directory, which they may not see."""
     from jaxnorm.storage.directory import RunDirectory
     from jaxnorm.storage.sweep import Sweep
 
     if not options.resume:
         RunDirectory.check_unused(out)
-        return {"configs": [dataclasses.asdict(config) for config in asked], "unverified": False}
+        return {"configs": [dataclasses.asdict(c) for c in requested], "unverified": False}
     sweep = Sweep.open(out)
     infos = [directory.info() for directory in sweep.directories if directory.exists()]
     return {
-        "configs": [dataclasses.asdict(c) for c in _grown(asked, sweep.configs, options)],
+        "configs": [dataclasses.asdict(c) for c in _grown(requested, sweep.configs, options)],
         "unverified": any(info.dataset.verified is False for info in infos),
     }
 
 
-def _grown(asked: Sequence[Config], had: Sequence[Config], options: Options) -> list[Config]:
+def _grown(new: Sequence[Config], old: Sequence[Config], options: Options) -> list[Config]:
     """The settings of the runs to resume, with the flags of the command line put in.
 
     Raises `UserError` for a flag that conflicts with them.
@@ -296,16 +296,16 @@ def _grown(asked: Sequence[Config], had: Sequence[Config], options: Options) -> 
     names = [token.partition("=")[0].removeprefix("--").removeprefix("no-") for token in tokens]
     flags = {name.replace("-", "_") for name in names}
     for name in flags & set(SWEPT):
-        values, before = ([getattr(each, name) for each in some] for some in (asked, had))
+        values, before = ([getattr(c, name) for c in configs] for configs in (new, old))
         if {*map(str, values)} != {*map(str, before)}:
             raise UserError(
                 f"{name}={values[0]} conflicts with the run to resume, which has "
                 f"{' '.join(dict.fromkeys(map(str, before)))}: leave it out, or start a new run"
             )
     named = flags & {field.name for field in dataclasses.fields(Config)} - set(SWEPT)
-    changes = {name: getattr(asked[0], name) for name in named}
-    grown = [dataclasses.replace(config, **changes) for config in had]
-    for before, now in zip(had, grown, strict=True):
+    changes = {name: getattr(new[0], name) for name in named}
+    grown = [dataclasses.replace(config, **changes) for config in old]
+    for before, now in zip(old, grown, strict=True):
         check_grown(before, now, options.resume or Path())
     return grown
 
@@ -319,7 +319,7 @@ def _load(config: Config, options: Options) -> "Dataset":
 
 
 def _bar(options: Options) -> contextlib.closing[cli.Bar]:
-    """A progress bar in process 0, if it may speak; everywhere a signal stops what moves it."""
+    """A progress bar, shown in process 0 unless quiet; a signal stops the work that moves it."""
     from jaxnorm.runs import multihost
 
     return contextlib.closing(cli.Bar(options.quiet or not multihost.is_process_0()))
@@ -403,8 +403,8 @@ def _print_plan(
         print(f"planning {nets} nets: compiling, and a few steps")
     with _bar(options) as bar:
         estimates = estimate(configs, dataset, mesh, bar.at)
-    training = duration(sum(each.training for each in estimates))
-    rest = duration(sum(each.rest for each in estimates))
+    training = duration(sum(part.training for part in estimates))
+    rest = duration(sum(part.rest for part in estimates))
     size = dataset.train_images.nbytes + dataset.test_images.nbytes
     note = (
         f"{nets} nets on {jax.device_count()} devices: about {training} of training and {rest} of "
@@ -412,7 +412,7 @@ def _print_plan(
         f"data's {size / 1e6:,.0f} MB."
     )
     if speaks:
-        print(Table("The plan", COLUMNS, [each.row for each in estimates], note).plain())
+        print(Table("The plan", COLUMNS, [part.row for part in estimates], note).plain())
 
 
 def _print_summary(config: Config, options: Options) -> None:

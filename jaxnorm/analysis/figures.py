@@ -161,11 +161,11 @@ def seeds(run: Run) -> Named:
     norms: list[str] = [norm for norm in run.summaries if run.sample(norm).n > 1]
     if not norms:
         return
-    found = [each for each in run.differences if each.sample.n > 1]
+    differences = [pair for pair in run.differences if pair.sample.n > 1]
     figure = new_figure(
         run.caption, "What the seeds say: test accuracy after the last epoch", 9, 4.2
     )
-    widths = (1, 1.2) if found else (1,)
+    widths = (1, 1.2) if differences else (1,)
     panels = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     left = panels[0]
     for seed in run.info.config.seed_numbers:
@@ -176,34 +176,36 @@ def seeds(run: Run) -> Named:
         sample, style = run.sample(norm), {"color": COLOURS[norm], "marker": MARKERS[norm]}
         left.plot([i] * sample.n, sample.values, linestyle="", markersize=5, **style)
         low, high = sample.interval or (sample.mean, sample.mean)
-        around = [[sample.mean - low], [high - sample.mean]]
-        left.errorbar(i + 0.18, sample.mean, around, capsize=4, **style)
+        error_bars = [[sample.mean - low], [high - sample.mean]]
+        left.errorbar(i + 0.18, sample.mean, error_bars, capsize=4, **style)
     left.set_xticks(range(len(norms)), norms)
     left.set_xlim(-0.4, len(norms) - 0.4)
     left.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     left.set_title("each seed; mean and 95 % t interval", fontsize=9)
     left.grid(alpha=0.3, axis="y")
-    if found:
-        _paired(panels[1], found)
+    if differences:
+        _paired(panels[1], differences)
     yield "seeds", figure
 
 
-def _paired(axes: Axes, found: Sequence[stats.Difference]) -> None:
+def _paired(axes: Axes, differences: Sequence[stats.Difference]) -> None:
     """Paired differences in points: each pair, the mean, and both intervals."""
-    for i, each in enumerate(found):
-        points, middle = 100 * np.array(each.sample.values), 100 * each.sample.mean
+    for i, pair in enumerate(differences):
+        points, middle = 100 * np.array(pair.sample.values), 100 * pair.sample.mean
         axes.plot(points, [i] * len(points), "o", color="#999999", markersize=4)
         for offset, interval, colour, label in (
-            (-0.15, each.sample.interval, "#000000", "t interval"),
-            (0.15, each.sample.bootstrap_interval, "#0072B2", "bootstrap"),
+            (-0.15, pair.sample.interval, "#000000", "t interval"),
+            (0.15, pair.sample.bootstrap_interval, "#0072B2", "bootstrap"),
         ):
             low, high = (100 * edge for edge in interval or (0, 0))
             look = {"fmt": "D", "color": colour, "markersize": 5, "capsize": 4}
-            around, label = [[middle - low], [high - middle]], None if i else label
-            axes.errorbar(middle, i + offset, xerr=around, label=label, **look)
+            error_bars, label = [[middle - low], [high - middle]], None if i else label
+            axes.errorbar(middle, i + offset, xerr=error_bars, label=label, **look)
     axes.axvline(0, color="#000000", linewidth=0.8)
-    axes.set_yticks(range(len(found)), [f"{each.first} - {each.second}" for each in found])
-    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_yticks(
+        range(len(differences)), [f"{pair.first} - {pair.second}" for pair in differences]
+    )
+    axes.set_ylim(len(differences) - 0.5, -0.5)
     axes.set_xlabel("paired difference, points")
     axes.set_title("each pair; mean and 95 % intervals", fontsize=9)
     axes.grid(alpha=0.3, axis="x")
@@ -224,12 +226,12 @@ def mistakes(run: Run) -> Named:
         title = f"{norms[0]} norm: {title}" if one else title
         words = []
         for row in rows:
-            said = [f"true: {run.class_names[int(run.labels[row])]}"]
+            lines = [f"true: {run.class_names[int(run.labels[row])]}"]
             for norm in norms:
                 probability = stats.probabilities(run.logits[norm][row])
                 guess = f"{run.class_names[int(probability.argmax())]} {probability.max():.0%}"
-                said.append(f"{'predicted' if one else norm}: {guess}")
-            words.append(literal("\n".join(said)))
+                lines.append(f"{'predicted' if one else norm}: {guess}")
+            words.append(literal("\n".join(lines)))
         yield name, _gallery(run.caption, title, run.images(rows), words)
 
 
@@ -239,16 +241,16 @@ def _gallery(
     """Images, five in a row, with words above each. All share one `Axes`: one for each would take
     half as long again.
     """
-    lines = max((each.count("\n") + 1 for each in words), default=1)
+    lines = max((text.count("\n") + 1 for text in words), default=1)
     rows, row_height = max(1, -(-len(images) // 5)), 1 + 0.1 * lines
     figure = new_figure(caption, title, 9, 0.7 + 1.8 * rows * row_height)
     figure.set_label("; ".join(words))
     axes = figure.subplots()
-    for number, (image, said) in enumerate(zip(images, words, strict=True)):
+    for number, (image, text) in enumerate(zip(images, words, strict=True)):
         left, bottom = number % 5, (number // 5 + 1) * row_height
         extent = (left + 0.04, left + 0.96, bottom - 0.04, bottom - 0.96)
         axes.imshow(image, interpolation="nearest", extent=extent)
-        axes.text(left + 0.5, bottom - 0.99, said, ha="center", va="bottom", fontsize=9)
+        axes.text(left + 0.5, bottom - 0.99, text, ha="center", va="bottom", fontsize=9)
     axes.set(xlim=(0, 5), ylim=(rows * row_height, 0))
     axes.set_axis_off()
     return figure
@@ -267,10 +269,10 @@ def confusion(run: Run) -> Named:
         shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         if len(names) <= 20:
-            for (row, column), each in np.ndenumerate(matrix):
+            for (row, column), count in np.ndenumerate(matrix):
                 colour = "white" if shares[row, column] > 0.5 else "black"
                 look = {"ha": "center", "va": "center", "fontsize": 8, "color": colour}
-                axes.text(column, row, f"{each:.0f}", **look)
+                axes.text(column, row, f"{count:.0f}", **look)
             axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
             axes.set_yticks(range(len(names)), names)
         axes.set(xlabel="predicted class", ylabel="true class")

@@ -123,5 +123,5 @@ def _caption(run: Run, measured: Mapping[str, list]) -> str:
 
 def _once(axes: Axes) -> tuple[list, list]:
     """What a legend shows where a norm has two lines: the second."""
-    found = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    return list(found.values()), list(found)
+    handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    return list(handles.values()), list(handles)

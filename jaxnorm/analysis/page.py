@@ -33,7 +33,7 @@ class RunPart:
     tables: dict[str, Table] = field(default_factory=dict)
 
     def attempt(self, make: Callable[[], Any], otherwise: Any) -> Any:
-        """What `make` gives; otherwise where a record of it is missing or damaged, noted."""
+        """Calls `make`; where a record is missing or damaged, notes it and returns `otherwise`."""
         try:
             return make()
         except (UserError, OSError) as error:
@@ -43,7 +43,7 @@ class RunPart:
 
     def charts_of(self, norm: str | None) -> list[Chart]:
         """The figures of one norm; with None those of all norms together."""
-        ends = tuple(f"-{each}" for each in self.norms) if norm is None else f"-{norm}"
+        ends = tuple(f"-{one}" for one in self.norms) if norm is None else f"-{norm}"
         return [chart for chart in self.charts if chart.name.endswith(ends) == (norm is not None)]
 
 
@@ -90,7 +90,7 @@ def markdown(part: RunPart) -> str:
     if part.missing:
         lines += ["## Missing", *(f"- {tables.escaped(line)}" for line in part.missing)]
     lines.append("## Figures")
-    lines += [f"![{tables.escaped(each.title)}](figures/{each.name}.png)" for each in part.charts]
+    lines += [f"![{tables.escaped(c.title)}](figures/{c.name}.png)" for c in part.charts]
     return "\n\n".join(line for line in lines if line) + "\n"
 
 

@@ -29,19 +29,19 @@ class Run:
     @cached_property
     def epochs(self) -> dict[Net, list[Epoch]]:
         """The epochs of each net that has any, by norm and seed, in the order of the settings."""
-        found: dict[Net, list[Epoch]] = {net: [] for net in self.info.config.nets}
+        epochs_of: dict[Net, list[Epoch]] = {net: [] for net in self.info.config.nets}
         for epoch in self.directory.epochs():
-            if (epoch.norm, epoch.seed) in found:
-                found[epoch.norm, epoch.seed].append(epoch)
+            if (epoch.norm, epoch.seed) in epochs_of:
+                epochs_of[epoch.norm, epoch.seed].append(epoch)
         last = self.info.config.epochs
-        for (norm, seed), epochs in found.items():
+        for (norm, seed), epochs in epochs_of.items():
             numbers = [epoch.epoch for epoch in epochs]
             if numbers != list(range(1, len(numbers) + 1)) or len(numbers) > last:
                 raise UserError(
                     f"{self.directory.path / 'metrics.jsonl'}: the epochs of {norm} norm, seed "
                     f"{seed}, are not 1, 2, 3 and so on to {last} at most"
                 )
-        return {net: epochs for net, epochs in found.items() if epochs}
+        return {net: epochs for net, epochs in epochs_of.items() if epochs}
 
     @cached_property
     def norms(self) -> list[str]:
@@ -57,15 +57,15 @@ class Run:
     def finished(self) -> dict[Net, list[Epoch]]:
         """The epochs of the nets that have all of theirs: those that statistics are made of."""
         last = self.info.config.epochs
-        return {net: each for net, each in self.epochs.items() if each[-1].epoch == last}
+        return {net: epochs for net, epochs in self.epochs.items() if epochs[-1].epoch == last}
 
     @cached_property
     def summaries(self) -> dict[str, dict[int, stats.Summary]]:
         """The summaries of the finished nets of each norm that has one, by seed."""
-        found: dict[str, dict[int, stats.Summary]] = {norm: {} for norm in self.norms}
+        summaries: dict[str, dict[int, stats.Summary]] = {norm: {} for norm in self.norms}
         for (norm, seed), epochs in self.finished.items():
-            found[norm][seed] = stats.summarize(epochs)
-        return {norm: each for norm, each in found.items() if each}
+            summaries[norm][seed] = stats.summarize(epochs)
+        return {norm: by_seed for norm, by_seed in summaries.items() if by_seed}
 
     def sample(self, norm: str, field: str = "last") -> stats.Sample:
         """A field of the summaries of a norm's finished nets."""
@@ -82,16 +82,16 @@ class Run:
 
         Raises `UserError` where they are not those that the newest epoch's line tells of.
         """
-        found, wanted = {}, (self.info.dataset.test_count, len(self.class_names))
+        logits_of, shape = {}, (self.info.dataset.test_count, len(self.class_names))
         for net, epochs in self.epochs.items():
             logits, labels = self.directory.predictions(net)
-            if logits.shape != wanted or not belongs(logits, labels, epochs[-1]):
+            if logits.shape != shape or not belongs(logits, labels, epochs[-1]):
                 raise UserError(
                     f"{self.directory.path}: the predictions of {net[0]} norm, seed {net[1]}, are "
                     f"not those of its epoch {epochs[-1].epoch}"
                 )
-            found[net] = logits
-        return found
+            logits_of[net] = logits
+        return logits_of
 
     @cached_property
     def logits(self) -> dict[str, np.ndarray]:
@@ -107,12 +107,14 @@ class Run:
         """What was measured inside the nets of each norm, the first seed's first: the arrays of
         `shapes`; nothing where an earlier version did not measure them.
         """
-        found: dict[str, list[dict[str, np.ndarray]]] = {}
+        measured: dict[str, list[dict[str, np.ndarray]]] = {}
         for norm in self.norms:
             first, *others = [(norm, seed) for seed in self.seeds(norm)]
             nets = [first, *filter(self.directory.measured, others)]
-            found[norm] = [each for net in nets if (each := self.directory.probes(net, shapes))]
-        return found if all(found.values()) else {}
+            measured[norm] = list(
+                filter(None, (self.directory.probes(net, shapes) for net in nets))
+            )
+        return measured if all(measured.values()) else {}
 
     @cached_property
     def examples(self) -> dict[str, np.ndarray]:

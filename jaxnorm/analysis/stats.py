@@ -51,7 +51,7 @@ def summarize(epochs: Sequence[Epoch]) -> Summary:
     best = max(epochs, key=lambda epoch: (epoch.test_accuracy, -epoch.epoch))
     first = next((epoch.epoch for epoch in epochs if epoch.test_accuracy >= TARGET), None)
     held_out = [epoch for epoch in epochs if epoch.validation_accuracy is not None]
-    chosen = max(held_out, key=lambda each: (each.validation_accuracy, -each.epoch), default=None)
+    chosen = max(held_out, key=lambda e: (e.validation_accuracy, -e.epoch), default=None)
     last, accuracy = epochs[-1], chosen and chosen.test_accuracy
     ends = (last.test_accuracy, first, accuracy, last.train_accuracy, last.validation_accuracy)
     return Summary(best.test_accuracy, best.epoch, *ends)
@@ -100,8 +100,8 @@ class Sample:
             return None
         options = {"confidence_level": 1 - LEVEL, "n_resamples": RESAMPLES, "method": "percentile"}
         random = np.random.default_rng(0)
-        found = scipy_stats.bootstrap((self.values,), np.mean, rng=random, **options)
-        return float(found.confidence_interval.low), float(found.confidence_interval.high)
+        result = scipy_stats.bootstrap((self.values,), np.mean, rng=random, **options)
+        return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ def sign_flip_p(differences: Sequence[int]) -> float:
     shares[total] = 1.0
     for size in sizes:
         shares = (np.roll(shares, size) + np.roll(shares, -size)) / 2
-    far = abs(int(sum(differences)))
-    return float(shares[: total - far + 1].sum() + shares[total + far :].sum()) if far else 1.0
+    gap = abs(int(sum(differences)))
+    return float(shares[: total - gap + 1].sum() + shares[total + gap :].sum()) if gap else 1.0
 
 
 def expected_best(values: Sequence[float], k: int) -> float:
@@ -231,9 +231,9 @@ def calibration_error(
     """The expected calibration error: how far confidence and accuracy lie apart, over bins of
     confidence of the same width (Guo et al., "On Calibration of Modern Neural Networks", 2017).
     """
-    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
     places = np.minimum((confidence * bins).astype(int), bins - 1)
-    return float(np.abs(np.bincount(places, confidence - right)).sum() / len(labels))
+    return float(np.abs(np.bincount(places, confidence - correct)).sum() / len(labels))
 
 
 def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -241,8 +241,8 @@ def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
     def loss(logarithm: float) -> float:
         """The mean cross-entropy at the temperature of this logarithm."""
-        found = probabilities(logits / np.exp(logarithm))[np.arange(len(labels)), labels]
-        return -float(np.log(np.maximum(found, 1e-300)).mean())
+        of_label = probabilities(logits / np.exp(logarithm))[np.arange(len(labels)), labels]
+        return -float(np.log(np.maximum(of_label, 1e-300)).mean())
 
     best: Any = optimize.minimize_scalar(loss, bounds=(-3, 3), method="bounded")
     return float(np.exp(best.x))
@@ -276,8 +276,8 @@ def confident_mistakes(logits: Sequence[np.ndarray], labels: np.ndarray, count: 
     """The images that every one of these nets gets wrong, those with the highest mean confidence in
     the wrong classes first.
     """
-    wrong = np.flatnonzero(np.all([each.argmax(1) != labels for each in logits], axis=0))
-    confidence = np.mean([probabilities(each[wrong]).max(1) for each in logits], axis=0)
+    wrong = np.flatnonzero(np.all([net.argmax(1) != labels for net in logits], axis=0))
+    confidence = np.mean([probabilities(net[wrong]).max(1) for net in logits], axis=0)
     return wrong[np.argsort(-confidence, kind="stable")[:count]]
 
 

@@ -41,7 +41,7 @@ def plot_against(axes: Axes, runs: Sequence[Run], setting: str) -> None:
         if not ends:
             continue
         axes.plot([x for x, _ in ends], [sample.mean for _, sample in ends], **look_of(norm))
-        seeds = [(x, each) for x, sample in ends for each in sample.values]
+        seeds = [(x, accuracy) for x, sample in ends for accuracy in sample.values]
         axes.plot(*zip(*seeds, strict=True), ".", color=COLOURS[norm], alpha=0.5)
     axes.set_xscale("log" if ordered[0][0] > 0 else "linear")
     axes.set_xticks([x for x, _ in ordered], [f"{x:g}" for x, _ in ordered])
@@ -64,24 +64,24 @@ def trials(runs: Sequence[Run]) -> dict[str, list[tuple[float, float]]]:
     """The learning rate of each trial of a tuning, ascending, and the mean accuracy on held-out
     images at its end, by norm; 0 where no net's loss stayed finite. Norms may be tuned apart.
     """
-    found: dict[str, list[tuple[float, float]]] = {}
+    trials_of: dict[str, list[tuple[float, float]]] = {}
     for run in sorted(runs, key=lambda run: run.info.config.rate("")):
         for norm in run.info.config.norms:
             nets = run.summaries.get(norm, {}).values()
             ends = [net.validation for net in nets if net.validation is not None]
             trial = (run.info.config.rate(norm), sum(ends) / len(ends) if ends else 0.0)
-            found.setdefault(norm, []).append(trial)
-    return found
+            trials_of.setdefault(norm, []).append(trial)
+    return trials_of
 
 
 def tuning(runs: Sequence[Run]) -> Table:
     """What each norm won with: a row a norm."""
-    config, rows, found = runs[0].info.config, [], trials(runs)
-    count = max(map(len, found.values()))
-    for norm, said in found.items():
-        rates = [rate for rate, _ in said]
-        best = max(said, key=lambda trial: trial[1])[0]
-        accuracies = [accuracy for _, accuracy in said]
+    config, rows, trials_of = runs[0].info.config, [], trials(runs)
+    count = max(map(len, trials_of.values()))
+    for norm, pairs in trials_of.items():
+        rates = [rate for rate, _ in pairs]
+        best = max(pairs, key=lambda trial: trial[1])[0]
+        accuracies = [accuracy for _, accuracy in pairs]
         edge = " (the lowest)" * (best == rates[0]) + " (the highest)" * (best == rates[-1])
         half = stats.expected_best(accuracies, max(1, count // 2))
         failed = sum(accuracy == 0 for accuracy in accuracies)
@@ -102,12 +102,12 @@ def tuning(runs: Sequence[Run]) -> Table:
 
 def every_trial(runs: Sequence[Run]) -> Table:
     """What each trial of a tuning ended with on held-out images: a row a learning rate."""
-    said = trials(runs)
+    trials_of = trials(runs)
     rows = [
         [f"{pairs[0][0]:g}", *(f"{accuracy:.2%}" if accuracy else "none" for _, accuracy in pairs)]
-        for pairs in zip(*said.values(), strict=True)
+        for pairs in zip(*trials_of.values(), strict=True)
     ]
-    return Table("Every trial", ["learning rate", *said], rows)
+    return Table("Every trial", ["learning rate", *trials_of], rows)
 
 
 def plot_rates(axes: Axes, runs: Sequence[Run]) -> None:

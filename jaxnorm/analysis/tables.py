@@ -137,14 +137,14 @@ def conditions(run: Run) -> str:
     if config.validation:
         parts.append(f"{config.validation} training images held out")
     text = ", ".join([*parts, run.seeds_text]) + (MEAN if _several(run) else ", n = 1")
-    made = (info.environment, *info.resumed)
-    found = {name: [each.versions.get(name, "?") for each in made] for name in VERSIONS}
-    versions = ", ".join(f"{name} {_each(version)}" for name, version in found.items())
-    return f"{text}; {_each([each.device for each in made])}; {versions}."
+    environments = (info.environment, *info.resumed)
+    versions_of = {name: [e.versions.get(name, "?") for e in environments] for name in VERSIONS}
+    versions = ", ".join(f"{name} {_different(version)}" for name, version in versions_of.items())
+    return f"{text}; {_different([e.device for e in environments])}; {versions}."
 
 
-def _each(texts: Sequence[str]) -> str:
-    """Every different one, in words."""
+def _different(texts: Sequence[str]) -> str:
+    """The texts without repetition, in words."""
     return listed(list(dict.fromkeys(texts)))
 
 
@@ -165,29 +165,29 @@ def differences(run: Run) -> Table:
     return paired(run.differences)
 
 
-def paired(found: Sequence[stats.Difference]) -> Table:
+def paired(differences: Sequence[stats.Difference]) -> Table:
     """`differences`, also of norms that were trained in several runs."""
     head = ["difference", "pairs", "mean, points", "95% t interval", "95% bootstrap"]
     head += ["p, exact sign flips", "p after Holm"]
     rows = []
-    for each in found:
-        sample = each.sample
-        row = [f"{each.first} {MINUS} {each.second}", str(sample.n), points(sample.mean)]
+    for pair in differences:
+        sample = pair.sample
+        row = [f"{pair.first} {MINUS} {pair.second}", str(sample.n), points(sample.mean)]
         for interval in (sample.interval, sample.bootstrap_interval):
             row.append(" to ".join(map(points, interval)) if interval else "none: n = 1")
-        rows.append([*row, f"{each.p:.3g}", f"{each.adjusted_p:.3g}"])
+        rows.append([*row, f"{pair.p:.3g}", f"{pair.adjusted_p:.3g}"])
     note = (
         "Differences of last test accuracies between nets of the same seed; the intervals are not "
-        "corrected for there being several. " + _what_n_can_show(found)
+        "corrected for there being several. " + _what_n_can_show(differences)
     )
     return Table("Paired differences", head, rows, note)
 
 
-def _what_n_can_show(found: Sequence[stats.Difference]) -> str:
+def _what_n_can_show(differences: Sequence[stats.Difference]) -> str:
     """What the fewest and the most pairs of a comparison can show, in words; what the most cannot,
     the fewest cannot either.
     """
-    counts, comparisons = [each.sample.n for each in found] or [1], max(1, len(found))
+    counts, comparisons = [pair.sample.n for pair in differences] or [1], max(1, len(differences))
     ends = {max(counts)}
     if max(counts) >= stats.fewest_pairs(comparisons):
         ends.add(min(counts))
@@ -213,20 +213,20 @@ def finding(run: Run) -> str:
     counts = sorted({sample.n for sample in samples.values()})
     n = f"n = {'/'.join(map(str, counts))}"
     n += " seeds each" if counts[-1] > 1 else ", one run of each"
-    said = [f"{where}, {listed(ends)} test accuracy ({n}, {run.info.dataset.caption})."]
+    sentences = [f"{where}, {listed(ends)} test accuracy ({n}, {run.info.dataset.caption})."]
     if len(samples) > 1:
-        said += [_compared(each) for each in run.differences if each.sample.n > 1]
-        said.append(_what_n_can_show(run.differences))
-    return " ".join(said)
+        sentences += [_compared(pair) for pair in run.differences if pair.sample.n > 1]
+        sentences.append(_what_n_can_show(run.differences))
+    return " ".join(sentences)
 
 
-def _compared(each: stats.Difference) -> str:
+def _compared(difference: stats.Difference) -> str:
     """What a paired difference shows, in a sentence: it is clear where its t interval leaves zero
     out.
     """
-    norms, sample = (each.first, each.second), each.sample
+    norms, sample = (difference.first, difference.second), difference.sample
     low, high = sample.interval or (0, 0)
-    tail = f"n = {sample.n}, p {each.adjusted_p:.2g} after Holm"
+    tail = f"n = {sample.n}, p {difference.adjusted_p:.2g} after Holm"
     if sample.excludes_zero:
         up, down = norms if sample.mean > 0 else norms[::-1]
         low, high = sorted((abs(100 * low), abs(100 * high)))
@@ -252,11 +252,11 @@ def evaluation(run: Run) -> Table:
         running, precise = (
             [float(n[f"{k}_accuracy"]) for n in nets] for k in ("running", "precise")
         )
-        own = np.array([net["batch_accuracy"] for net in nets])
-        if (own == np.array(running)[:, None]).all():
+        by_size = np.array([net["batch_accuracy"] for net in nets])
+        if (by_size == np.array(running)[:, None]).all():
             continue
         tested, sizes = int(nets[0]["tested"]), nets[0]["sizes"]
-        samples = [stats.Sample(tuple(map(float, each))) for each in (running, precise, *own.T)]
+        samples = [stats.Sample(tuple(map(float, x))) for x in (running, precise, *by_size.T)]
         rows.append([norm, str(len(nets)), *map(stats.accuracy_text, samples)])
         head[4:] = [f"batches of {size}" for size in sizes]
     note = (
@@ -274,12 +274,12 @@ def calibration(run: Run) -> Table:
     rows = []
     for norm in run.norms:
         logits = [run.predictions[norm, seed] for seed in run.seeds(norm)]
-        found = [[stats.probabilities(each) for each in logits]]
-        found += [[stats.tempered(each, run.labels) for each in logits]]
-        errors = [[stats.calibration_error(p, run.labels) for p in each] for each in found]
-        heat = np.mean([stats.temperature(each, run.labels) for each in logits])
-        samples = [stats.accuracy_text(stats.Sample(tuple(each))) for each in errors]
-        rows.append([norm, str(len(logits)), *samples, f"{heat:.2f}"])
+        probabilities = [[stats.probabilities(net) for net in logits]]
+        probabilities += [[stats.tempered(net, run.labels) for net in logits]]
+        errors = [[stats.calibration_error(p, run.labels) for p in nets] for nets in probabilities]
+        temperature = np.mean([stats.temperature(net, run.labels) for net in logits])
+        samples = [stats.accuracy_text(stats.Sample(tuple(values))) for values in errors]
+        rows.append([norm, str(len(logits)), *samples, f"{temperature:.2f}"])
     head = ["norm", "n", "calibration error", "with a temperature", "temperature"]
     note = (
         f"Expected calibration error over 15 bins, {run.info.dataset.test_count:,} test images"
@@ -295,7 +295,7 @@ def corruptions(run: Run) -> Table:
     for norm, nets in run.probes(CORRUPTED).items():
         head[3:], tested = map(str, nets[0]["corruptions"]), int(nets[0]["tested"])
         accuracies = [[net["running_accuracy"], *net["corrupted_accuracy"]] for net in nets]
-        samples = [stats.Sample(tuple(map(float, each))) for each in zip(*accuracies, strict=True)]
+        samples = [stats.Sample(tuple(map(float, x))) for x in zip(*accuracies, strict=True)]
         rows.append([norm, str(len(nets)), *map(stats.accuracy_text, samples)])
     note = f"Accuracy on {tested:,} test images{MEAN if _several(run) else ''}."
     return Table("Test accuracy on corrupted images", head, rows, note)
@@ -325,35 +325,35 @@ def layers(config: Config, num_classes: int) -> Table:
     rows = []
     for same in zip(*nets, strict=True):
         row = [same[0].name]
-        for each in same:
-            shape = TIMES.join(map(str, each.shape))
-            row += [shape, str(each.receptive_field), f"{each.kernel:,}", f"{each.norm:,}"]
+        for layer in same:
+            shape = TIMES.join(map(str, layer.shape))
+            row += [shape, str(layer.receptive_field), f"{layer.kernel:,}", f"{layer.norm:,}"]
         rows.append(row)
     return Table("Layers and parameters", head, [*rows, total])
 
 
 def facts(run: Run) -> Table:
     """Settings, versions, device, data and the command: what is needed to repeat the run."""
-    info, config, data, made = run.info, run.info.config, run.info.dataset, run.info.environment
+    info, config, data, began = run.info, run.info.config, run.info.dataset, run.info.environment
     verified = {True: "yes, by its checksum", False: "no", None: "not known: somebody prepared it"}
     images = f"{data.train_count:,} training and {data.test_count:,} test images"
     spent = [epoch for net in run.epochs.values() for epoch in net]
     seconds = sum(epoch.train_seconds + epoch.test_seconds for epoch in spent)
     rows = {
-        "command": made.command,
+        "command": began.command,
         **{name.replace("_", " "): str(value) for name, value in vars(config).items()},
         "data": f"{data.caption}, {images}",
         "data from": data.source,
         "data verified": verified[data.verified],
         "data SHA-256": data.fingerprint,
-        "device": made.device,
-        "mesh": made.mesh,
-        "self-check": made.self_check,
+        "device": began.device,
+        "mesh": began.mesh,
+        "self-check": began.self_check,
         "repeatable": info.repeatable,
-        "started": made.started,
-        "resumed": "; ".join(_resumed(made, each) for each in info.resumed) or "never",
-        "git revision": made.git_revision or "not from a checkout",
-        "versions": ", ".join(f"{name} {version}" for name, version in made.versions.items()),
+        "started": began.started,
+        "resumed": "; ".join(_resumed(began, resumed) for resumed in info.resumed) or "never",
+        "git revision": began.git_revision or "not from a checkout",
+        "versions": ", ".join(f"{name} {version}" for name, version in began.versions.items()),
         "time": f"{seconds / 60:.1f} minutes of training and evaluation",
     }
     return Table("How it was made", ["what", "value"], [list(row) for row in rows.items()])
@@ -373,7 +373,7 @@ def side_by_side(runs: Mapping[str, Run]) -> Table:
     rows = []
     for title, run in runs.items():
         samples = [run.sample(norm) if norm in run.summaries else None for norm in norms]
-        cells = [f"{stats.accuracy_text(each)} (n = {each.n})" if each else "" for each in samples]
+        cells = [f"{stats.accuracy_text(s)} (n = {s.n})" if s else "" for s in samples]
         rows.append([title, run.info.dataset.caption, *cells])
     head, note = ["run", "data", *norms], f"Last epoch{MEAN} over n seeds."
     return Table("Last test accuracy, side by side", head, rows, note)

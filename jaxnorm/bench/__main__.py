@@ -86,8 +86,8 @@ class Options:
 
 
 class Worker:
-    """A process that makes a job's steps when it is told to, and what it says of them: how long it
-    took to get ready, or why it failed, and then seconds a step in every round.
+    """A process that makes a job's steps on demand. It reports how long it took to get ready, or why
+    it failed, and then the seconds of a step in every round.
     """
 
     def __init__(self, job: Job) -> None:
@@ -95,7 +95,7 @@ class Worker:
         self.start()
 
     def start(self) -> None:
-        """Starts the process, without compiled code of others unless `compilation_cache` has it."""
+        """Starts the process, with no compilation cache but the job's."""
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)
         self._process = subprocess.Popen(
@@ -112,7 +112,7 @@ class Worker:
 
     @property
     def shares_memory(self) -> bool:
-        """Whether it runs on an accelerator, whose memory the sides must not hold together."""
+        """Whether it runs on an accelerator, whose memory two sides cannot hold at once."""
         return not self.ready["about"]["device"].startswith("cpu")
 
     def seconds_for(self, steps: int) -> float:
@@ -229,7 +229,7 @@ def matrix_speed() -> float:
 
 
 def _take_turn(side: Worker, counts: dict[str, int]) -> None:
-    """Has a side make as many steps as take about a second."""
+    """Lets a side make as many steps as take about a second."""
     if side.shares_memory:
         ready = side.ready
         side.start()
@@ -275,14 +275,15 @@ def summarize(workers: Sequence[Worker], ceiling: float) -> dict:
             **worker.ready,
             "samples_milliseconds": [sample * 1e3 for sample in worker.samples],
         }
-    kept = {name: getattr(job, name) for name in ("norm", "arch", "batch_size", "task", "seeds")}
+    names = ("norm", "arch", "batch_size", "task", "seeds")
     failed = {worker.job.name: worker.failed for worker in workers if worker.failed}
-    result = {**kept, "gflop": flops / 1e9, "sides": sides, "failed": failed}
+    result: dict[str, Any] = {name: getattr(job, name) for name in names}
+    result |= {"gflop": flops / 1e9, "sides": sides, "failed": failed}
     others = [worker for worker in workers if worker.job.name.startswith("torch")]
     if others := [worker for worker in others if not worker.failed]:
         best = min(others, key=lambda worker: medians[worker.job.name])
         pairs = zip(best.samples, ours.samples, strict=True)
-        ratios = sorted(theirs / own for theirs, own in pairs)
+        ratios = sorted(their_seconds / our_seconds for their_seconds, our_seconds in pairs)
         tenth = len(ratios) // 10
         result["ratio"] = {
             "against": best.job.name,

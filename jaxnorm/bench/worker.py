@@ -86,8 +86,8 @@ def jax_setup(job: Job) -> tuple[Any, list[tuple], Any, Any]:
 
     config = config_of(job)
     mesh = meshes.choose(1, job.batch_size) if job.peer == "jaxnorm" else meshes.ONE
-    known = SimpleNamespace(class_names=range(10), mean=MEAN, deviation=DEVIATION)
-    program = program_of(config, known, job.norm, mesh)
+    dataset = SimpleNamespace(class_names=range(10), mean=MEAN, deviation=DEVIATION)
+    program = program_of(config, dataset, job.norm, mesh)
     model = program.model.clone(fast=job.peer != "flax")
     program = dataclasses.replace(program, model=model)
     images, labels = meshes.place(mesh, draw_data())
@@ -186,13 +186,13 @@ def torch_net(config: Config) -> Any:
 
         def forward(self, x: Any) -> Any:
             """Logits."""
-            given = []
+            inputs = []
             for layer in table:
-                given.append(x)
+                inputs.append(x)
                 match layer.kind:
                     case "block" | "residual":
                         x = self.norms[layer.name](self.convs[layer.name](x))
-                        x = x + given[-2] if layer.kind == "residual" else x
+                        x = x + inputs[-2] if layer.kind == "residual" else x
                         x = torch.relu(nn.functional.dropout(x, config.dropout, self.training))
                     case "squeeze":
                         x = torch.relu(self.convs[layer.name](x))

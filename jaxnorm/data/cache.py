@@ -21,7 +21,7 @@ def default_cache_dir() -> Path:
 
 
 def private_directory(path: Path) -> Path | None:
-    """Makes a directory that only the user can read or write; None where that cannot be had.
+    """Makes a directory that only the user can read or write; None where it cannot.
 
     What is loaded from there is trusted (compiled code is), so a directory of somebody else's, or
     one that others may write to, is not used.
@@ -44,7 +44,7 @@ def owned(path: Path) -> bool:
 
 def only_ours(path: Path) -> bool:
     """Whether the user, and nobody else, may change a folder and the files in it."""
-    return all(owned(each) and not each.stat().st_mode & 0o022 for each in (path, *path.iterdir()))
+    return all(owned(file) and not file.stat().st_mode & 0o022 for file in (path, *path.iterdir()))
 
 
 def machine_name() -> str:
@@ -87,11 +87,11 @@ def read_arrays(path: Path) -> tuple[list[np.ndarray], tuple[str, ...], str] | N
             return None
         with path.open("rb") as file:
             *arrays, names, fingerprint, check = (np.load(file) for _ in range(7))
-        right = content_fingerprint(arrays) == str(fingerprint)
-        right &= content_fingerprint([names, fingerprint]) == str(check)
+        intact = content_fingerprint(arrays) == str(fingerprint)
+        intact &= content_fingerprint([names, fingerprint]) == str(check)
     except Exception:  # absent or damaged in any way: it is rebuilt
         return None
-    return (arrays, tuple(map(str, names)), str(fingerprint)) if right else None
+    return (arrays, tuple(map(str, names)), str(fingerprint)) if intact else None
 
 
 def write_arrays(

@@ -70,8 +70,8 @@ def read_origin(prepared: Path) -> Origin | None:
         origin = from_json(Origin, (prepared / NOTE).read_bytes())
     except (OSError, UserError):
         return None
-    right = origin.verified == (origin.sha256 in OFFICIAL)
-    return origin if right and origin.files == files_fingerprint(prepared, NOTE) else None
+    honest = origin.verified == (origin.sha256 in OFFICIAL)
+    return origin if honest and origin.files == files_fingerprint(prepared, NOTE) else None
 
 
 def find_or_import(
@@ -164,7 +164,7 @@ def _read_splits(
     """Reads {"train": (u8[50000, 32, 32, 3], u8[50000]), "test": ...} out of a binary or a Python
     archive.
     """
-    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    batches: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(_decompressed(path))) as archive:
             for member in archive:
@@ -174,11 +174,11 @@ def _read_splits(
                 if kind is None or part not in _PARTS or file != part + kind:
                     continue
                 stream = archive.extractfile(member) if member.isreg() else None
-                if stream is None or part in found:
+                if stream is None or part in batches:
                     raise ValueError(f"{file} in it is not a plain file, once")
-                found[part] = _parse(stream.read(), file, official)
-                progress("reading the archive", len(found), len(_PARTS))
-        if missing := [part for part in _PARTS if part not in found]:
+                batches[part] = _parse(stream.read(), file, official)
+                progress("reading the archive", len(batches), len(_PARTS))
+        if missing := [part for part in _PARTS if part not in batches]:
             raise ValueError(f"{', '.join(missing)} not found in it")
     except Exception as error:  # a damaged or hostile archive can fail in any way
         reason = " ".join(str(error).split())[:200]
@@ -186,7 +186,7 @@ def _read_splits(
     splits = {}
     for split in ("train", "test"):
         images, labels = zip(
-            *(found[part] for part in _PARTS if _PARTS[part] == split), strict=True
+            *(batches[part] for part in _PARTS if _PARTS[part] == split), strict=True
         )
         splits[split] = np.concatenate(images), np.concatenate(labels)
     return splits
@@ -238,13 +238,13 @@ def _prepare(splits: dict[str, Any], data_dir: Path, origin: Origin, progress: P
     scratch.mkdir()
     try:
         builder = _builder(splits, scratch, progress)
-        with contextlib.redirect_stdout(io.StringIO()):  # it announces a download that there is not
+        with contextlib.redirect_stdout(io.StringIO()):  # it announces a download, and there is none
             builder.download_and_prepare()
-        made = Path(builder.data_dir)
-        note = dataclasses.replace(origin, files=files_fingerprint(made, NOTE))
-        (made / NOTE).write_text(json.dumps(dataclasses.asdict(note), indent=2))
+        folder = Path(builder.data_dir)
+        note = dataclasses.replace(origin, files=files_fingerprint(folder, NOTE))
+        (folder / NOTE).write_text(json.dumps(dataclasses.asdict(note), indent=2))
         prepared.parent.mkdir(parents=True, exist_ok=True)
-        made.rename(prepared)
+        folder.rename(prepared)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

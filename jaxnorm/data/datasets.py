@@ -97,17 +97,17 @@ def load(
     if name.endswith(".npz"):
         return _from_file(Path(name).expanduser())
     if name != "cifar10":
-        found = prepared.read(name, prepared.find(name, directory), cache, progress)
-        return _dataset(name, *found, "a prepared TFDS directory", None)
+        decoded = prepared.read(name, prepared.find(name, directory), cache, progress)
+        return _dataset(name, *decoded, "a prepared TFDS directory", None)
     downloads = cache / "downloads"
     folder = cifar10.find_or_import(directory, archive, allow_unverified, downloads, progress)
-    found = prepared.read(name, folder, cache, progress)
-    (_, labels, _, test_labels), class_names, _ = found
+    decoded = prepared.read(name, folder, cache, progress)
+    (_, labels, _, test_labels), class_names, _ = decoded
     if (len(labels), len(test_labels), len(class_names)) != (*CIFAR10_COUNTS, 10):
         raise UserError(f"{folder} is not CIFAR-10: it has other counts of images or classes")
     origin = cifar10.read_origin(folder) if only_ours(folder) else None
     source = origin.source if origin else "a prepared TFDS directory"
-    return _dataset(name, *found, source, origin.verified if origin else None)
+    return _dataset(name, *decoded, source, origin.verified if origin else None)
 
 
 def hold_out(
@@ -156,8 +156,8 @@ def _dataset(
     if name != "cifar10":
         mean, deviation = channel_statistics(arrays[0])
     images, labels, *test = arrays
-    about = (class_names, fingerprint, source, verified, mean, deviation)
-    return Dataset(name, images, labels, test[0], test[1], *about)
+    details = (class_names, fingerprint, source, verified, mean, deviation)
+    return Dataset(name, images, labels, test[0], test[1], *details)
 
 
 def _digits() -> Dataset:
@@ -201,8 +201,8 @@ def _from_file(path: Path) -> Dataset:
         fits = images.dtype == np.uint8 and images.shape[1:] == (32, 32, 3)
         fits &= labels.dtype.kind in "iu" and labels.shape == images.shape[:1] and len(labels) > 0
         if not fits:
-            had = (f"{array.dtype}{list(array.shape)}" for array in (images, labels))
-            raise UserError(f"{wanted}; it holds {' and '.join(had)}")
+            types = (f"{array.dtype}{list(array.shape)}" for array in (images, labels))
+            raise UserError(f"{wanted}; it holds {' and '.join(types)}")
         if labels.min() < 0 or labels.max() >= len(class_names):
             raise UserError(f"{wanted}: a label is none of its {len(class_names)} classes")
     arrays[1::2] = [labels.astype(np.int32) for labels in arrays[1::2]]

@@ -35,10 +35,10 @@ def find(name: str, directory: Path) -> Path:
 def read(name: str, folder: Path, cache: Path, progress: Progress) -> Decoded:
     """Reads a prepared dataset, through the cache; raises `UserError`."""
     cached = cache / "decoded" / f"{files_fingerprint(folder)}.npys"
-    if (found := read_arrays(cached)) is None:
-        found = decode(name, folder, progress)
-        write_arrays(cached, *found)
-    return found
+    if (decoded := read_arrays(cached)) is None:
+        decoded = decode(name, folder, progress)
+        write_arrays(cached, *decoded)
+    return decoded
 
 
 def decode(name: str, folder: Path, progress: Progress) -> Decoded:

@@ -134,14 +134,14 @@ class CNN(nn.Module):
         L = layers if self.fast else layers.plain
         key = self.make_rng("dropout") if train and self.dropout else None
         dtype = jnp.bfloat16 if self.precision == "bfloat16" else jnp.float32
-        x, given = images.astype(dtype), []
+        x, inputs = images.astype(dtype), []
         for number, layer in enumerate(self.table):
-            given.append(x)
+            inputs.append(x)
             match layer.kind:
                 case "block" | "residual":
                     x = self.conv(layer, (3, 3), dtype)(x)
                     x = self.normalization(train, f"{layer.name}_norm")(x.astype(jnp.float32))
-                    x = x + given[-2] if layer.kind == "residual" else x
+                    x = x + inputs[-2] if layer.kind == "residual" else x
                     x = L.dropout_relu(x.astype(dtype), self.dropout, key, number)
                 case "squeeze":
                     x = L.relu(self.conv(layer, (1, 1), dtype)(x))

@@ -27,9 +27,9 @@ def describe(
     mesh: str = "seed=1,batch=1",
 ) -> RunInfo:
     """All that `run.json` says of a run that starts now."""
-    kept = ("name", "caption", "fingerprint", "source", "verified", "mean", "deviation")
+    names = ("name", "caption", "fingerprint", "source", "verified", "mean", "deviation")
     data = DatasetInfo(
-        **{name: getattr(dataset, name) for name in kept},
+        **{name: getattr(dataset, name) for name in names},
         class_names=list(dataset.class_names),
         train_count=len(dataset.train_labels),
         test_count=len(dataset.test_labels),

@@ -101,7 +101,7 @@ def _estimate(
     steps = nets.steps * last_epoch
     training = len(rounds) * steps * step_seconds
     rest = len(rounds) * last_epoch * (evaluation + writing)
-    count = sum(len(each.nets) for each in rounds)
+    count = sum(len(group.nets) for group in rounds)
     row = [norm, *map(str, (batch_size, count, group.size, group.mesh))]
     row += [f"{len(rounds)} x {steps:,}"]
     row += [f"{1e3 * time:.1f}" for time in (step_seconds, evaluation, writing)]

@@ -92,7 +92,7 @@ def _say_when_aborted(text: str) -> None:
 
 @contextlib.contextmanager
 def watched(hint: str) -> Iterator[None]:
-    """Has the loss of another process end the block with `ConnectionError` and this hint."""
+    """Ends the block with `ConnectionError` and this hint where another process is lost."""
     if not joined():
         yield
         return

@@ -58,10 +58,10 @@ def run(
             begun = any(directory.exists() for directory in sweep.directories)
             for i, (config, directory) in enumerate(zip(configs, sweep.directories, strict=True)):
                 shape = str(trainer.mesh_for(configs, config.batch_size, mesh))
-                about = (command, self_check, deterministic, shape)
-                now = environment.describe(config, dataset, counts[i], *about)
-                for net, at in _begin(directory, now, callback).items():
-                    progress[i, *net] = at
+                arguments = (command, self_check, deterministic, shape)
+                now = environment.describe(config, dataset, counts[i], *arguments)
+                for net, net_progress in _begin(directory, now, callback).items():
+                    progress[i, *net] = net_progress
             return begun, [progress[net].epochs for net in nets]
 
         begun, complete = multihost.from_process_0(begin)
@@ -70,7 +70,7 @@ def run(
         if begun:
             callback.on_resume(sum(complete))
         share = multihost.arrays_from_process_0
-        losses = {net: at.losses for net, at in progress.items()}
+        losses = {net: net_progress.losses for net, net_progress in progress.items()}
         for done in trainer.train(configs, dataset, callback, mesh, progress, share):
             if multihost.is_process_0():
                 losses[done.net] = np.concatenate([losses[done.net], done.losses])
@@ -97,7 +97,7 @@ def _begin(directory: RunDirectory, now: RunInfo, callback: Callback) -> dict[Ne
         )
     directory.remove_half_written()
     progress = find_progress(directory, info, config, callback.on_warning)
-    if all(at.epochs == config.epochs for at in progress.values()):
+    if all(net_progress.epochs == config.epochs for net_progress in progress.values()):
         return progress
     before, after = info.environment, now.environment
     if (before.code, before.device) != (after.code, after.device):
@@ -110,13 +110,14 @@ def _begin(directory: RunDirectory, now: RunInfo, callback: Callback) -> dict[Ne
     return progress
 
 
-def check_grown(had: Config, asked: Config, path: Path) -> None:
+def check_grown(old: Config, new: Config, path: Path) -> None:
     """Raises `UserError` where a run's settings are not those that it had, but for more epochs or
     more seeds.
     """
     for field in dataclasses.fields(Config):
-        before, now = getattr(had, field.name), getattr(asked, field.name)
-        grows = field.name == "seeds" or (field.name == "epochs" and had.schedule == "constant")
+        before, now = getattr(old, field.name), getattr(new, field.name)
+        lengthens = field.name == "epochs" and old.schedule == "constant"
+        grows = lengthens or field.name == "seeds"
         if now != before and not (grows and now > before):
             more = " or more" if grows else ""
             raise UserError(
@@ -169,7 +170,7 @@ def load_state(path: Path | str, norm: str, seed: int) -> tuple[Program, TrainSt
     """
     directory, net = RunDirectory(path), (norm, seed)
     info = directory.info()
-    complete = sum(each.net == net for each in directory.epochs())
+    complete = sum(epoch.net == net for epoch in directory.epochs())
     if net not in info.config.nets or complete not in checkpoint.epochs(directory, net):
         raise UserError(f"{path} has no checkpoint of {norm} norm, seed {seed}")
     try:

@@ -23,7 +23,7 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Has `check` know of SIGTERM and Ctrl-C in the block. A signal that is ignored stays so."""
+    """Makes `check` notice SIGTERM and Ctrl-C in the block. An ignored signal stays ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -52,10 +52,10 @@ class RunDirectory:
         """Raises `UserError` where `create` is known to fail, and makes nothing."""
         try:
             if path.exists():
-                names = [each.name for each in path.iterdir()] if path.is_dir() else ["x"]
+                names = [entry.name for entry in path.iterdir()] if path.is_dir() else ["x"]
                 if [name for name in names if not name.startswith((_LOCK, _TEMPORARY))]:
                     raise UserError(f"out={path} is already used: choose another directory")
-            nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
+            nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         except OSError as error:
             raise UserError(f"out={path} cannot be used: {error.strerror}") from None
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
@@ -187,7 +187,7 @@ class RunDirectory:
         try:
             content = io.BytesIO(self.read_bytes(name))
             if name.endswith(".npz"):
-                unpacked = sum(each.file_size for each in zipfile.ZipFile(content).infolist())
+                unpacked = sum(member.file_size for member in zipfile.ZipFile(content).infolist())
                 if unpacked > _LARGEST:
                     raise UserError(f"{damaged}: it unpacks to {unpacked:,} bytes")
                 content.seek(0)
@@ -287,7 +287,7 @@ def _file(kind: str, net: Net) -> str:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Has an OSError of the block name this file: a failed write names none."""
+    """Names this file in an OSError of the block: a failed write names none."""
     try:
         yield
     except OSError as error:

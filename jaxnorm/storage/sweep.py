@@ -63,8 +63,8 @@ class Sweep:
         return cls(path, [folder.info().config])
 
     def record_growth(self) -> None:
-        """Has `sweep.json` say how far its runs are to grow, before any of them does, so that one
-        that is killed meanwhile resumes. To be called under the lock.
+        """Writes to `sweep.json` how far its runs will grow, before any of them does, so that a
+        sweep that is killed meanwhile resumes. To be called under the lock.
         """
         if self.folder.path_of(_FILE).exists():
             info = self.folder.read_json(_FILE, SweepInfo)

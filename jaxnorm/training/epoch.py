@@ -142,7 +142,7 @@ def train_nets(
             """One batch."""
             state, losses, correct = carry
             rows, step = batches[i], first_step + i
-            key, of_images = (jax.random.fold_in(each, step) for each in keys)
+            key, of_images = (jax.random.fold_in(purpose_key, step) for purpose_key in keys)
             places = crop_and_flip(of_images, len(rows)) if program.augments else ()
             if shared:
                 start = lax.axis_index(BATCH) * share
@@ -204,7 +204,7 @@ def nets_at_once(program: Program, batch_size: int) -> int:
 
 
 def net_bytes(net: CNN, batch_size: int) -> int:
-    """The memory that training or evaluating a net takes beside the data: some six arrays of the
+    """The memory that training or evaluating a net takes besides the data: some six arrays of the
     size of each layer's output, by XLA's own account (`notebooks/compile_for_cuda.py`).
     """
     return 6 * max(batch_size, EVALUATION_BATCH) * sum(activation_bytes(net))

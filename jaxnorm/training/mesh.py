@@ -40,12 +40,12 @@ class MeshShape:
 
     @classmethod
     def parse(cls, text: str) -> "MeshShape":
-        """Reads "seed=4,batch=2", in any order; what is not said is 1. Raises `UserError`."""
-        parts = [re.fullmatch(r"(seed|batch)=([1-9]\d{0,5})", each) for each in text.split(",")]
-        found = {part[1]: int(part[2]) for part in parts if part}
-        if len(found) < len(parts):
+        """Reads "seed=4,batch=2", in any order; an axis left out is 1. Raises `UserError`."""
+        parts = [re.fullmatch(r"(seed|batch)=([1-9]\d{0,5})", word) for word in text.split(",")]
+        sizes = {part[1]: int(part[2]) for part in parts if part}
+        if len(sizes) < len(parts):
             raise UserError(f"mesh={text} is wrong: it must be of the form 'seed=4,batch=2'")
-        return cls(**found)
+        return cls(**sizes)
 
     @property
     def devices(self) -> int:
@@ -57,18 +57,18 @@ class MeshShape:
         """The mesh of the first devices; those that share a batch are next to each other, on one
         host as far as it goes.
         """
-        found = np.array(jax.devices()[: self.devices])
-        return Mesh(found.reshape(self.seed, self.batch), (SEED, BATCH))
+        devices = np.array(jax.devices()[: self.devices])
+        return Mesh(devices.reshape(self.seed, self.batch), (SEED, BATCH))
 
     def check(self, batch_size: int) -> None:
         """Raises `UserError` where there are not these devices, or they cannot share a batch."""
-        there = jax.device_count()
-        if self.devices > there:
-            raise UserError(f"mesh={self} takes {self.devices} devices: there are {there}")
-        if self.devices < there and jax.process_count() > 1:
+        count = jax.device_count()
+        if self.devices > count:
+            raise UserError(f"mesh={self} takes {self.devices} devices: there are {count}")
+        if self.devices < count and jax.process_count() > 1:
             raise UserError(
                 f"mesh={self} takes {self.devices} devices: a job of several processes must take "
-                f"all of its {there}"
+                f"all of its {count}"
             )
         if batch_size % self.batch:
             raise UserError(
@@ -86,15 +86,15 @@ def choose(nets: int, batch_size: int) -> MeshShape:
     no communication, and then devices to share a batch, where they divide it into enough images
     each. A job of several processes takes all devices in any case.
     """
-    there = jax.device_count()
-    rows = max(n for n in range(1, there + 1) if there % n == 0 and n <= max(nets, 1))
+    count = jax.device_count()
+    rows = max(n for n in range(1, count + 1) if count % n == 0 and n <= max(nets, 1))
     shares = max(
         n
-        for n in range(1, there // rows + 1)
-        if (there // rows) % n == 0
+        for n in range(1, count // rows + 1)
+        if (count // rows) % n == 0
         and (n == 1 or (batch_size % n == 0 and batch_size // n >= SHARE))
     )
-    return MeshShape(there // shares if jax.process_count() > 1 else rows, shares)
+    return MeshShape(count // shares if jax.process_count() > 1 else rows, shares)
 
 
 def least(number: int) -> int:
@@ -116,8 +116,8 @@ def use_all_cores() -> None:
     """
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    said = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if not said and "JAX_NUM_CPU_DEVICES" not in os.environ:
+    count_given = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not count_given and "JAX_NUM_CPU_DEVICES" not in os.environ:
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", cores)
 

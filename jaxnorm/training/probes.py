@@ -117,8 +117,11 @@ def precise_statistics(
     layers = lax.map(of_batch, (jnp.arange(batches.shape[0]), batches)).items()
     return {
         "batch_stats": {
-            name: {"mean": of["mean"].mean(0), "var": of["var"].mean(0) + of["mean"].var(0)}
-            for name, of in layers
+            name: {
+                "mean": moments["mean"].mean(0),
+                "var": moments["var"].mean(0) + moments["mean"].var(0),
+            }
+            for name, moments in layers
         }
     }
 
@@ -142,7 +145,7 @@ def corrupt(
         "bright": pixels + 60,
         "coarse pixels": np.broadcast_to(blocks, (size[0], 16, 2, 16, 2, 3)).reshape(size),
     }
-    return {name: each.round().clip(0, 255).astype(np.uint8) for name, each in corrupted.items()}
+    return {name: x.round().clip(0, 255).astype(np.uint8) for name, x in corrupted.items()}
 
 
 def similarity(
@@ -205,13 +208,13 @@ def measure(
     corrupted = corrupt(test_images)
     # What comes out of a compiled function is sorted by name.
     order = [layer.name for layer in program.model.table]
-    layers, kernels = (sorted(each, key=order.index) for each in (seen, gradients))
+    layers, kernels = (sorted(names, key=order.index) for names in (seen, gradients))
     before, after = (
-        [(each.mean(), each.std()) for each in side]
+        [(values.mean(), values.std()) for values in side]
         for side in zip(*(seen[name] for name in layers), strict=True)
     )
-    similarities = [[similarity(each[n][1]) for n in layers] for each in (seen_before, seen)]
-    wrong = [_accuracy(program, state, each, test_labels) for each in corrupted.values()]
+    similarities = [[similarity(outputs[n][1]) for n in layers] for outputs in (seen_before, seen)]
+    wrong = [_accuracy(program, state, pixels, test_labels) for pixels in corrupted.values()]
     return {
         "layers": np.array(layers),
         "before": np.array(before, np.float32),

@@ -123,17 +123,17 @@ def _check_group(
     plain = dataclasses.replace(nets.program, model=model, mesh=ONE)
     plain_step = jax.jit(partial(train_step, plain), compiler_options=_ONCE)
     allowed = ALLOWED[nets.program.model.precision]
-    for which in (0, -1):  # the first full batch, and the ragged one
+    for chunk_index in (0, -1):  # the first full batch, and the ragged one
         tick()
-        said, passed = "", 0
+        problem, passed = "", 0
         for epoch in range(1, TRIES + 1):
-            said = _compare_step(nets, dataset, plain_step, initial, epoch, which, allowed)
-            passed = meshes.least(int(not said))  # in every process, or in none
+            problem = _compare_step(nets, dataset, plain_step, initial, epoch, chunk_index, allowed)
+            passed = meshes.least(int(not problem))  # in every process, or in none
             if passed:
                 break
         if not passed:
-            said = said or "in another process"
-            raise _wrong(f"one training step of {group.norm} norm", said)
+            problem = problem or "in another process"
+            raise _wrong(f"one training step of {group.norm} norm", problem)
     tick()
     images = jnp.asarray(np.resize(dataset.test_images, (EVALUATED, 32, 32, 3)))
     wanted = np.asarray(
@@ -142,8 +142,8 @@ def _check_group(
     for logits in nets.evaluate(nets.states([None]))[0].logits:
         error = _relative(logits[:EVALUATED], wanted[: len(logits)], 0)
         if error > 10 * allowed[0]:  # logits of the initial net nearly cancel
-            said = f"logits are {100 * error:.3g}% off"
-            raise _wrong(f"the evaluation of {group.norm} norm", said)
+            problem = f"logits are {100 * error:.3g}% off"
+            raise _wrong(f"the evaluation of {group.norm} norm", problem)
 
 
 def _compare_step(
@@ -152,12 +152,12 @@ def _compare_step(
     plain_step: Any,
     initial: TrainState,
     epoch: int,
-    which: int,  # of the epoch's chunks, whose first batch is taken
+    chunk_index: int,  # of the epoch's chunks, whose first batch is taken
     allowed: tuple[float, float],
 ) -> str:
     """What a step of the training program and the plain step disagree in; empty for nothing."""
     chunks, of_epoch = nets.chunks(epoch)
-    chunk = chunks[which]._replace(stop=chunks[which].start + 1)
+    chunk = chunks[chunk_index]._replace(stop=chunks[chunk_index].start + 1)
     rows = meshes.fetch(chunk.batches)[0, chunk.start]
     (_, _, seed), step = nets.group.nets[0], chunk.first_step + chunk.start
     images, key = dataset.train_images[rows], derive_key(seed, "dropout", epoch, step)
@@ -174,11 +174,11 @@ def _compare_step(
         nets.config.weight_decay,
     )
     states, steps = meshes.fetch(nets.train_chunk(nets.states([None]), chunk, of_epoch))
-    said = ""
+    problem = ""
     for k, losses in enumerate(steps.losses):
         ours = losses[chunk.start], jax.tree.map(lambda leaf, k=k: leaf[k], states)
-        said = said or _disagreement(ours, (loss, wanted_state), initial, *allowed)
-    return said
+        problem = problem or _disagreement(ours, (loss, wanted_state), initial, *allowed)
+    return problem
 
 
 def _plain_logits(program: Program, state: TrainState, images: jax.Array) -> Any:
@@ -207,8 +207,8 @@ def _disagreement(
     for (path, got), (_, wanted), (_, before) in zip(*leaves, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator=" ")
         if name.startswith("norm_state"):
-            # All state of a norm together: where kernels sum to zero a mean is nearly zero, and its
-            # error is to be small beside the deviation.
+            # A norm's state is compared as a whole: where kernels sum to zero a mean is nearly zero,
+            # and its error is to be small beside the deviation.
             name = name.rpartition(" ")[0]
         arrays.setdefault(name, []).append((got, wanted, before))
     for name, parts in arrays.items():
@@ -216,13 +216,13 @@ def _disagreement(
         limit = forward if name.startswith("norm_state") else backward
         joined = (np.concatenate([np.ravel(x) for x in side]) for side in zip(*parts, strict=True))
         errors[name] = _relative(*joined), limit
-    name, (error, allowed) = max(errors.items(), key=lambda each: each[1][0] / each[1][1])
+    name, (error, allowed) = max(errors.items(), key=lambda item: item[1][0] / item[1][1])
     return "" if error <= allowed else f"{name} is {100 * error:.3g}% off"
 
 
 def _relative(got: Any, wanted: Any, before: Any) -> float:
     """||got - wanted|| / ||wanted - before||, infinite where it is no number."""
-    got, wanted, before = (np.asarray(each, np.float64) for each in (got, wanted, before))
+    got, wanted, before = (np.asarray(array, np.float64) for array in (got, wanted, before))
     moved = np.linalg.norm(wanted - before)
     # A step so small that float32 does not hold it tells nothing.
     floor = 1e-5 * np.linalg.norm(before) + 1e-12

@@ -37,9 +37,9 @@ class NonFiniteLoss(ArithmeticError):
     """
 
     def __init__(self, net: SweptNet, epoch: int, step: int | None, loss: float) -> None:
-        which, where = ("evaluation", "") if step is None else ("training", f", step {step}")
+        phase, where = ("evaluation", "") if step is None else ("training", f", step {step}")
         super().__init__(
-            f"the {which} loss of {net[1]} norm, seed {net[2]}, is {loss} at epoch {epoch}{where}: "
+            f"the {phase} loss of {net[1]} norm, seed {net[2]}, is {loss} at epoch {epoch}{where}: "
             "try a smaller learning_rate=; the epochs before it are kept"
         )
         self.net, self.epoch, self.step = net, epoch, step
@@ -77,7 +77,7 @@ class NetProgress(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What an epoch made of one net, in NumPy's arrays."""
+    """The result of an epoch of one net, in NumPy's arrays."""
 
     run: int
     record: Epoch
@@ -128,10 +128,10 @@ def fit(
     fits = {}
     for (norm, seed), done in history.items():
         if len(done) == config.epochs:
-            records, losses = [each.record for each in done], [each.losses for each in done]
+            records, losses = [epoch.record for epoch in done], [epoch.losses for epoch in done]
             program, last = program_of(config, dataset, norm), done[-1]
-            made = (records, np.concatenate(losses), last.logits, last.state, program)
-            fits[norm, seed] = Fit(norm, seed, counts[norm], *made)
+            results = (records, np.concatenate(losses), last.logits, last.state, program)
+            fits[norm, seed] = Fit(norm, seed, counts[norm], *results)
     return fits
 
 
@@ -181,20 +181,20 @@ def check(config: Config, dataset: Dataset) -> dict[str, int]:
         raise UserError(
             "precision=tf32 needs an NVIDIA GPU, and there is none: choose float32 or bfloat16"
         )
-    there = f"the {len(dataset.train_labels)} training images of {dataset.name}"
+    images = f"the {len(dataset.train_labels)} training images of {dataset.name}"
     count = len(dataset.train_labels) - config.validation
     if count <= 0:
-        raise UserError(f"validation={config.validation} leaves none of {there} to train on")
+        raise UserError(f"validation={config.validation} leaves none of {images} to train on")
     if config.batch_size > count:
         held = f", of which {config.validation} are held out" if config.validation else ""
-        raise UserError(f"batch_size={config.batch_size} is larger than {there}{held}")
+        raise UserError(f"batch_size={config.batch_size} is larger than {images}{held}")
     return check_nets(config, len(dataset.class_names))
 
 
 def mesh_for(configs: Sequence[Config], batch_size: int, mesh: MeshShape | None) -> MeshShape:
     """The mesh for the nets of that batch size: the given one, or one chosen for as many.
 
-    Raises `UserError` where the given one cannot be had.
+    Raises `UserError` where the given one is not possible.
     """
     custom = any(layers.is_custom(norm) for norm in configs[0].norms)
     if mesh is None:
@@ -249,8 +249,8 @@ def groups(
         size = math.ceil(len(nets) / count / shape.seed) * shape.seed
         of_norms = []
         for norm in norms:
-            left = [(i, norm, seed) for i, seed in nets if (i, norm, seed) not in finished]
-            parts = [tuple(left[k : k + size]) for k in range(0, len(left), size)]
+            unfinished = [(i, norm, seed) for i, seed in nets if (i, norm, seed) not in finished]
+            parts = [tuple(unfinished[k : k + size]) for k in range(0, len(unfinished), size)]
             of_norms.append([Group(part, shape, size) for part in parts])
         yield from filter(None, itertools.chain(*itertools.zip_longest(*of_norms)))
 
@@ -270,7 +270,7 @@ class Nets:
         decays = [configs[run].weight_decay for run, _, _ in group.filled]
         splits = [hold_out(dataset.train_labels, self.config.validation, seed) for seed in seeds]
         rows, held_out = (np.stack(part) for part in zip(*splits, strict=True))
-        self.standards = [standard_of(*dataset.statistics(own)) for own in rows]
+        self.standards = [standard_of(*dataset.statistics(net_rows)) for net_rows in rows]
         self.rates = np.array(rates, np.float32)
         self.seeds, self.decays, self.rows, self.held_out = self.place(
             (np.array(seeds, np.uint32), np.array(decays, np.float32), rows, held_out)
@@ -295,9 +295,9 @@ class Nets:
 
     def chunks(self, epoch: int) -> tuple[list[Chunk], tuple]:
         """What the nets train on in an epoch; its keys, and its learning rates f32[K, steps]."""
-        about = (self.group.mesh, self.seeds, epoch, self.rows, self.config.batch_size, CHUNKS)
+        arguments = (self.group.mesh, self.seeds, epoch, self.rows, self.config.batch_size, CHUNKS)
         shares = learning_rates(self.config, epoch, self.steps)
-        chunks, keys = epochs.epoch_chunks(*about)
+        chunks, keys = epochs.epoch_chunks(*arguments)
         return chunks, (keys, self.rates[:, None] * shares[None])
 
     def arguments(self, state: TrainState, chunk: Chunk, of_epoch: tuple) -> tuple:
@@ -338,14 +338,14 @@ def train(
     process 0.
     """
     progress, failed, total = progress or {}, [], sum(len(config.nets) for config in configs)
-    finished = {net for net, at in progress.items() if at.epochs == configs[net[0]].epochs}
+    finished = {net for net, done in progress.items() if done.epochs == configs[net[0]].epochs}
     for group in groups(configs, dataset, mesh, finished):
         at = {net: progress.get(net, NetProgress()) for net in group.nets}
-        last_epoch, left = configs[group.nets[0][0]].epochs, list(group.nets)
+        last_epoch, remaining = configs[group.nets[0][0]].epochs, list(group.nets)
         # Nets that were cut off between their lines are an epoch apart: those behind catch up.
-        while left and (start := min(at[net].epochs for net in left)) < last_epoch:
-            behind = tuple(net for net in left if at[net].epochs == start)
-            stop = min({at[net].epochs for net in left} - {start}, default=last_epoch)
+        while remaining and (start := min(at[net].epochs for net in remaining)) < last_epoch:
+            behind = tuple(net for net in remaining if at[net].epochs == start)
+            stop = min({at[net].epochs for net in remaining} - {start}, default=last_epoch)
             nets = Nets(configs, dataset, dataclasses.replace(group, nets=behind))
             states = nets.states([_shared(nets, at[net].state, start, share) for net in behind])
             callback.on_start(group.norm, [seed for _, _, seed in behind], nets.steps)
@@ -357,7 +357,7 @@ def train(
                         yield trained
             except NonFiniteLoss as error:
                 failed.append(error)
-                left.remove(error.net)
+                remaining.remove(error.net)
                 config = configs[error.net[0]]
                 if total > 1:
                     callback.on_warning(
