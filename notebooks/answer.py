@@ -64,8 +64,8 @@ class Answer:
 
     def sentences(self) -> str:
         """What the study finds, each sentence with its n and its intervals, as a Markdown list."""
-        said = (self.at_the_end(), self.by_learning_rate(), self.by_batch_size())
-        return "\n".join(f"- {sentence}" for sentence in said) + "\n"
+        sentences = (self.at_the_end(), self.by_learning_rate(), self.by_batch_size())
+        return "\n".join(f"- {sentence}" for sentence in sentences) + "\n"
 
     def at_the_end(self) -> str:
         """Where each norm ends under the tuned recipe, and the differences whose t interval leaves
@@ -73,13 +73,14 @@ class Answer:
         """
         samples = {norm: self.tuned.sample(norm) for norm in self.tuned.summaries}
         ends = [
-            f"{each.mean:.1%}{between(each)} with {norm} norm" for norm, each in samples.items()
+            f"{sample.mean:.1%}{between(sample)} with {norm} norm"
+            for norm, sample in samples.items()
         ]
         shown = [
-            f"{each.first} norm minus {each.second} norm is {points(each.sample.mean)} points"
-            f"{between(each.sample, points)}, p {each.adjusted_p:.2g}"
-            for each in self.tuned.differences
-            if each.sample.excludes_zero
+            f"{pair.first} norm minus {pair.second} norm is {points(pair.sample.mean)} points"
+            f"{between(pair.sample, points)}, p {pair.adjusted_p:.2g}"
+            for pair in self.tuned.differences
+            if pair.sample.excludes_zero
         ]
         clear = f"paired by seed, {listed(shown)}" if shown else "no difference is shown"
         return (
@@ -91,7 +92,7 @@ class Answer:
     def by_learning_rate(self) -> str:
         """In which range the learning rate does not matter, and what the two highest cost."""
         config, trials = self.rates[0].info.config, sweeps.trials(self.rates)
-        best = {norm: max(accuracy for _, accuracy in each) for norm, each in trials.items()}
+        best = {norm: max(accuracy for _, accuracy in pairs) for norm, pairs in trials.items()}
         half = max(1.96 * math.sqrt(p * (1 - p) / config.validation) for p in best.values())
         rates = [rate for rate, _ in next(iter(trials.values()))]
         lost = {norm: [best[norm] - accuracy for _, accuracy in trials[norm]] for norm in trials}
@@ -104,7 +105,7 @@ class Answer:
         least = {min(lost, key=lambda norm: lost[norm][end]) for end in (-2, -1)}
         best_above = f"above, {least.pop()} norm loses least: " if len(least) == 1 else ""
         less, most = (
-            listed([f"{norm} norm {100 * each[end]:.1f}" for norm, each in lost.items()])
+            listed([f"{norm} norm {100 * ends[end]:.1f}" for norm, ends in lost.items()])
             for end in (-2, -1)
         )
         return (
@@ -118,9 +119,9 @@ class Answer:
     def by_batch_size(self) -> str:
         """Which changes of accuracy by small and large batches are shown, and which are not."""
         shown, held = [], []
-        for norm, size, each in self.changes():
-            text = f"{norm} norm at {size}, {points(each.mean)}{between(each, points)}"
-            (shown if each.excludes_zero else held).append((each.mean, text))
+        for norm, size, change in self.changes():
+            text = f"{norm} norm at {size}, {points(change.mean)}{between(change, points)}"
+            (shown if change.excludes_zero else held).append((change.mean, text))
         parts = []
         if shown:
             parts.append(f": {listed([text for _, text in shown])} points")
@@ -149,10 +150,12 @@ class Answer:
     def table(self) -> Table:
         """`changes`, a row each."""
         rows = []
-        for norm, size, each in self.changes():
-            interval = " to ".join(map(points, each.interval)) if each.interval else "none: n = 1"
+        for norm, size, change in self.changes():
+            interval = (
+                " to ".join(map(points, change.interval)) if change.interval else "none: n = 1"
+            )
             name = f"{norm}, {size} {MINUS} {REFERENCE}"
-            rows.append([name, str(each.n), points(each.mean), interval])
+            rows.append([name, str(change.n), points(change.mean), interval])
         head = ["norm, batches", "pairs", "mean, points", "95% t interval"]
         return Table("Changes by batch size", head, rows)
 
@@ -162,7 +165,7 @@ def fewest(runs: Sequence[Run]) -> int:
     return min(len(nets) for run in runs for nets in run.summaries.values())
 
 
-def between(sample: Sample, text: Callable[[float], str] = lambda each: f"{100 * each:.1f}") -> str:
+def between(sample: Sample, text: Callable[[float], str] = lambda x: f"{100 * x:.1f}") -> str:
     """Student's 95 % interval of a mean, in brackets; nothing for a single value."""
     return f" ({' to '.join(map(text, sample.interval))})" if sample.interval else ""
 
@@ -174,6 +177,6 @@ def plot_curves(axes: Axes, run: Run) -> None:
         samples = [Sample(values) for values in zip(*curves, strict=True)]
         epochs, look = np.arange(1, len(samples) + 1), drawing.look_of(norm)
         axes.plot(epochs, [sample.mean for sample in samples], **{**look, "markersize": 3})
-        low, high = zip(*(each.interval or (each.mean,) * 2 for each in samples), strict=True)
+        low, high = zip(*(sample.interval or (sample.mean,) * 2 for sample in samples), strict=True)
         axes.fill_between(epochs, low, high, color=look["color"], alpha=0.2, linewidth=0)
     drawing.percent_axes(axes, "epoch", "test accuracy")

@@ -88,10 +88,10 @@ def step_account(hlo: str) -> tuple[int, int]:
     (name,) = re.findall(r"body=%([\w.-]+)", hlo)
     body = hlo.split(f"\n%{name} (")[1].split("\n}")[0]
     form = r"\n\s+(?:ROOT )?%([\w.-]+) = (\([^=]*?\)|\S+) ([\w-]+)\((.*?)\)(?=,|\n|$)"
-    found = re.findall(form, body)
-    sizes = {name: bytes_of(shape) for name, shape, _, _ in found}
+    matches = re.findall(form, body)
+    sizes = {name: bytes_of(shape) for name, shape, _, _ in matches}
     data, launches, total = IMAGES * 32 * 32 * 3, 0, 0
-    for name, _, kind, operands in found:
+    for name, _, kind, operands in matches:
         if kind not in FREE:
             read = [sizes.get(operand, 0) for operand in re.findall(r"%([\w.-]+)", operands)]
             launches += 1
@@ -133,9 +133,9 @@ def compile_programs(
         epochs.train_nets.lower(*training).compile(),
         epochs.evaluate_nets.lower(program, states, *test).compile(),
     ]
-    for each in compiled:
-        assert "f64" not in (each.as_text() or "")
-    memory = [each.memory_analysis().temp_size_in_bytes for each in compiled]
+    for executable in compiled:
+        assert "f64" not in (executable.as_text() or "")
+    memory = [executable.memory_analysis().temp_size_in_bytes for executable in compiled]
     return memory, step_account(compiled[0].as_text() or "")
 
 

@@ -48,7 +48,8 @@ def torch(epochs: int, folder: Path) -> None:
     mean, deviation = torch.tensor(CIFAR10_MEAN), torch.tensor(CIFAR10_DEVIATION)
     images, test_images = map(torch.from_numpy, (data.train_images, data.test_images))
     labels, test_labels = (
-        torch.from_numpy(each.astype(np.int64)) for each in (data.train_labels, data.test_labels)
+        torch.from_numpy(numbers.astype(np.int64))
+        for numbers in (data.train_labels, data.test_labels)
     )
 
     def batch(pixels, layout):

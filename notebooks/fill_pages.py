@@ -39,33 +39,33 @@ MARKED = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def texts() -> dict[str, str]:
     """What the pages can hold, by the name between the marks."""
-    found = {}
+    texts = {}
     for name in RUNS:
         run = Run(RunDirectory(RESULTS / name))
-        found[name] = tables.results(run).markdown()
-        found[f"{name} finding"] = tables.escaped(tables.finding(run)) + "\n"
+        texts[name] = tables.results(run).markdown()
+        texts[f"{name} finding"] = tables.escaped(tables.finding(run)) + "\n"
         for make in SHOWN:
-            found[f"{name} {make.__name__}"] = make(run).markdown()
+            texts[f"{name} {make.__name__}"] = make(run).markdown()
         reference = json.loads((RESULTS / "reference.json").read_text())
-        found[f"{name} beside others"] = beside_others(run, reference).markdown()
+        texts[f"{name} beside others"] = beside_others(run, reference).markdown()
     apart = [Run(RunDirectory(RESULTS / name)) for name in ("tuned", "tuned-pixel")]
-    found["tuned and pixel"] = tables.paired(differences(apart)).markdown()
-    found["answer"] = Answer().sentences()
-    found["learning rates"] = sweeps.every_trial(Answer().rates).markdown()
-    found["batch-size changes"] = Answer().table().markdown()
+    texts["tuned and pixel"] = tables.paired(differences(apart)).markdown()
+    texts["answer"] = Answer().sentences()
+    texts["learning rates"] = sweeps.every_trial(Answer().rates).markdown()
+    texts["batch-size changes"] = Answer().table().markdown()
     for name in SWEEPS:
-        found[name] = sweeps.results(runs_of(name)).markdown()
-    found["tuning winners"] = sweeps.tuning(tunings()).markdown()
-    found["tuning trials"] = sweeps.every_trial(tunings()).markdown()
+        texts[name] = sweeps.results(runs_of(name)).markdown()
+    texts["tuning winners"] = sweeps.tuning(tunings()).markdown()
+    texts["tuning trials"] = sweeps.every_trial(tunings()).markdown()
     for name in BENCHMARKS:
-        found[name] = speed(json.loads((RESULTS / f"{name}.json").read_text())).markdown()
+        texts[name] = speed(json.loads((RESULTS / f"{name}.json").read_text())).markdown()
     scripts = {"end-to-end": end_to_end, "profile": profile_step, "fused": fused_stage}
     scripts["running-averages"] = running_averages
     for name, script in scripts.items():
-        found[name] = script.table(json.loads((RESULTS / f"{name}.json").read_text())).markdown()
+        texts[name] = script.table(json.loads((RESULTS / f"{name}.json").read_text())).markdown()
     lines = (RESULTS / "faults.jsonl").read_text().splitlines()
-    found["faults"] = faults([json.loads(line) for line in lines]).markdown()
-    return found
+    texts["faults"] = faults([json.loads(line) for line in lines]).markdown()
+    return texts
 
 
 def tunings() -> list[Run]:
@@ -75,7 +75,7 @@ def tunings() -> list[Run]:
 
 def fill(page: str, values: Mapping[str, str]) -> str:
     """A page with every marked place filled."""
-    return MARKED.sub(lambda found: f"{found[1]}\n{values[found[2]]}\n{found[3]}", page)
+    return MARKED.sub(lambda match: f"{match[1]}\n{values[match[2]]}\n{match[3]}", page)
 
 
 def beside_others(run: Run, reference: Mapping[str, Any]) -> Table:
@@ -107,23 +107,27 @@ def beside_others(run: Run, reference: Mapping[str, Any]) -> Table:
 def speed(values: Mapping[str, Any]) -> Table:
     """A written benchmark as a table, a row a comparison, and what it was measured on."""
     comparisons = values["comparisons"]
-    against = any("ratio" in each for each in comparisons)
-    together = any("jaxnorm-vmap" in each["sides"] for each in comparisons)
+    against = any("ratio" in comparison for comparison in comparisons)
+    together = any("jaxnorm-vmap" in comparison["sides"] for comparison in comparisons)
     head = ["net", "batch", "seeds", "ours, ms", "share of ceiling"]
     head += ["seeds in one program, ms"] if together else []
     head += ["PyTorch's best, ms", "ours is times as fast"] if against else []
     head += ["first step, cold / warm, s", "peak MB"]
     rows, rounds, versions = [], [], {}
-    for each in comparisons:
-        sides, ratio = each["sides"], each.get("ratio")
+    for comparison in comparisons:
+        sides, ratio = comparison["sides"], comparison.get("ratio")
         ours = sides["jaxnorm"]
         rounds.append(len(ours["samples_milliseconds"]))
         for side in sides.values():
             versions |= {name: side["about"].get(name) for name in ("jax", "torch")} | {
                 name: version for name, version in versions.items() if version
             }
-        task = "" if each["task"] == "train" else ", evaluation of 10,000"
-        row = [f"{each['arch']} {each['norm']}{task}", str(each["batch_size"]), str(each["seeds"])]
+        task = "" if comparison["task"] == "train" else ", evaluation of 10,000"
+        row = [
+            f"{comparison['arch']} {comparison['norm']}{task}",
+            str(comparison["batch_size"]),
+            str(comparison["seeds"]),
+        ]
         row += [f"{ours['milliseconds']:.1f}", f"{ours['share_of_ceiling']:.0%}"]
         peak = f"{ours['peak_megabytes']:.0f}"
         if together:
@@ -160,11 +164,11 @@ def faults(tries: Sequence[Mapping[str, Any]]) -> Table:
         "same bits at the end",
     ]
     rows = []
-    for kind, where in dict.fromkeys((each["kind"], each["where"]) for each in tries):
-        own = [each for each in tries if (each["kind"], each["where"]) == (kind, where)]
-        lost = sum(each["complete"] - each["kept"] for each in own)
-        same = sum(each["same"] for each in own)
-        rows.append([kind, where, str(len(own)), str(lost), f"{same} of {len(own)}"])
+    for kind, where in dict.fromkeys((one["kind"], one["where"]) for one in tries):
+        same_kind = [one for one in tries if (one["kind"], one["where"]) == (kind, where)]
+        lost = sum(one["complete"] - one["kept"] for one in same_kind)
+        same = sum(one["same"] for one in same_kind)
+        rows.append([kind, where, str(len(same_kind)), str(lost), f"{same} of {len(same_kind)}"])
     return Table("Faults", head, sorted(rows))
 
 

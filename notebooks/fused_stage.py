@@ -53,8 +53,8 @@ def _activate(x, mean, factor, scale, bias):
 
 
 def _forward(x, scale, bias, kernel):
-    found = ops._statistics(x, ops.Over(True, x.shape[-1]))
-    mean, factor = found.mean, lax.rsqrt(found.variance + 1e-5)
+    statistics = ops._statistics(x, ops.Over(True, x.shape[-1]))
+    mean, factor = statistics.mean, lax.rsqrt(statistics.variance + 1e-5)
     mean, factor, scale, bias = (a.reshape(1, 1, 1, -1) for a in (mean, factor, scale, bias))
 
     def of_part(_, part):
@@ -104,8 +104,8 @@ def steps_of(stage: Callable) -> Callable:
     """Several passes forward and back through a chain of stages, on all devices."""
 
     def loss(x, params, cotangent):
-        for each in params:
-            x = stage(x, *each)
+        for of_stage in params:
+            x = stage(x, *of_stage)
         return (x * cotangent).sum()
 
     def steps(x, params, cotangent):
@@ -146,10 +146,10 @@ def compare(height: int, channels: int) -> dict[str, Any]:
 def table(values: Mapping[str, Any]) -> Table:
     """A written comparison as a table."""
     rows = []
-    for each in values["comparisons"]:
-        first, second = samples = list(each["milliseconds"].values())
+    for comparison in values["comparisons"]:
+        first, second = samples = list(comparison["milliseconds"].values())
         ratio = statistics.median(b / a for a, b in zip(first, second, strict=True))
-        shape = f"{each['height']} x {each['height']} x {each['channels']}"
+        shape = f"{comparison['height']} x {comparison['height']} x {comparison['channels']}"
         rows.append([shape, *(f"{statistics.median(s):.1f}" for s in samples), f"{ratio:.2f}"])
     machine = values["machine"]
     note = (

@@ -67,8 +67,8 @@ def profile(job: Job) -> Profile:
 
 def instructions_of(hlo: str) -> dict[str, str]:
     """The lines of a compiled program by the name of what they compute, loops left out."""
-    found = re.finditer(r"^ *(?:ROOT )?%?([\w.-]+) = (.*)$", hlo, re.MULTILINE)
-    return {match[1]: match[2] for match in found if " while(" not in match[2]}
+    matches = re.finditer(r"^ *(?:ROOT )?%?([\w.-]+) = (.*)$", hlo, re.MULTILINE)
+    return {match[1]: match[2] for match in matches if " while(" not in match[2]}
 
 
 def origin_of(instruction: str) -> tuple[str, str, str]:
@@ -119,14 +119,18 @@ def kinds(profile: Profile) -> dict[str, Any]:
 def table(values: Mapping[str, Any]) -> Table:
     """Written profiles as a table: a column a norm, its operators' work and its time."""
     profiles, machine = values["profiles"], values["machine"]
-    names = list(dict.fromkeys(kind for each in profiles.values() for kind in each["operators"]))
+    names = list(
+        dict.fromkeys(kind for profile in profiles.values() for kind in profile["operators"])
+    )
     rows = [
-        [kind, *(f"{each['operators'].get(kind, 0):.1f}" for each in profiles.values())]
+        [kind, *(f"{profile['operators'].get(kind, 0):.1f}" for profile in profiles.values())]
         for kind in names
     ]
-    work = [sum(each["operators"].values()) for each in profiles.values()]
-    rows.append(["all operators", *(f"{each:.1f}" for each in work)])
-    rows.append(["a step on the clock", *(f"{each['clock']:.1f}" for each in profiles.values())])
+    work = [sum(profile["operators"].values()) for profile in profiles.values()]
+    rows.append(["all operators", *(f"{total:.1f}" for total in work)])
+    rows.append(
+        ["a step on the clock", *(f"{profile['clock']:.1f}" for profile in profiles.values())]
+    )
     note = (
         f"Milliseconds of work of all {machine['cores']} cores in a step of the "
         f"{values['arch']} net, batch {values['batch_size']}; {machine['processor']}; "
@@ -143,10 +147,10 @@ def main(
 ) -> None:
     """Prints the profile of a training step of each norm's net, and writes what a table needs."""
     profiles = {}
-    for each in norm:
-        found = profile(Job("jaxnorm", each, arch, batch_size))
-        print(render(found) + "\n")
-        profiles[each] = kinds(found)
+    for name in norm:
+        profiled = profile(Job("jaxnorm", name, arch, batch_size))
+        print(render(profiled) + "\n")
+        profiles[name] = kinds(profiled)
     if out:
         machine = describe_machine(measure_ceiling())
         values = {"machine": machine, "arch": arch, "batch_size": batch_size, "profiles": profiles}

@@ -48,12 +48,14 @@ def accuracies(
     count = min(BATCH, len(dataset.train_labels))
     whole = dataset.train_images[: len(dataset.train_labels) // count * count]
     batches = whole.reshape(-1, count, 32, 32, 3)
-    anew = [precise_statistics(program, state, batches, each) for each in (key, None)]
-    states = [state, *(state._replace(norm_state=each) for each in anew)]
-    guesses = [np.asarray(predict(program, each, dataset.test_images)).argmax(1) for each in states]
+    anew = [precise_statistics(program, state, batches, dropout) for dropout in (key, None)]
+    states = [state, *(state._replace(norm_state=statistics) for statistics in anew)]
+    guesses = [
+        np.asarray(predict(program, state, dataset.test_images)).argmax(1) for state in states
+    ]
     return {
-        way: float((each == dataset.test_labels).mean())
-        for way, each in zip(WAYS, guesses, strict=True)
+        way: float((guess == dataset.test_labels).mean())
+        for way, guess in zip(WAYS, guesses, strict=True)
     }
 
 

@@ -157,9 +157,9 @@ def sweep(tiny, scratch):
             )
             probabilities = stats.probabilities(logits)[np.arange(22), dataset.test_labels]
             last = float(-np.log(probabilities).mean())
-            for epoch, right in enumerate(rights, 1):
-                train = (1.5 / epoch, (right - 1) / 22)
-                test = (last * len(rights) / epoch, right / 22)
+            for epoch, correct in enumerate(rights, 1):
+                train = (1.5 / epoch, (correct - 1) / 22)
+                test = (last * len(rights) / epoch, correct / 22)
                 directory.append_epoch(Epoch(norm, seed, epoch, *train, *test, 2.0, 1.0))
             if seed == config.seed:
                 directory.write_net("probes", (norm, seed), **made_up_probes(rng))

@@ -51,9 +51,9 @@ def train_epoch(program, state, images, labels, seed, epoch, batch_size, rate=0.
     cut, keys = epochs.epoch_chunks(program.mesh, seeds, epoch, rows, batch_size, chunks)
     losses, correct = [], 0
     for chunk in cut:
-        state, done, right = train_chunk(program, state, images, labels, chunk, keys, rate)
+        state, done, of_chunk = train_chunk(program, state, images, labels, chunk, keys, rate)
         losses.extend(done[chunk.start : chunk.stop])
-        correct += right
+        correct += of_chunk
     return state, np.array(losses), correct
 
 
@@ -95,7 +95,7 @@ def difference(ours, wanted) -> str:
         pairs = zip(ours.predictions(net), wanted.predictions(net), strict=True)
         if any(a.tobytes() != b.tobytes() for a, b in pairs):
             return f"predictions of {net}"
-        states = [jax.tree.leaves(runner.load_state(each.path, *net)[1]) for each in (ours, wanted)]
+        states = [jax.tree.leaves(runner.load_state(run.path, *net)[1]) for run in (ours, wanted)]
         if any(
             np.asarray(a).tobytes() != np.asarray(b).tobytes() for a, b in zip(*states, strict=True)
         ):

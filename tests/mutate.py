@@ -80,13 +80,13 @@ def passes(tests: list[str], compiled: Path, fault: Fault | None = None) -> bool
 
 def main(word: str = "") -> int:
     """Tries every fault whose text holds the word."""
-    chosen = [each for each in read() if word in f"{each.file}\n{each.right}\n{each.wrong}"]
+    chosen = [fault for fault in read() if word in f"{fault.file}\n{fault.right}\n{fault.wrong}"]
     survivors = 0
     with tempfile.TemporaryDirectory() as compiled, ThreadPoolExecutor(os.cpu_count()) as pool:
-        if not passes(sorted({name for each in chosen for name in each.tests}), Path(compiled)):
+        if not passes(sorted({name for fault in chosen for name in fault.tests}), Path(compiled)):
             print("the tests fail without any fault")
             return 1
-        results = pool.map(lambda each: passes(each.tests, Path(compiled), each), chosen)
+        results = pool.map(lambda fault: passes(fault.tests, Path(compiled), fault), chosen)
         for fault, alive in zip(chosen, results, strict=True):
             survivors += alive
             wrong = " ".join(fault.wrong.split())

@@ -14,10 +14,10 @@ def test_only_batch_norm_lets_one_images_loss_depend_on_another(tiny, norm):
     program = step.Program(CNN(norm, "every-kind", 4), 0.9, tiny.mean, tiny.deviation)
     state = step.init_state(program, 1)
     images, labels = tiny.train_images[:4], tiny.train_labels[:4]
-    found = exploring.example_gradients(program, state, images, labels)
-    chex.assert_shape(found, (4, 4))
-    assert (found.diagonal() > 0).all()
-    others = found[~np.eye(4, dtype=bool)]
+    gradients = exploring.example_gradients(program, state, images, labels)
+    chex.assert_shape(gradients, (4, 4))
+    assert (gradients.diagonal() > 0).all()
+    others = gradients[~np.eye(4, dtype=bool)]
     assert (others > 0).all() if norm == "batch" else (others == 0).all()
 
 

@@ -58,7 +58,7 @@ def test_an_own_norm_net_and_data_go_through_run_resume_and_report(
 
 
 def test_a_wrong_norm_is_one_line_that_says_what_is_expected(scratch, capsys):
-    for norm, said in (
+    for norm, message in (
         ("own_norm:FlatNorm", "must map f32[N, H, W, C] to the same shape"),
         ("own_norm:Missing", "cannot be imported"),
         ("own_norm:nn", "is no flax.linen.Module"),
@@ -68,7 +68,7 @@ def test_a_wrong_norm_is_one_line_that_says_what_is_expected(scratch, capsys):
         flags = ("--norm", norm, "--arch", "matched", "--dataset", "digits", "--out", scratch / "x")
         assert call(run.app, *flags) == 2
         error = capsys.readouterr().err
-        assert said in error
+        assert message in error
         assert error.count("\n") == 1
 
 
@@ -117,8 +117,8 @@ def test_a_new_table_number_and_figure_reach_every_page(sweep, monkeypatch, caps
     assert call(report.app, directory.path) == 0
     for name in ("report.md", "report.html"):
         text = (directory.path / name).read_text()
-        for said in ("Extra table", "1234", "extra number", "batch 5678", "Extra figure"):
-            assert said in text, (name, said)
+        for word in ("Extra table", "1234", "extra number", "batch 5678", "Extra figure"):
+            assert word in text, (name, word)
     assert "extra number" in tables.results(Run(directory)).plain()
 
 

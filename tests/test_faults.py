@@ -268,8 +268,8 @@ def test_a_full_disk_is_one_error_and_resumes_when_there_is_room(
 ):
     if not can_mount():
         pytest.skip("needs unshare -rm, to mount a small disk of its own")
-    files = [each for each in reference.directory.path.rglob("*") if each.is_file()]
-    needed = sum(-(-each.stat().st_size // 4096) * 4096 for each in files)
+    files = [file for file in reference.directory.path.rglob("*") if file.is_file()]
+    needed = sum(-(-file.stat().st_size // 4096) * 4096 for file in files)
     size = int(random.Random(f"disk {number}").uniform(16_384, 0.9 * needed))
     disk = scratch / "disk"
     disk.mkdir()
@@ -304,7 +304,7 @@ def test_a_checkpoint_with_a_flipped_byte_is_made_again(reference, record, scrat
     metrics = path / "metrics.jsonl"
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:complete]))
     epochs = RunDirectory(path).epochs()
-    hit = epochs[-1] if number % 2 else draw.choice([each for each in epochs if each.epoch == 2])
+    hit = epochs[-1] if number % 2 else draw.choice([epoch for epoch in epochs if epoch.epoch == 2])
     net, run = (hit.norm, hit.seed), RunDirectory(path)
     for epoch in checkpoint.epochs(run, net):
         if epoch > hit.epoch:
@@ -315,7 +315,9 @@ def test_a_checkpoint_with_a_flipped_byte_is_made_again(reference, record, scrat
     content.tofile(file)
     if hit.epoch == 2:  # a finished net needs no checkpoint; the bits are its records'
         kept = kept_of(reference.resume(path), complete, None)
-        ours, wanted = (each.epochs() for each in (RunDirectory(path), reference.directory))
+        ours, wanted = (
+            directory.epochs() for directory in (RunDirectory(path), reference.directory)
+        )
         same = list(map(without_times, ours)) == list(map(without_times, wanted))
         record("flipped byte", "finished", number, complete, kept, same)
         assert same

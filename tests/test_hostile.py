@@ -76,7 +76,7 @@ def alone(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     yield tmp_path / "here"
-    made = {each.name for each in tmp_path.iterdir()} - {"a dir's näme"}  # the records' own
+    made = {entry.name for entry in tmp_path.iterdir()} - {"a dir's näme"}  # the records' own
     assert made == {"elsewhere", "here"}
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
@@ -134,7 +134,7 @@ STRANGE = ["", " ", "'", '"', "<b>", "ä\u202e", "x" * 300, "no\nline", "a\0b"]
 WORDS = st.sampled_from(PLAIN + STRANGE) | st.text(max_size=10)
 TOKENS = st.lists(
     st.sampled_from(FLAGS).map("--{}".format)
-    | st.tuples(st.sampled_from(FLAGS), WORDS).map(lambda each: f"--{each[0]}={each[1]}")
+    | st.tuples(st.sampled_from(FLAGS), WORDS).map(lambda pair: f"--{pair[0]}={pair[1]}")
     | WORDS,
     max_size=8,
 )
@@ -201,11 +201,11 @@ def edits(draw):
 
 
 def plain_files(directory):
-    return sorted(each for each in directory.rglob("*") if each.is_file() and each.name != ".lock")
+    return sorted(file for file in directory.rglob("*") if file.is_file() and file.name != ".lock")
 
 
 def names(directory):
-    return sorted(each.relative_to(directory).as_posix() for each in directory.rglob("*"))
+    return sorted(entry.relative_to(directory).as_posix() for entry in directory.rglob("*"))
 
 
 @pytest.fixture(autouse=True)
@@ -217,11 +217,11 @@ def fewer_figures(request, monkeypatch):
         drawn = (figures.confusion, figures.training_images, inside.inside)
         monkeypatch.setattr(figures, "FIGURES", drawn)
 
-    def small(figure, right=figures.png):
+    def small(figure, original=figures.png):
         """In the short profile not laid out, which takes most of the time."""
         if not FULL:
             figure.set_layout_engine("none")
-        return right(figure, dots_per_inch=20)
+        return original(figure, dots_per_inch=20)
 
     monkeypatch.setattr(figures, "png", small)
 
@@ -243,9 +243,9 @@ def of_one_norm(run, path):
     """Copies what a run has of layer norm, which trains fastest."""
     shutil.copytree(run.path, path)
     for folder in ("checkpoints", "step_losses", "predictions", "probes"):
-        for each in (path / folder).iterdir():
-            if not each.name.startswith("layer"):
-                shutil.rmtree(each) if each.is_dir() else each.unlink()
+        for file in (path / folder).iterdir():
+            if not file.name.startswith("layer"):
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
     metrics = path / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(line for line in lines if '"layer"' in line))
@@ -266,8 +266,8 @@ def test_any_damage_to_a_run_that_is_resumed(
         of_one_norm(tiny_run, alone / "kept")
     shutil.rmtree(alone / "run", ignore_errors=True)
     shutil.copytree(alone / "kept", alone / "run")
-    for each in (change, again):
-        each(plain_files(alone / "run"))
+    for damage in (change, again):
+        damage(plain_files(alone / "run"))
     arguments = ["--resume", str(alone / "run"), "--skip-self-check"]
     if outcome(capsys, run.app, arguments) == 0:
         assert len(RunDirectory(alone / "run").epochs()) == 2
@@ -292,7 +292,7 @@ def test_any_value_in_any_field_of_a_run(data_, value, alone, sweep, capsys):
         lines = [json.loads(line) for line in metrics.read_text().splitlines()]
         line = lines[data_.draw(st.integers(0, len(lines) - 1))]
         line[data_.draw(st.sampled_from([*line, "more"]))] = data_.draw(VALUES)
-        metrics.write_text("".join(json.dumps(each) + "\n" for each in lines))
+        metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     outcome(capsys, report.app, [str(alone / "run")])
     assert {name.split("/")[0] for name in names(alone)} <= {"kept", "run"}
 
@@ -330,13 +330,13 @@ def small(monkeypatch):
 
 def loaded_or_refused(*arguments, **options):
     """A dataset, or None where it was refused in one line."""
-    said = ""
+    message = ""
     try:
         return data.load(*arguments, **options)
     except UserError as error:
-        said = str(error)
-    assert said
-    assert "\n" not in said
+        message = str(error)
+    assert message
+    assert "\n" not in message
     return None
 
 
@@ -357,8 +357,8 @@ def test_any_damage_to_an_archive(data_, alone, small):
     )
     assert loaded is None or loaded.train_images.shape == (20, 32, 32, 3)
     assert {name.split("/")[0] for name in names(alone)} <= {"a", "tfds", "c"}
-    for each in ("tfds", "c"):
-        shutil.rmtree(alone / each, ignore_errors=True)
+    for folder in ("tfds", "c"):
+        shutil.rmtree(alone / folder, ignore_errors=True)
 
 
 def tarinfo(name, size):

@@ -18,7 +18,7 @@ def test_there_are_enough_in_each_file_that_must_have_no_survivor():
         assert files.count(name) >= least
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda each: each.file)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.file)
 def test_each_fault_can_be_made(fault, tmp_path):
     copy = tmp_path / fault.file
     copy.parent.mkdir(exist_ok=True)

@@ -36,9 +36,9 @@ ragged, and fewer programs are compiled), and another for the test; all else run
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_from_a_clean_kernel(name, tmp_path):
     text = (FOLDER / f"{name}.py").read_text()
-    for right, shorter in SHORTER[name]:
-        assert text.count(right) == 1
-        text = text.replace(right, shorter)
+    for whole, shorter in SHORTER[name]:
+        assert text.count(whole) == 1
+        text = text.replace(whole, shorter)
     notebook = jupytext.reads(text, fmt="py:percent")
     options = {"timeout": 600, "kernel_name": "python3"}
     shutil.copy(FOLDER / "exploring.py", tmp_path)  # what lies beside the notebook
@@ -61,5 +61,5 @@ def test_what_is_committed_is_a_whole_run_of_the_text(name):
     code = [cell for cell in committed.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell.outputs]
-    assert not [each for each in outputs if each.output_type == "error"]
-    assert not [each for each in outputs if each.get("name") == "stderr"]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert not [output for output in outputs if output.get("name") == "stderr"]

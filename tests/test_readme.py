@@ -76,10 +76,10 @@ def test_committed_runs_are_complete_and_say_what_data_they_saw(name):
 
 
 def test_the_recipes_learning_rates_are_what_the_tuning_found():
-    found = sweeps.trials(fill_pages.tunings())
-    best = {norm: max(trials, key=lambda trial: trial[1])[0] for norm, trials in found.items()}
+    trials_of = sweeps.trials(fill_pages.tunings())
+    best = {norm: max(trials, key=lambda trial: trial[1])[0] for norm, trials in trials_of.items()}
     assert best == RECIPES["tuned"]["learning_rate"]
-    assert len({tuple(rate for rate, _ in trials) for trials in found.values()}) == 1
+    assert len({tuple(rate for rate, _ in trials) for trials in trials_of.values()}) == 1
     for name, figure in sweeps.draw_tuning(fill_pages.tunings()):
         assert_same_picture(figure, RESULTS / "tuning" / f"{name}.png")
 
@@ -87,8 +87,8 @@ def test_the_recipes_learning_rates_are_what_the_tuning_found():
 def test_pictures_and_files_that_pages_name_exist():
     links = []
     for page in fill_pages.PAGES:
-        own = re.findall(r"\]\((?!https?:|#)([^)]+)\)", page.read_text())
-        links += [page.parent / link for link in own]
+        names = re.findall(r"\]\((?!https?:|#)([^)]+)\)", page.read_text())
+        links += [page.parent / link for link in names]
     assert len(links) > 15
     for link in links:
         assert link.exists(), link

@@ -259,8 +259,8 @@ def test_a_wrong_operator_stops_it_unless_the_check_is_skipped(
     inside, tiny_by_name, monkeypatch, capsys
 ):
     """One gradient with the wrong sign; the run that is trained all the same says so."""
-    right = ops._kernel_gradient
-    monkeypatch.setattr(ops, "_kernel_gradient", lambda *arguments: -right(*arguments))
+    original = ops._kernel_gradient
+    monkeypatch.setattr(ops, "_kernel_gradient", lambda *arguments: -original(*arguments))
     wrong = (*SMALL, "--momentum", "0.913", "--out", "x")
     assert call(*wrong) == 1
     printed = capsys.readouterr().err
@@ -276,14 +276,14 @@ def test_resume_takes_the_runs_settings_and_refuses_others(inside, tiny_by_name,
     assert call(*SMALL, "--skip-self-check", "--out", "a run", "--data-dir", "d") == 0
     (inside / "a run" / "metrics.jsonl").write_text("")
     capsys.readouterr()
-    for flags, said in (
+    for flags, message in (
         (("--momentum", "0.8"), "--momentum 0.8 conflicts with the run in a run, which has 0.9"),
         (("--norm=batch",), "--norm batch conflicts"),
         (("--learning-rate", "0.1"), "--learning-rate 0.1 conflicts with the run to resume"),
         (("--out", "b"), "--out conflicts with --resume"),
     ):
         assert call("--resume", "a run", *flags) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert call("--resume", "none") == 2
     assert "none/run.json is missing" in capsys.readouterr().err
     assert call("--resume", "a run", "--epochs", "1", "--skip-self-check") == 0
@@ -320,8 +320,8 @@ def test_what_a_recipe_turns_on_a_flag_turns_off(monkeypatch):
     monkeypatch.setattr(run, "start", lambda configs, *_: asked.extend(configs) or 0)
     assert call("--recipe", "tuned") == 0
     assert call("--recipe", "tuned", "--no-nesterov", "--no-weight-standardization") == 0
-    assert [each.nesterov for each in asked] == [True, False]
-    assert [each.weight_standardization for each in asked] == [True, False]
+    assert [config.nesterov for config in asked] == [True, False]
+    assert [config.weight_standardization for config in asked] == [True, False]
 
 
 def test_settings_become_flags_in_errors():
@@ -349,11 +349,11 @@ SWEPT = ("--batch-size", "35", "70", "--learning-rate", "0.01", "0.002")
 def test_a_signal_stops_what_comes_before_training(
     inside, tiny_by_name, capsys, monkeypatch, module, name, flags
 ):
-    right = getattr(module, name)
+    original = getattr(module, name)
 
     def signalled(*arguments):
         signal.raise_signal(signal.SIGTERM)
-        return right(*arguments)
+        return original(*arguments)
 
     monkeypatch.setattr(module, name, signalled)
     monkeypatch.setattr(trainer.Nets, "train_chunk", lambda *_: pytest.fail("trained"))
@@ -363,14 +363,14 @@ def test_a_signal_stops_what_comes_before_training(
 
 
 def test_a_sweep_is_planned_trained_and_resumed(inside, tiny_by_name, capsys, monkeypatch):
-    right, calls = runner.save_epoch, []
+    original, calls = runner.save_epoch, []
 
     def fails_once(directory, *rest):
         if directory.path.parent.name == "s":  # and not the plan's own
             calls.append(1)
             if len(calls) == 3:
                 raise signals.Stopped(2)
-        right(directory, *rest)
+        original(directory, *rest)
 
     monkeypatch.setattr(runner, "save_epoch", fails_once)
     assert call(*FLAGS, *SWEPT, "--out", "s") == 130

@@ -74,15 +74,15 @@ def test_an_optimum_on_the_edge_is_said(sweep):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("--trials", "0"), "--trials 0 is wrong"),
         (("--lowest", "2"), "--lowest 2"),
         (("--learning-rate", "0.1"), "--learning-rate"),
     ],
 )
-def test_a_mistake_is_one_line(arguments, said, capsys):
+def test_a_mistake_is_one_line(arguments, message, capsys):
     assert call(*arguments) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert error.count("\n") == 1

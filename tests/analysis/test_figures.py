@@ -56,8 +56,8 @@ def test_mistakes_show_the_right_images_as_they_are_with_class_and_confidence(sw
                 logits, _ = run.directory.predictions((norm, 1))
                 probability = stats.probabilities(logits[row])
                 assert probability.argmax() != tiny.test_labels[row]
-                said = f"{tiny.class_names[probability.argmax()]} {probability.max():.0%}"
-                assert said in title
+                prediction = f"{tiny.class_names[probability.argmax()]} {probability.max():.0%}"
+                assert prediction in title
         assert run.info.dataset.caption in figure.get_supxlabel()
 
 
@@ -125,8 +125,8 @@ def test_confusion_is_the_mean_of_the_seeds(sweep, tiny):
     nets = [run.directory.predictions(("layer", seed))[0].argmax(1) for seed in (1, 2, 3)]
     wanted = np.zeros((4, 4))
     for predicted in nets:
-        for true, said in zip(tiny.test_labels, predicted, strict=True):
-            wanted[true, said] += 1 / 3
+        for true, guess in zip(tiny.test_labels, predicted, strict=True):
+            wanted[true, guess] += 1 / 3
     np.testing.assert_allclose(counts, wanted.round())
 
 

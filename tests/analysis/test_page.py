@@ -35,23 +35,25 @@ def test_the_page_is_one_valid_file_with_every_part(sweep, unpainted):
     assert all(image.get("alt") for image in tree.iter("img"))
     assert not re.findall(r"https?:|<script|<link|@import|url\(|srcset", text)
     assert "default-src 'none'" in text
-    headings = [each.text for each in tree.iter("h3")]
+    headings = [element.text for element in tree.iter("h3")]
     assert headings == [
         *("Results", "All norms together", "Batch norm", "Group norm", "Layer norm"),
         "How it was made",
     ]
-    captions = [each.text for each in tree.iter("caption")]
+    captions = [element.text for element in tree.iter("caption")]
     assert len(captions) == len(tables.TABLES)
-    names = {each.get("id") for each in tree.iter() if each.get("id")}
-    links = [each.get("href") for each in tree.iter("a")]
+    names = {element.get("id") for element in tree.iter() if element.get("id")}
+    links = [element.get("href") for element in tree.iter("a")]
     assert all(link[0] == "#" and link[1:] in names for link in links)
     assert all(
-        each.get("tabindex") == "0" for each in tree.iter("div") if each.get("class") == "scroll"
+        element.get("tabindex") == "0"
+        for element in tree.iter("div")
+        if element.get("class") == "scroll"
     )
-    said = [image.get("alt") for image in tree.iter("img")]
-    wrong = sum(min(10, 22 - right) for right in (16, 15, 12)) * 2
+    alts = [image.get("alt") for image in tree.iter("img")]
+    wrong = sum(min(10, 22 - correct) for correct in (16, 15, 12)) * 2
     wrong += len(part.run.mistakes["mistakes-common"])
-    assert sum(each.count("; true: ") for each in said) == wrong
+    assert sum(alt.count("; true: ") for alt in alts) == wrong
 
 
 def test_the_markdown_names_every_figure(sweep, unpainted):
@@ -75,8 +77,8 @@ def test_names_are_text_and_never_mark_up(sweep, tiny, unpainted):
     tree = parse(text)
     assert not list(tree.iter("script"))
     assert {image.get("src")[:5] for image in tree.iter("img")} == {"data:"}
-    assert not [each for each in tree.iter() if each.get("onerror")]
-    heads = {each.text for each in tree.iter("th")}
+    assert not [element for element in tree.iter() if element.get("onerror")]
+    heads = {element.text for element in tree.iter("th")}
     assert set(HOSTILE) <= heads
     assert "<script" not in (directory.path / "report.md").read_text().replace("\\<", "")
 
@@ -93,7 +95,7 @@ def test_an_unfinished_run_is_reported_as_far_as_it_goes(sweep, unpainted):
     assert not any("seed 1:" in line for line in part.missing)
     assert any("examples.npz is missing" in line for line in part.missing)
     tree = parse((directory.path / "report.html").read_text())
-    items = [each.text for each in tree.iter("li")]
+    items = [element.text for element in tree.iter("li")]
     assert set(part.missing) <= set(items)
     assert "batch norm ends at 72.7%" in part.finding  # 16 of 22, of seed 1 alone
     assert "- group norm, seed 2: 2 of 2 epochs are" in (directory.path / "report.md").read_text()
@@ -106,8 +108,8 @@ def test_whatever_is_missing_or_damaged_there_is_a_page(sweep, gone, unpainted):
     directory = sweep()
     path = directory.path / gone
     if path.is_dir():
-        for each in path.iterdir():
-            each.write_bytes(b"rubbish")
+        for entry in path.iterdir():
+            entry.write_bytes(b"rubbish")
     else:
         path.write_bytes(b"rubbish\n")
     assert any(gone.split(".")[0] in line for line in page.write(directory).missing)
@@ -122,5 +124,5 @@ def test_several_runs_stand_on_one_page(sweep, scratch, unpainted):
     parts = [page.read(run.directory) for run in runs]
     page.write_together(scratch / "both.html", parts, ["x <y> is missing"])
     tree = parse((scratch / "both.html").read_text())
-    assert "Last test accuracy, side by side" in {each.text for each in tree.iter("caption")}
-    assert "x <y> is missing" in {each.text for each in tree.iter("li")}
+    assert "Last test accuracy, side by side" in {element.text for element in tree.iter("caption")}
+    assert "x <y> is missing" in {element.text for element in tree.iter("li")}

@@ -46,9 +46,9 @@ def test_norms_that_were_trained_apart_are_paired_by_seed(sweep):
     together = Run(sweep())
     norms = ("batch", "group")
     apart = [Run(sweep(norm, norm=norm)) for norm in norms]
-    (found,) = differences(apart)
-    assert (found.first, found.second) == norms
-    assert found.sample == together.differences[0].sample
+    (pair,) = differences(apart)
+    assert (pair.first, pair.second) == norms
+    assert pair.sample == together.differences[0].sample
 
 
 def test_accuracies_of_the_classes_are_each_seeds_own(sweep):
@@ -86,7 +86,7 @@ def test_predictions_of_another_epoch_or_another_net_are_refused(sweep):
 def test_epochs_out_of_order_are_refused(sweep, lines):
     directory = sweep(norm="batch", seeds=1)
     path = directory.path / "metrics.jsonl"
-    own = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(own[each] for each in lines))
+    written = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(written[number] for number in lines))
     with pytest.raises(UserError, match="are not 1, 2, 3"):
         _ = Run(directory).epochs

@@ -82,8 +82,8 @@ def test_the_sign_flip_p_value_counts_ties_that_rounding_would_hide():
         name: {seed: count / 10_000 for seed, count in enumerate(counts)}
         for name, counts in (("batch", BATCH), ("group", GROUP))
     }
-    (found,) = stats.differences(values, 10_000)
-    assert found.p == 0.0625
+    (pair,) = stats.differences(values, 10_000)
+    assert pair.p == 0.0625
 
 
 def test_the_sign_flip_p_value_is_exact_for_many_seeds():
@@ -106,18 +106,18 @@ def test_differences_pair_by_seed_and_correct_for_all_pairs():
         "layer": {1: 0.5, 2: 0.4, 3: 0.6},
         "rms": {9: 0.5},
     }
-    found = stats.differences(values, 10)
-    assert [(each.first, each.second) for each in found] == [
+    pairs = stats.differences(values, 10)
+    assert [(pair.first, pair.second) for pair in pairs] == [
         ("batch", "group"),
         ("batch", "layer"),
         ("group", "layer"),
     ]
-    assert found[0].sample.values == pytest.approx((0.1, 0.2, 0.3))
-    assert found[1].sample.values == pytest.approx((0.0, 0.2, 0.1))
-    assert found[2].sample.values == pytest.approx((-0.1, 0.0, -0.2))
+    assert pairs[0].sample.values == pytest.approx((0.1, 0.2, 0.3))
+    assert pairs[1].sample.values == pytest.approx((0.0, 0.2, 0.1))
+    assert pairs[2].sample.values == pytest.approx((-0.1, 0.0, -0.2))
     # All of one sign: 2 of 8 flips; a zero's two flips are the same, so 4 of 8.
-    assert [each.p for each in found] == pytest.approx([0.25, 0.5, 0.5])
-    assert [each.adjusted_p for each in found] == pytest.approx([0.75, 1, 1])
+    assert [pair.p for pair in pairs] == pytest.approx([0.25, 0.5, 0.5])
+    assert [pair.adjusted_p for pair in pairs] == pytest.approx([0.75, 1, 1])
 
 
 def test_what_so_many_seeds_can_show():
@@ -169,8 +169,8 @@ def test_mistakes_by_each_rule():
     np.testing.assert_array_equal(stats.confident_mistakes([LOGITS], LABELS, 1), [3])
     other = LOGITS[:, [1, 0, 2]]  # right about none of 0 and 2; wrong on 1 and 3 too
     np.testing.assert_array_equal(stats.confident_mistakes([LOGITS, other], LABELS, 10), [3, 1])
-    right = np.eye(3, dtype=np.float32)[LABELS]
-    assert len(stats.confident_mistakes([LOGITS, right], LABELS, 10)) == 0
+    correct = np.eye(3, dtype=np.float32)[LABELS]
+    assert len(stats.confident_mistakes([LOGITS, correct], LABELS, 10)) == 0
 
 
 def test_drawn_mistakes_are_a_fair_draw_by_the_seed_from_the_whole_set():
@@ -188,9 +188,9 @@ def test_drawn_mistakes_are_a_fair_draw_by_the_seed_from_the_whole_set():
 
 
 def test_no_mistake_gives_no_row():
-    right = (LOGITS[:1], LABELS[:1])
-    assert len(stats.confident_mistakes([right[0]], right[1], 10)) == 0
-    assert len(stats.drawn_mistakes(*right, 10, 0)) == 0
+    correct = (LOGITS[:1], LABELS[:1])
+    assert len(stats.confident_mistakes([correct[0]], correct[1], 10)) == 0
+    assert len(stats.drawn_mistakes(*correct, 10, 0)) == 0
 
 
 def test_the_expected_best_of_k_is_the_mean_over_all_choices_of_k():
@@ -217,6 +217,6 @@ def test_a_temperature_undoes_a_scale_and_is_of_the_other_half():
     assert stats.calibration_error(stats.tempered(3 * logits, labels), labels) < raw / 5
     even = labels.copy()
     even[::2] = 0  # what the even images are scaled by does not depend on them
-    found, other = (stats.tempered(logits, each) for each in (labels, even))
-    np.testing.assert_array_equal(found[::2], other[::2])
-    assert (found[1::2] != other[1::2]).any()
+    tempered, other = (stats.tempered(logits, truth) for truth in (labels, even))
+    np.testing.assert_array_equal(tempered[::2], other[::2])
+    assert (tempered[1::2] != other[1::2]).any()

@@ -169,10 +169,10 @@ def test_evaluation_by_other_statistics_is_of_the_norms_that_have_any(sweep):
     directory.write_net("probes", ("group", 1), **same)
     directory.write_net("probes", ("layer", 1), **same)
     table = tables.evaluation(Run(directory))
-    ((norm, n, running, precise, *own),) = table.rows
+    ((norm, n, running, precise, *by_size),) = table.rows
     assert (norm, n, running, precise) == ("batch", "1", "50.00%", "60.00%")
     measured = directory.probes(("batch", 1), tables.EVALUATED)["batch_accuracy"]
-    assert own == [f"{accuracy:.2%}" for accuracy in measured]
+    assert by_size == [f"{accuracy:.2%}" for accuracy in measured]
     assert table.head[4:] == ["batches of 4", "batches of 16"]
 
 
@@ -198,9 +198,9 @@ def test_accuracy_on_corrupted_images_is_of_every_measured_seed(sweep):
     assert group["blur"].startswith(f"{0.75 * first['corrupted_accuracy'][1]:.2%}")
 
 
-@pytest.mark.parametrize(("counts", "said"), [((3, 5), [5]), ((3, 7), [3, 7]), ((7, 7), [7])])
-def test_what_the_most_pairs_cannot_show_is_not_said_of_fewer(counts, said):
+@pytest.mark.parametrize(("counts", "shown"), [((3, 5), [5]), ((3, 7), [3, 7]), ((7, 7), [7])])
+def test_what_the_most_pairs_cannot_show_is_not_said_of_fewer(counts, shown):
     seeds = [dict.fromkeys(range(n), 0.5) for n in counts]
     values = {"batch": seeds[1], "group": seeds[1], "layer": seeds[0]}
     note = tables.paired(stats.differences(values, 10)).note
-    assert [n for n in range(1, 9) if f"With {n} paired" in note] == said
+    assert [n for n in range(1, 9) if f"With {n} paired" in note] == shown

@@ -101,10 +101,10 @@ def test_the_profile_names_layer_direction_and_operator():
   ROOT %x.2 = f32[2]{0} convolution(%p), metadata={op_name="jvp(CNN)/C10/conv_general_dilated"}
   %y = f32[2]{0} fusion(%p), metadata={op_name="jit(f)/transpose(jvp(CNN))/C1_norm/reduce_sum"}
 """
-    found = {
+    origins = {
         name: profiling.origin_of(line) for name, line in profiling.instructions_of(hlo).items()
     }
-    assert found == {
+    assert origins == {
         "fusion.1": ("C2", "backward", "transpose"),
         "x.2": ("C10", "forward", "convolution"),
         "y": ("C1_norm", "backward", "sum"),
@@ -138,9 +138,9 @@ def test_the_fused_stage_has_the_gradients_of_the_packages_own(monkeypatch):
     shapes = ((16, 8, 8, 6), (6,), (6,), (3, 3, 6, 6))
     arguments = [random.normal(size=shape).astype(np.float32) for shape in shapes]
     forms = (fused_stage.one_after_the_other, fused_stage.fused)
-    (own, back), (fused, fused_back) = (jax.vjp(form, *arguments) for form in forms)
-    chex.assert_trees_all_close(own, fused, rtol=1e-5, atol=1e-5)
-    cotangent = random.normal(size=own.shape).astype(np.float32)
+    (plain, back), (fused, fused_back) = (jax.vjp(form, *arguments) for form in forms)
+    chex.assert_trees_all_close(plain, fused, rtol=1e-5, atol=1e-5)
+    cotangent = random.normal(size=plain.shape).astype(np.float32)
     chex.assert_trees_all_close(back(cotangent), fused_back(cotangent), rtol=1e-4, atol=1e-4)
 
 
@@ -269,7 +269,7 @@ def test_pytorchs_side_makes_steps_of_a_net_of_the_same_size(few_images, norm, a
     torch = pytest.importorskip("torch")
     config = peers.config_of(Job("torch", norm, arch, 16))
     net = peers.torch_net(config)
-    count = sum(each.numel() for each in net.parameters())
+    count = sum(weight.numel() for weight in net.parameters())
     assert count == count_parameters(net_of(config, norm, 10))
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
     for task in ("train", "evaluate"):
@@ -291,7 +291,7 @@ def test_pytorchs_net_can_be_compiled(few_images, arch):
 @pytest.mark.slow
 def test_a_profile_finds_the_time_of_a_step(few_images, monkeypatch):
     monkeypatch.setattr(profiling, "STEPS", 2)
-    found = profiling.profile(Job("jaxnorm", "layer", "original", 16))
-    assert found.step_milliseconds > 0
-    assert sum(found.operators.values()) > 0
-    assert "C2" in {layer for layer, _, _ in found.operators}
+    profile = profiling.profile(Job("jaxnorm", "layer", "original", 16))
+    assert profile.step_milliseconds > 0
+    assert sum(profile.operators.values()) > 0
+    assert "C2" in {layer for layer, _, _ in profile.operators}

@@ -194,8 +194,8 @@ def test_data_that_was_changed_after_its_import_is_not_verified(official, scratc
 
 def test_data_and_caches_that_others_may_write_to_are_not_verified(official, scratch, monkeypatch):
     decoded = []
-    right = prepared.decode
-    monkeypatch.setattr(prepared, "decode", lambda *args: decoded.append(1) or right(*args))
+    original = prepared.decode
+    monkeypatch.setattr(prepared, "decode", lambda *args: decoded.append(1) or original(*args))
     assert data.load("cifar10", scratch / "tfds", cache_dir=scratch / "c").verified is True
     assert not decoded
     (scratch / "c" / "decoded").chmod(0o777)
@@ -275,7 +275,7 @@ def test_a_wrong_archive_is_refused_in_one_line_and_leaves_nothing(scratch, kind
     with pytest.raises(UserError, match="archive=") as error:
         load(scratch, path, allow_unverified=True)
     assert "\n" not in str(error.value)
-    left = {each.name for each in scratch.rglob("*")}
+    left = {file.name for file in scratch.rglob("*")}
     assert left <= {"wrong.tar.gz", "tfds", ".jaxnorm-import.lock"}
 
 

@@ -151,8 +151,8 @@ def test_a_damaged_directory_is_refused_in_one_line(scratch, damage):
             features.write_text(one)
         case "foreign feature":
             features = prepared / "features.json"
-            own = "tensorflow_datasets.core.features.class_label_feature.ClassLabel"
-            features.write_text(features.read_text().replace(own, "antigravity.Class"))
+            label_class = "tensorflow_datasets.core.features.class_label_feature.ClassLabel"
+            features.write_text(features.read_text().replace(label_class, "antigravity.Class"))
         case "records":
             next(prepared.glob("*train*")).write_bytes(b"rubbish" * 10_000)
     with pytest.raises(UserError) as error:

@@ -68,7 +68,7 @@ def test_a_download_is_whole_shows_progress_and_is_not_made_twice(scratch, serve
     assert len(seen) > 3
     download.fetch(server.address, scratch / "d", lambda *at: None)
     assert len(server.asked) == 1
-    files = {each.name for each in (scratch / "d").rglob("*") if each.is_file()}
+    files = {file.name for file in (scratch / "d").rglob("*") if file.is_file()}
     assert files - {".lock"} == {"a.tar.gz"}
     again = server.address.replace("a.tar.gz", "other/a.tar.gz")
     assert download.fetch(again, scratch / "d", lambda *at: None) != path

@@ -197,9 +197,9 @@ def test_normalize_is_right_at_the_nets_own_sizes(norm, shape):
         (np.asarray(cotangent) * normalized).sum((0, 1, 2)),
         np.asarray(cotangent, np.float64).sum((0, 1, 2)),
     )
-    for found, right in zip(jax.jit(both)(inputs, scale, bias), wanted, strict=True):
-        error = np.abs(np.asarray(found, np.float64) - right).max()
-        assert error < 3e-6 * np.abs(right).max()
+    for result, expected in zip(jax.jit(both)(inputs, scale, bias), wanted, strict=True):
+        error = np.abs(np.asarray(result, np.float64) - expected).max()
+        assert error < 3e-6 * np.abs(expected).max()
 
 
 def test_normalize_tells_the_statistics_it_used():
@@ -256,10 +256,10 @@ def test_the_gradient_of_a_maximum_does_not_hang_on_how_xla_rounds():
         x = ops.normalize(x, scale, bias, ops.Over(True, 64))[0]
         return jnp.square(pooling.global_max(nn.relu(x))).sum()
 
-    found = [
+    gradients = [
         jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options={"xla_backend_optimization_level": n})(
             kernel, scale, bias
         )
         for n in (1, 3)
     ]
-    assert_gradients_close(*found, typical=1e-4)
+    assert_gradients_close(*gradients, typical=1e-4)

@@ -16,13 +16,13 @@ EPOCH = Epoch("batch", 1, 1, 1.5, 0.25, 1.25, 0.5, 3.0, 1.0)
 def events(path):
     """The scalars in the one file of a folder: {name: value}."""
     (file,) = path.iterdir()
-    content, found = file.read_bytes(), {}
+    content, scalars = file.read_bytes(), {}
     while content:
         size = int.from_bytes(content[:8], "little")
         event = Event.FromString(content[12 : 12 + size])
-        found.update({value.tag: value.simple_value for value in event.summary.value})
+        scalars.update({value.tag: value.simple_value for value in event.summary.value})
         content = content[16 + size :]
-    return found
+    return scalars
 
 
 def test_tensorboard_has_every_loss_and_accuracy_of_each_net(scratch):
@@ -30,8 +30,8 @@ def test_tensorboard_has_every_loss_and_accuracy_of_each_net(scratch):
     board = TensorBoard(scratch / "t")
     board.on_epoch(Config(), EPOCH)
     board.close()
-    found = events(scratch / "t" / "batch-1")
-    assert found == {
+    scalars = events(scratch / "t" / "batch-1")
+    assert scalars == {
         "loss/train": 1.5,
         "accuracy/train": 0.25,
         "loss/test": 1.25,

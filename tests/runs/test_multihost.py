@@ -99,8 +99,12 @@ def start(count, *arguments):
 
 def finish(processes):
     """Their exit codes, and what each said on standard error."""
-    said = [process.communicate(timeout=PATIENCE) for process in processes]
-    return [process.returncode for process in processes], [error for _, error in said], said[0][0]
+    outputs = [process.communicate(timeout=PATIENCE) for process in processes]
+    return (
+        [process.returncode for process in processes],
+        [error for _, error in outputs],
+        outputs[0][0],
+    )
 
 
 def test_processes_that_share_batches_train_what_one_does(tmp_path):
@@ -112,10 +116,10 @@ def test_processes_that_share_batches_train_what_one_does(tmp_path):
     wanted = trainer.fit(config_of("batch"), few(), mesh=ONE)
     codes, errors, _ = finish(processes)
     assert codes == [0, 0], errors
-    with np.load(tmp_path / "losses.npz") as found:
+    with np.load(tmp_path / "losses.npz") as losses:
         for (_, seed), fit in wanted.items():
             assert fit.step_losses.shape == (3,)
-            np.testing.assert_allclose(found[str(seed)], fit.step_losses, rtol=1e-5)
+            np.testing.assert_allclose(losses[str(seed)], fit.step_losses, rtol=1e-5)
 
 
 def test_a_lost_process_ends_the_others_and_two_go_on_to_the_same_results(scratch):
@@ -144,8 +148,8 @@ def test_a_lost_process_ends_the_others_and_two_go_on_to_the_same_results(scratc
     info, epochs = RunDirectory(path).info(), RunDirectory(path).epochs()
     whole = trainer.fit(CONFIG, data.load("digits"), mesh=ONE)
     for (norm, seed), fit in whole.items():
-        own = [each for each in epochs if each.seed == seed]
-        assert list(map(without_times, own)) == list(map(without_times, fit.epochs))
+        of_seed = [epoch for epoch in epochs if epoch.seed == seed]
+        assert list(map(without_times, of_seed)) == list(map(without_times, fit.epochs))
         _, state = runner.load_state(path, norm, seed)
         chex.assert_trees_all_equal(jax.device_get(state), fit.state)
     assert (info.environment.mesh, info.resumed[0].mesh) == ("seed=4,batch=1", "seed=2,batch=1")
@@ -186,7 +190,7 @@ cli.leave(cli.run(work, []))
 
 
 @pytest.mark.parametrize(
-    ("what", "codes", "said"),
+    ("what", "codes", "message"),
     [
         ("all agree", [0, 0], ["", ""]),
         ("data differ", [2, 2], ["do not have the same data: process 1"] * 2),
@@ -198,10 +202,10 @@ cli.leave(cli.run(work, []))
         ("the first fails", [2, 2], ["error: the disk is gone", "process 0 of this job stopped"]),
     ],
 )
-def test_processes_agree_or_all_stop(what, codes, said):
-    found, errors, _ = finish(start(2, "-c", AGREE, what))
-    assert found == codes, errors
-    for error, text in zip(errors, said, strict=True):
+def test_processes_agree_or_all_stop(what, codes, message):
+    exit_codes, errors, _ = finish(start(2, "-c", AGREE, what))
+    assert exit_codes == codes, errors
+    for error, text in zip(errors, message, strict=True):
         assert text in error
 
 

@@ -253,12 +253,12 @@ def test_swapped_and_wrong_lines_are_set_aside_and_what_is_whole_counts(copy, wh
 def test_a_record_that_cannot_be_read_stops_it_and_nothing_is_lost(copy, tiny, monkeypatch):
     """A stale network handle is no damage."""
     before = {path: path.read_bytes() for path in copy.path.rglob("*") if path.is_file()}
-    right = os.open
+    original = os.open
 
     def stale(path, *rest):
         if str(path).endswith((".npy", ".npz", ".msgpack")):
             raise OSError(116, "Stale file handle", str(path))
-        return right(path, *rest)
+        return original(path, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", stale)
@@ -271,14 +271,14 @@ def test_nets_that_train_in_one_program_resume_together_or_apart(tiny, scratch, 
     monkeypatch.setattr(epochs, "nets_at_once", lambda *_: 2)
     config = dataclasses.replace(CONFIG, batch_size=35)
     whole = run(config, tiny, scratch / "whole", mesh=ONE)
-    numbers = [(each.epoch, each.seed) for each in whole.epochs()]
+    numbers = [(epoch.epoch, epoch.seed) for epoch in whole.epochs()]
     assert numbers == [(1, 3), (2, 3), (3, 3), (1, 4), (2, 4), (3, 4)]  # as one after the other
     together = stopped(scratch / "together", tiny, 4, config)
     assert resumed(together, tiny).complete == 4
     assert difference(together, whole) == ""
     apart = stopped(scratch / "apart", tiny, 3, config)
     assert resumed(apart, tiny).complete == 3
-    assert [(each.epoch, each.seed) for each in apart.epochs()] == numbers
+    assert [(epoch.epoch, epoch.seed) for epoch in apart.epochs()] == numbers
 
 
 def test_a_run_of_other_code_resumes_with_a_warning(tiny, scratch):
@@ -325,13 +325,13 @@ def test_a_disk_that_fails_any_write_of_an_epoch_loses_that_epoch_alone(
     tiny, scratch, whole, monkeypatch, home, name, number
 ):
     """As where a directory turns read-only: a write of the fourth epoch fails."""
-    right, calls = getattr(home, name), []
+    original, calls = getattr(home, name), []
 
     def fails_once(*arguments, **arrays):
         calls.append(arguments)
         if len(calls) == number:
             raise OSError(errno.EROFS, "Read-only file system", "x")
-        return right(*arguments, **arrays)
+        return original(*arguments, **arrays)
 
     monkeypatch.setattr(home, name, fails_once)
     with pytest.raises(OSError, match="Read-only"):
@@ -347,16 +347,16 @@ def test_a_loss_that_is_not_finite_keeps_what_was_good_and_others_go_on(
     tiny, scratch, whole, monkeypatch, where, step
 ):
     """In the second epoch of the first seed: five chunks of an epoch, or an evaluation."""
-    right, calls = getattr(epochs, where), []
+    original, calls = getattr(epochs, where), []
 
     def turns_nan(*arguments):
         calls.append(1)
-        found = right(*arguments)
+        results = original(*arguments)
         if len(calls) != (8 if step else 2):
-            return found
+            return results
         if step is None:
-            return found._replace(logits=found.logits * np.nan, loss=found.loss * np.nan)
-        state, steps = found
+            return results._replace(logits=results.logits * np.nan, loss=results.loss * np.nan)
+        state, steps = results
         return state, steps._replace(losses=steps.losses * np.nan)
 
     heard = StopAfter()

@@ -58,8 +58,8 @@ def test_the_records_agree_with_each_other(tiny_run, norm):
     assert [epoch.epoch for epoch in epochs] == [1, 2]
     losses = tiny_run.step_losses((norm, 3)).reshape(2, 5)
     chex.assert_type(losses, np.float32)
-    for epoch, each in zip(epochs, losses, strict=True):
-        wanted = np.average(each, weights=[16, 16, 16, 16, 6])
+    for epoch, epoch_losses in zip(epochs, losses, strict=True):
+        wanted = np.average(epoch_losses, weights=[16, 16, 16, 16, 6])
         np.testing.assert_allclose(epoch.train_loss, wanted, rtol=1e-6)
         assert round(epoch.train_accuracy * 70, 9).is_integer()
     logits, labels = tiny_run.predictions((norm, 3))
@@ -158,7 +158,7 @@ def test_seeds_that_train_in_one_program_are_the_seeds_alone(tiny, scratch, monk
         for epoch in fit.epochs:
             both = lines[seed, epoch.epoch], epoch
             for field in ("train_loss", "test_loss", "validation_loss"):
-                mine, wanted = (getattr(each, field) for each in both)
+                mine, wanted = (getattr(one, field) for one in both)
                 assert mine == pytest.approx(wanted, rel=1e-3)
         images = tiny.test_images
         predicted = jaxnorm.load_model(directory.path, norm, seed)(images)
@@ -173,8 +173,8 @@ def test_held_out_images_are_evaluated_and_never_trained_on(tiny, scratch):
     assert fit.step_losses.shape == (2,)  # of 58 images
     (epoch,) = fit.epochs
     probabilities = np.asarray(fit.predict(tiny.train_images[held]))
-    right = probabilities.argmax(1) == tiny.train_labels[held]
-    assert epoch.validation_accuracy == right.mean()
+    correct = probabilities.argmax(1) == tiny.train_labels[held]
+    assert epoch.validation_accuracy == correct.mean()
     losses = -np.log(probabilities[np.arange(12), tiny.train_labels[held]])
     assert epoch.validation_loss == pytest.approx(losses.mean(), rel=1e-5)
     spoiled = tiny.train_images.copy()
@@ -269,7 +269,7 @@ def test_a_sweep_stopped_twice_trains_nothing_twice(tiny, scratch):
     # Alone, the two devices do not share its batches of 35: they cannot be halved.
     alone = run(configs[1], tiny, scratch / "alone")
     assert difference(sweep.directories[1], alone) == ""
-    losses = [each.step_losses(("layer", 1)) for each in sweep.directories]
+    losses = [directory.step_losses(("layer", 1)) for directory in sweep.directories]
     assert losses[0][0] == losses[1][0]
     assert (losses[0][1:] != losses[1][1:]).all()
 
@@ -281,7 +281,7 @@ def test_a_net_whose_loss_is_not_finite_is_left_out_and_the_others_go_on(tiny, s
     runner.run(sweep, tiny, "x", callback)
     (warning,) = callback.warnings
     assert "batch size 35, learning rate 1e+30: the training loss of layer norm" in warning
-    assert [len(each.epochs()) for each in sweep.directories] == [2, 0]
+    assert [len(directory.epochs()) for directory in sweep.directories] == [2, 0]
 
 
 def test_bfloat16_trains_near_float32_and_is_recorded(tiny, scratch):

@@ -111,4 +111,4 @@ def test_a_link_out_of_the_run_is_refused(run, tmp_path_factory):
     ):
         with pytest.raises(UserError, match="is a link"):
             act()
-    assert [each.name for each in outside.iterdir()] == ["epoch-1.msgpack"]
+    assert [file.name for file in outside.iterdir()] == ["epoch-1.msgpack"]

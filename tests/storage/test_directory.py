@@ -33,7 +33,7 @@ def test_a_used_or_unwritable_path_is_refused_and_nothing_is_made(scratch):
     for path in (scratch / "file", scratch / "used", scratch / "file" / "in", scratch):
         with pytest.raises(UserError, match="out="):
             RunDirectory.create(path)
-    assert sorted(each.name for each in scratch.iterdir()) == ["file", "used"]
+    assert sorted(entry.name for entry in scratch.iterdir()) == ["file", "used"]
     made = RunDirectory.create(scratch / "deep" / "new")
     assert made.path.stat().st_mode & 0o077 == 0
     RunDirectory.create(scratch / "deep" / "new")  # empty: not used yet
@@ -158,7 +158,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(scratch, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         run.write_bytes("a.txt", b"new")
-    assert {each.name: each.read_bytes() for each in run.path.iterdir()} == {"a.txt": b"old"}
+    assert {file.name: file.read_bytes() for file in run.path.iterdir()} == {"a.txt": b"old"}
 
 
 def test_links_pipes_and_bombs_are_refused(scratch, tmp_path_factory):

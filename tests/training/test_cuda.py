@@ -38,7 +38,7 @@ def lowered(tiny, norm, precision, nets, monkeypatch):
         epochs.evaluate_nets.trace(made.program, states, images, labels),
         init_state.trace(made.program, np.uint32(1)),
     ]
-    return [each.lower(lowering_platforms=("cuda",)).as_text() for each in traced]
+    return [program.lower(lowering_platforms=("cuda",)).as_text() for program in traced]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -54,8 +54,8 @@ def test_every_program_lowers_with_the_precision_that_was_asked_for(
         lines = [line for line in text.splitlines() if "stablehlo.convolution" in line]
         assert len(lines) >= least
         for line in lines:
-            said = set(re.findall(r"#stablehlo<precision (\w+)>", line))
-            assert said == {PRECISIONS[precision]}
+            precisions = set(re.findall(r"#stablehlo<precision (\w+)>", line))
+            assert precisions == {PRECISIONS[precision]}
             kinds = set(re.findall(r"x(f32|bf16)>", line))
             assert kinds == {"bf16" if precision == "bfloat16" else "f32"}
     products = [line for line in train.splitlines() if "stablehlo.dot_general" in line]

@@ -66,10 +66,12 @@ def test_an_epoch_equals_its_steps_one_by_one_and_holds_the_ragged_batch(tiny, a
     wanted_state, losses, correct = step_by_step(
         program, arrays, 3, 2, 70, train.init_state(program, 3)
     )
-    state, found, right = train_epoch(program, train.init_state(program, 3), *arrays, 3, 2, BATCH)
-    chex.assert_shape(found, (5,))
-    np.testing.assert_allclose(found, losses, rtol=1e-2)
-    assert abs(right - correct) <= 1
+    state, epoch_losses, hits = train_epoch(
+        program, train.init_state(program, 3), *arrays, 3, 2, BATCH
+    )
+    chex.assert_shape(epoch_losses, (5,))
+    np.testing.assert_allclose(epoch_losses, losses, rtol=1e-2)
+    assert abs(hits - correct) <= 1
     assert_gradients_close(state.params, wanted_state.params, typical=1e-3)
     assert_gradients_close(state.norm_state, wanted_state.norm_state, typical=1e-3)
     moved = jax.tree.map(
@@ -104,9 +106,9 @@ def test_an_epoch_in_chunks_is_the_same_bits_and_no_second_trace(tiny, arrays):
     initial = train.init_state(program, 3)
     whole, losses, _ = train_epoch(program, initial, *arrays, 3, 1, BATCH)
     traced = epochs.train_nets._cache_size()
-    state, found, _ = train_epoch(program, initial, *arrays, 3, 1, BATCH, chunks=3)
+    state, epoch_losses, _ = train_epoch(program, initial, *arrays, 3, 1, BATCH, chunks=3)
     chex.assert_trees_all_equal(state, whole)
-    np.testing.assert_array_equal(found, losses)
+    np.testing.assert_array_equal(epoch_losses, losses)
     train_epoch(program_of("batch", tiny), state, *arrays, 4, 2, BATCH, rate=0.02)
     assert epochs.train_nets._cache_size() == traced  # another learning rate is no other program
 
@@ -167,12 +169,12 @@ def test_a_tiny_set_is_learned(tiny, arrays, norm, arch):
     layer norm's first epochs are chaotic, and rounding decides when it recovers.
     """
     program = program_of(norm, tiny, arch)
-    state, own, new = train.init_state(program, 0), [], []
+    state, plain, new = train.init_state(program, 0), [], []
     test = jnp.asarray(tiny.test_images), jnp.asarray(tiny.test_labels)
     for epoch in range(1, 41):
         state, _, _ = train_epoch(program, state, *arrays, 0, epoch, 10, rate=0.005)
         if epoch > 30:
-            own.append(float(evaluate(program, state, *arrays).accuracy))
+            plain.append(float(evaluate(program, state, *arrays).accuracy))
             new.append(float(evaluate(program, state, *test).accuracy))
-    assert np.median(own) >= 0.99
+    assert np.median(plain) >= 0.99
     assert np.median(new) >= 0.95

@@ -61,10 +61,10 @@ def test_on_eight_devices_each_net_is_as_on_one_bit_for_bit(tmp_path):
         [sys.executable, "-c", EIGHT], capture_output=True, text=True, timeout=300, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert len(found["same"]) == 14
-    assert all(found["same"].values()), found["same"]
-    assert found["chosen"] == [
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert len(results["same"]) == 14
+    assert all(results["same"].values()), results["same"]
+    assert results["chosen"] == [
         "seed=1,batch=8",
         "seed=2,batch=4",
         "seed=8,batch=1",

@@ -33,10 +33,10 @@ def test_after_each_norm_the_activations_are_normalized(tiny):
     images = tiny.train_images[:12]
     for norm, axes in (("batch", (0, 1, 2)), ("layer", (1, 2, 3)), ("instance", (1, 2))):
         program, state = net(norm, tiny, "every-kind")
-        found = probes.activations(program, state, images)
-        assert set(found) == {"C1", "C3", "C4"}
-        chex.assert_shape(found["C3"], (12, 16, 16, 8))
-        for before, after in found.values():
+        activations = probes.activations(program, state, images)
+        assert set(activations) == {"C1", "C3", "C4"}
+        chex.assert_shape(activations["C3"], (12, 16, 16, 8))
+        for before, after in activations.values():
             x = np.asarray(before, np.float64)
             centred = x - x.mean(axes, keepdims=True)
             wanted = centred / np.sqrt((centred**2).mean(axes, keepdims=True) + 1e-5)
@@ -49,7 +49,7 @@ def test_after_each_norm_the_activations_are_normalized(tiny):
 def test_gradient_norms_are_those_of_the_loss_without_dropout(tiny):
     program, state = net("group", tiny, "every-kind")
     images, labels = tiny.train_images[:6], tiny.train_labels[:6]
-    found = probes.gradient_norms(program, state, images, labels)
+    norms = probes.gradient_norms(program, state, images, labels)
     model = program.model.clone(fast=False, dropout=0.0)
 
     def loss(params):
@@ -57,12 +57,12 @@ def test_gradient_norms_are_those_of_the_loss_without_dropout(tiny):
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     gradients = jax.jit(jax.grad(loss))(state.params)
-    assert set(found) == {"C1", "c2", "C3", "C4", "c5"}
+    assert set(norms) == {"C1", "c2", "C3", "C4", "c5"}
     averaged = state._replace(params=jax.tree.map(jnp.zeros_like, state.params))
     averaged = averaged._replace(average=state.params)  # what is evaluated, where there is one
     again = probes.gradient_norms(program, averaged, images, labels)
-    chex.assert_trees_all_close(again, found, rtol=1e-6)
-    for name, value in found.items():
+    chex.assert_trees_all_close(again, norms, rtol=1e-6)
+    for name, value in norms.items():
         wanted = np.sqrt((np.asarray(gradients[name]["kernel"], np.float64) ** 2).sum())
         assert float(value) == pytest.approx(wanted, rel=1e-3)
 
@@ -72,13 +72,13 @@ def test_batch_accuracy_uses_each_batchs_own_statistics(tiny):
     images, labels = jnp.asarray(tiny.test_images), jnp.asarray(tiny.test_labels)
     model = program.model.clone(fast=False, dropout=0.0)
     variables = state.variables
-    right = 0
+    correct = 0
     for start in (0, 11):
         inputs = train.standardize(state, images[start : start + 11])
         logits, _ = model.apply(variables, inputs, train=True, mutable=["batch_stats"])
-        right += int((logits.argmax(-1) == labels[start : start + 11]).sum())
-    found = probes.batch_accuracy(program, state, images, labels, 11)
-    assert float(found) == pytest.approx(right / 22)
+        correct += int((logits.argmax(-1) == labels[start : start + 11]).sum())
+    accuracy = probes.batch_accuracy(program, state, images, labels, 11)
+    assert float(accuracy) == pytest.approx(correct / 22)
     with pytest.raises(AssertionError, match="divisible"):
         probes.batch_accuracy(program, state, images, labels, 7)
 
@@ -90,13 +90,13 @@ def test_precise_statistics_are_those_of_all_images(tiny):
     program, state = net("batch", tiny)
     moved = jax.tree.map(lambda leaf: leaf + 7, state.norm_state)  # has no part in it
     batches = tiny.train_images[:36].reshape(3, 12, 32, 32, 3)
-    found = probes.precise_statistics(program, state._replace(norm_state=moved), batches)
+    statistics = probes.precise_statistics(program, state._replace(norm_state=moved), batches)
     before = probes.activations(program, state, batches.reshape(36, 32, 32, 3))["C1"][0]
     flat = np.asarray(before, np.float64).reshape(3, -1, 4)
     wanted = flat.var(1, ddof=1).mean(0) + flat.mean(1).var(0)
-    np.testing.assert_allclose(found["batch_stats"]["C1_norm"]["var"], wanted, rtol=1e-5)
+    np.testing.assert_allclose(statistics["batch_stats"]["C1_norm"]["var"], wanted, rtol=1e-5)
     np.testing.assert_allclose(
-        found["batch_stats"]["C1_norm"]["mean"], flat.mean((0, 1)), rtol=1e-4, atol=1e-6
+        statistics["batch_stats"]["C1_norm"]["mean"], flat.mean((0, 1)), rtol=1e-4, atol=1e-6
     )
 
 
@@ -119,15 +119,17 @@ def test_dropout_adds_to_the_variances_of_later_norms_alone(tiny):
 
 def test_the_cost_of_running_averages_is_split_into_lag_and_dropout(tiny):
     program, state = net("batch", tiny)
-    found = running_averages.accuracies(program, state, tiny, jax.random.key(1))
+    measured = running_averages.accuracies(program, state, tiny, jax.random.key(1))
     anew = probes.precise_statistics(
         program, state, jnp.asarray(tiny.train_images)[None], jax.random.key(1)
     )
     states = {"running": state, "with dropout": state._replace(norm_state=anew)}
-    for way, each in states.items():
-        logits = predict_logits(program, each, tiny.test_images)
-        assert found[way] == (logits.argmax(1) == tiny.test_labels).mean()
-    assert found["without dropout"] == found["with dropout"]  # no norm comes after its dropout
+    for way, state_of_way in states.items():
+        logits = predict_logits(program, state_of_way, tiny.test_images)
+        assert measured[way] == (logits.argmax(1) == tiny.test_labels).mean()
+    assert (
+        measured["without dropout"] == measured["with dropout"]
+    )  # no norm comes after its dropout
     accuracies = {"1": (0.5, 0.6, 0.8), "2": (0.6, 0.7, 0.8)}
     nets = {s: dict(zip(running_averages.WAYS, a, strict=True)) for s, a in accuracies.items()}
     about = {"arch": "x", "caption": "y", "device": "z", "jax": "1"}
@@ -140,17 +142,17 @@ def test_the_cost_of_running_averages_is_split_into_lag_and_dropout(tiny):
 def test_corruptions_by_hand():
     images = np.full((2, 32, 32, 3), 100, np.uint8)
     images[1, :, 16:] = 200
-    found = probes.corrupt(images)
-    assert {each.dtype for each in found.values()} == {np.dtype(np.uint8)}
-    assert {each.shape for each in found.values()} == {images.shape}
-    np.testing.assert_array_equal(found["bright"], np.where(images == 200, 255, 160))
+    corrupted = probes.corrupt(images)
+    assert {pixels.dtype for pixels in corrupted.values()} == {np.dtype(np.uint8)}
+    assert {pixels.shape for pixels in corrupted.values()} == {images.shape}
+    np.testing.assert_array_equal(corrupted["bright"], np.where(images == 200, 255, 160))
     for name in ("blur", "coarse pixels", "low contrast"):
-        np.testing.assert_array_equal(found[name][0], images[0])
-    assert found["blur"][1, 5, 14:18, 0].tolist() == [100, 133, 167, 200]
-    np.testing.assert_array_equal(found["coarse pixels"][1], images[1])
-    assert set(found["low contrast"][1].ravel()) == {130, 170}
-    assert 19 < (found["noise"].astype(float) - images).std() < 21
-    np.testing.assert_array_equal(probes.corrupt(images)["noise"], found["noise"])
+        np.testing.assert_array_equal(corrupted[name][0], images[0])
+    assert corrupted["blur"][1, 5, 14:18, 0].tolist() == [100, 133, 167, 200]
+    np.testing.assert_array_equal(corrupted["coarse pixels"][1], images[1])
+    assert set(corrupted["low contrast"][1].ravel()) == {130, 170}
+    assert 19 < (corrupted["noise"].astype(float) - images).std() < 21
+    np.testing.assert_array_equal(probes.corrupt(images)["noise"], corrupted["noise"])
 
 
 def test_similarity_is_the_mean_cosine_of_two_images():
@@ -158,32 +160,32 @@ def test_similarity_is_the_mean_cosine_of_two_images():
     one[0, 0, 0], other[0, 0, 0], other[1, 1, 1] = 2, 3, 3
     negative = one - 5 * (one == 0)  # ReLU takes it away
     cosine = 1 / 2**0.5
-    found = probes.similarity(np.stack([one, negative, other]))
-    assert found == pytest.approx((1 + 2 * cosine) / 3)
+    value = probes.similarity(np.stack([one, negative, other]))
+    assert value == pytest.approx((1 + 2 * cosine) / 3)
 
 
 def test_a_run_records_what_its_nets_do(tiny_run, tiny):
-    found = tiny_run.probes(("batch", 3), PROBES)
+    measured = tiny_run.probes(("batch", 3), PROBES)
     program, state = runner.load_state(tiny_run.path, "batch", 3)
     program = dataclasses.replace(program, mesh=ONE)
-    assert list(found["layers"]) == ["C1"]
-    assert list(found["kernels"]) == ["C1", "c11"]
-    assert list(found["sizes"]) == [4, 16]  # no more than the 22 test images
+    assert list(measured["layers"]) == ["C1"]
+    assert list(measured["kernels"]) == ["C1", "c11"]
+    assert list(measured["sizes"]) == [4, 16]  # no more than the 22 test images
     before, after = probes.activations(program, state, tiny.train_images)["C1"]
-    np.testing.assert_allclose(found["before"][0], [before.mean(), before.std()], atol=1e-5)
-    np.testing.assert_allclose(found["after"][0], [after.mean(), after.std()], atol=1e-5)
+    np.testing.assert_allclose(measured["before"][0], [before.mean(), before.std()], atol=1e-5)
+    np.testing.assert_allclose(measured["after"][0], [after.mean(), after.std()], atol=1e-5)
     last = [epoch for epoch in tiny_run.epochs() if epoch.norm == "batch"][-1]
     assert last.epoch == 2
-    assert found["tested"] == 16  # what every batch size divides
-    right = (tiny_run.predictions(("batch", 3))[0].argmax(1) == tiny.test_labels)[:16]
-    assert found["running_accuracy"] == pytest.approx(right.mean())
+    assert measured["tested"] == 16  # what every batch size divides
+    correct = (tiny_run.predictions(("batch", 3))[0].argmax(1) == tiny.test_labels)[:16]
+    assert measured["running_accuracy"] == pytest.approx(correct.mean())
     initial = train.init_state(program, 3)._replace(standard=state.standard)
-    for row, each in zip(found["similarities"], (initial, state), strict=True):
-        (_, after) = probes.activations(program, each, tiny.train_images)["C1"]
+    for row, net_state in zip(measured["similarities"], (initial, state), strict=True):
+        (_, after) = probes.activations(program, net_state, tiny.train_images)["C1"]
         assert row[0] == pytest.approx(probes.similarity(np.asarray(after)), rel=1e-4)
     clean = probes._accuracy(program, state, tiny.test_images[:16], tiny.test_labels[:16])
-    assert found["running_accuracy"] == pytest.approx(clean)
-    assert len(found["corruptions"]) == len(found["corrupted_accuracy"]) == 5
+    assert measured["running_accuracy"] == pytest.approx(clean)
+    assert len(measured["corruptions"]) == len(measured["corrupted_accuracy"]) == 5
     group = tiny_run.probes(("group", 3), PROBES)
     assert group["precise_accuracy"] == group["running_accuracy"]
     assert (group["batch_accuracy"] == group["running_accuracy"]).all()

@@ -77,10 +77,10 @@ def test_a_wrong_evaluation_is_refused(tiny, monkeypatch):
 
 
 def test_a_wrong_ragged_batch_is_refused(tiny, monkeypatch):
-    right = epochs.train_step
+    original = epochs.train_step
 
     def wrong(program, state, images, *rest):
-        state, loss, correct = right(program, state, images, *rest)
+        state, loss, correct = original(program, state, images, *rest)
         return state, loss * (1.1 if len(images) in (3, 6) else 1), correct
 
     monkeypatch.setattr(epochs, "train_step", wrong)
@@ -91,11 +91,11 @@ def test_a_wrong_ragged_batch_is_refused(tiny, monkeypatch):
 
 def test_the_known_miscompilation_is_refused(monkeypatch):
     selfcheck.check_compiler()
-    right = jax.jit
+    original = jax.jit
 
     def wrong(function):
         """Leaves the last row out, as jaxlib 0.10.2 does some."""
-        return lambda *arguments: right(function)(*arguments).at[-1].set(0)
+        return lambda *arguments: original(function)(*arguments).at[-1].set(0)
 
     monkeypatch.setattr(selfcheck.jax, "jit", wrong)
     with pytest.raises(selfcheck.WrongNumbers, match="sums 1 of 40000 rows wrongly"):
@@ -108,7 +108,7 @@ def step(loss, params, batch_stats):
 
 
 @pytest.mark.parametrize(
-    ("loss", "params", "batch_stats", "said"),
+    ("loss", "params", "batch_stats", "message"),
     [
         (2.0, [1.1, 0.9], [0.10], ""),
         (2.0001, [1.101, 0.9], [0.100001], ""),  # rounding, and one ReLU that flipped
@@ -120,11 +120,11 @@ def step(loss, params, batch_stats):
         (np.nan, [1.1, 0.9], [0.10], "the loss is inf% off"),
     ],
 )
-def test_what_disagrees_is_named(loss, params, batch_stats, said):
+def test_what_disagrees_is_named(loss, params, batch_stats, message):
     before = step(0, np.ones(2), np.zeros(1))[1]
     plain = step(2.0, jnp.array([1.1, 0.9]), jnp.array([0.1]))
     ours = step(loss, jnp.array(params), jnp.array(batch_stats))
-    assert selfcheck._disagreement(ours, plain, before) == said
+    assert selfcheck._disagreement(ours, plain, before) == message
 
 
 def test_what_another_process_finds_wrong_is_wrong_in_all(tiny, monkeypatch):

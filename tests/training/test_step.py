@@ -171,7 +171,7 @@ def test_one_golden_step(tiny):
     after, loss, _ = step(program, state, images, labels, key, 0.01)
     velocity = optax.tree.norm(after.opt_state[0].trace)
     mean = jnp.abs(after.norm_state["batch_stats"]["C5_norm"]["mean"]).sum()
-    found = {"loss": float(loss), "gradient": float(velocity), "mean": float(mean)}
+    numbers = {"loss": float(loss), "gradient": float(velocity), "mean": float(mean)}
     np.testing.assert_allclose(
-        list(found.values()), list(GOLDEN.values()), rtol=1e-4, err_msg=f"found {found}"
+        list(numbers.values()), list(GOLDEN.values()), rtol=1e-4, err_msg=f"found {numbers}"
     )
