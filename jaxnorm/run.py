@@ -16,8 +16,6 @@ from jaxnorm import cli
 from jaxnorm.config import SWEPT, Config, UserError, product
 
 if TYPE_CHECKING:
-    from jaxnorm.analysis.drawing import Named
-    from jaxnorm.analysis.tables import Table
     from jaxnorm.data.datasets import Dataset
     from jaxnorm.storage.sweep import Sweep
     from jaxnorm.training.mesh import MeshShape
@@ -201,7 +199,7 @@ def _train(requested: list[Config], options: Options, finish: "Finish") -> int:
     from jaxnorm.runs import multihost, runner
     from jaxnorm.storage.directory import RunDirectory
     from jaxnorm.storage.sweep import Sweep
-    from jaxnorm.training import trainer
+    from jaxnorm.training import groups, trainer
     from jaxnorm.training.mesh import MeshShape
     from jaxnorm.training.selfcheck import self_check
 
@@ -222,7 +220,7 @@ def _train(requested: list[Config], options: Options, finish: "Finish") -> int:
         board = TensorBoard(out / "tensorboard", sweep=len(configs) > 1)
     mesh = None if options.mesh is None else MeshShape.parse(options.mesh)
     for config in configs:
-        trainer.mesh_for(configs, config.batch_size, mesh)
+        groups.mesh_for(configs, config.batch_size, mesh)
     # What is wrong whatever the data is, is said before a download.
     summary.check_nets(dataclasses.replace(configs[0], allow_large=True), num_classes=10)
     # Process 0 may import an archive, or write a cache, that the others find.
@@ -340,7 +338,7 @@ def report(sweep: "Sweep", dataset: "Dataset", quiet: bool) -> None:
     else:
         path = shlex.quote(str(sweep.folder.path))
         where = f"the table is {path}/sweep.md; reports: python -m jaxnorm.report {path}"
-        print(_write(sweep, "sweep", [sweeps.results(runs)], sweeps.draw(runs)))
+        print(sweeps.write(sweep.folder, "sweep", [sweeps.results(runs)], sweeps.draw(runs)))
     if not quiet:
         print(where)
 
@@ -352,20 +350,9 @@ def report_tuning(sweep: "Sweep", dataset: "Dataset", quiet: bool) -> None:
 
     runs = [Run(directory) for directory in sweep.directories]
     tables = [sweeps.tuning(runs), sweeps.every_trial(runs)]
-    print(_write(sweep, "tuning", tables, sweeps.draw_tuning(runs)))
+    print(sweeps.write(sweep.folder, "tuning", tables, sweeps.draw_tuning(runs)))
     if not quiet:
         print(f"the tables and two figures are in {sweep.folder.path}")
-
-
-def _write(sweep: "Sweep", name: str, tables: "list[Table]", figures: "Named") -> str:
-    """Writes tables and figures of all runs into the sweep's folder; returns the tables' text."""
-    from jaxnorm.analysis import drawing
-
-    text = "\n".join(table.markdown() for table in tables)
-    sweep.folder.write_bytes(f"{name}.md", text.encode())
-    for stem, figure in figures:
-        sweep.folder.write_bytes(f"{stem}.png", drawing.png(figure))
-    return "\n\n".join(table.plain() for table in tables)
 
 
 def _default_out(config: Config) -> Path:

@@ -6,10 +6,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from jaxnorm.analysis import stats
-from jaxnorm.analysis.drawing import COLOURS, Named, look_of, new_figure, percent_axes
+from jaxnorm.analysis.drawing import COLOURS, Named, look_of, new_figure, percent_axes, png
 from jaxnorm.analysis.results import Run
 from jaxnorm.analysis.tables import MEAN, Table
 from jaxnorm.config import SWEPT
+from jaxnorm.storage.directory import RunDirectory
 
 
 def results(runs: Sequence[Run]) -> Table:
@@ -136,3 +137,11 @@ def draw_tuning(runs: Sequence[Run]) -> Named:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     percent_axes(axes, "trials", f"expected best {_held_out(runs)}")
     yield "best-of-k", figure
+
+
+def write(folder: RunDirectory, name: str, tables: Sequence[Table], figures: Named) -> str:
+    """Writes the tables and figures of a sweep into its folder; returns the text of the tables."""
+    folder.write_bytes(f"{name}.md", "\n".join(table.markdown() for table in tables).encode())
+    for stem, figure in figures:
+        folder.write_bytes(f"{stem}.png", png(figure))
+    return "\n\n".join(table.plain() for table in tables)

@@ -86,8 +86,8 @@ class Options:
 
 
 class Worker:
-    """A process that makes a job's steps on demand. It reports how long it took to get ready, or why
-    it failed, and then the seconds of a step in every round.
+    """A process that makes a job's steps on demand. It reports how long it took to get ready, or
+    why it failed, and then the seconds of a step in every round.
     """
 
     def __init__(self, job: Job) -> None:

@@ -81,8 +81,8 @@ def jax_setup(job: Job) -> tuple[Any, list[tuple], Any, Any]:
 
     from jaxnorm.training import mesh as meshes
     from jaxnorm.training.epoch import epoch_keys
+    from jaxnorm.training.groups import program_of
     from jaxnorm.training.step import init_state
-    from jaxnorm.training.trainer import program_of
 
     config = config_of(job)
     mesh = meshes.choose(1, job.batch_size) if job.peer == "jaxnorm" else meshes.ONE

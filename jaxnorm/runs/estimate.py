@@ -21,8 +21,9 @@ from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.schema import Epoch
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training import mesh as meshes
+from jaxnorm.training.groups import Nets, groups
 from jaxnorm.training.mesh import MeshShape
-from jaxnorm.training.trainer import Nets, Trained, groups
+from jaxnorm.training.trainer import Trained
 
 MEASURED, STEPS = 3, 5
 """How often each thing is timed, of which the median counts; and the training steps timed at once:

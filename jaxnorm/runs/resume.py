@@ -14,8 +14,9 @@ from jaxnorm.config import Config, Net, UserError
 from jaxnorm.storage import checkpoint
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.schema import Epoch, RunInfo, belongs
+from jaxnorm.training.groups import program_of
 from jaxnorm.training.step import TrainState, init_state
-from jaxnorm.training.trainer import NetProgress, program_of
+from jaxnorm.training.trainer import NetProgress
 
 
 def find_progress(

@@ -20,10 +20,11 @@ from jaxnorm.storage import checkpoint
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.schema import RunInfo
 from jaxnorm.storage.sweep import Sweep
-from jaxnorm.training import probes, trainer
+from jaxnorm.training import groups, probes, trainer
+from jaxnorm.training.groups import SweptNet
 from jaxnorm.training.mesh import MeshShape
 from jaxnorm.training.step import Program, TrainState
-from jaxnorm.training.trainer import Callback, NetProgress, SweptNet, Trained
+from jaxnorm.training.trainer import Callback, NetProgress, Trained
 
 
 def run(
@@ -57,7 +58,7 @@ def run(
             sweep.record_growth()
             begun = any(directory.exists() for directory in sweep.directories)
             for i, (config, directory) in enumerate(zip(configs, sweep.directories, strict=True)):
-                shape = str(trainer.mesh_for(configs, config.batch_size, mesh))
+                shape = str(groups.mesh_for(configs, config.batch_size, mesh))
                 arguments = (command, self_check, deterministic, shape)
                 now = environment.describe(config, dataset, counts[i], *arguments)
                 for net, net_progress in _begin(directory, now, callback).items():
@@ -141,7 +142,7 @@ def save_epoch(
 def measure_net(directory: RunDirectory, done: Trained, dataset: Dataset) -> None:
     """Writes the probes of a net after its last epoch."""
     info, net = directory.info(), done.record.net
-    program = trainer.program_of(info.config, info.dataset, net[0])
+    program = groups.program_of(info.config, info.dataset, net[0])
     measured = probes.measure(program, done.state, dataset, done.logits, net[1])
     directory.write_net("probes", net, epoch=np.array(done.record.epoch, np.int32), **measured)
 
@@ -177,7 +178,7 @@ def load_state(path: Path | str, norm: str, seed: int) -> tuple[Program, TrainSt
         values = checkpoint.restore(directory, net, complete, checkpoint_shapes(info, net))
     except checkpoint.Damaged as error:
         raise UserError(str(error)) from None
-    return trainer.program_of(info.config, info.dataset, norm), values["state"]
+    return groups.program_of(info.config, info.dataset, norm), values["state"]
 
 
 def load_model(path: Path | str, norm: str, seed: int) -> Any:

@@ -20,6 +20,7 @@ from jaxnorm.config import Config, Precision
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.data.download import Progress
 from jaxnorm.training import mesh as meshes
+from jaxnorm.training.groups import Group, Nets, groups
 from jaxnorm.training.mesh import ONE, MeshShape
 from jaxnorm.training.step import (
     Program,
@@ -29,7 +30,6 @@ from jaxnorm.training.step import (
     standardize,
     train_step,
 )
-from jaxnorm.training.trainer import Group, Nets, groups
 
 ALLOWED: dict[Precision, tuple[float, float]] = {
     "float32": (1e-4, 5e-2),
@@ -207,8 +207,8 @@ def _disagreement(
     for (path, got), (_, wanted), (_, before) in zip(*leaves, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator=" ")
         if name.startswith("norm_state"):
-            # A norm's state is compared as a whole: where kernels sum to zero a mean is nearly zero,
-            # and its error is to be small beside the deviation.
+            # A norm's state is compared as a whole: where kernels sum to zero a mean is nearly
+            # zero, and its error is to be small beside the deviation.
             name = name.rpartition(" ")[0]
         arrays.setdefault(name, []).append((got, wanted, before))
     for name, parts in arrays.items():

@@ -16,8 +16,9 @@ from jaxnorm.runs import runner
 from jaxnorm.storage import checkpoint
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.training import epoch as epochs
+from jaxnorm.training.groups import groups
 from jaxnorm.training.mesh import ONE, MeshShape
-from jaxnorm.training.trainer import Callback, NonFiniteLoss, groups
+from jaxnorm.training.trainer import Callback, NonFiniteLoss
 
 CONFIG = Config(
     norm="layer", arch="three-layers", dataset="tiny", epochs=3, batch_size=16, seed=3, seeds=2

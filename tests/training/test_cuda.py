@@ -11,9 +11,9 @@ from jaxnorm.config import Config
 from jaxnorm.model import ops
 from jaxnorm.model.layers import BUILT_IN
 from jaxnorm.training import epoch as epochs
+from jaxnorm.training.groups import Nets, groups
 from jaxnorm.training.mesh import ONE
 from jaxnorm.training.step import init_state
-from jaxnorm.training.trainer import Nets, groups
 
 pytestmark = pytest.mark.slow
 PRECISIONS = {"float32": "HIGHEST", "tf32": "HIGH", "bfloat16": "HIGHEST"}
