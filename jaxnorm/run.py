@@ -5,7 +5,7 @@ import dataclasses
 import datetime
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
@@ -63,7 +63,8 @@ class Options:
         JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe. Process 0 writes
         the results.
     plan
-        Say what would train together, in how much memory and how long, and exit.
+        Say what would train together, in how much memory and how long, and exit; of a run to
+        resume, what is not finished.
     preallocate
         Have JAX take most of a GPU's memory at once; otherwise it takes what it needs.
     deterministic
@@ -230,7 +231,7 @@ def _train(requested: list[Config], options: Options, finish: "Finish") -> int:
     for config in configs:
         trainer.check(config, dataset)
     if options.plan:
-        _print_plan(configs, options, dataset, mesh)
+        _print_plan(configs, options, dataset, mesh, {tuple(net) for net in task["finished"]})
         return 0
     new = process_0 and not options.resume
     multihost.in_every_process(lambda: RunDirectory.create(out) if new else None)
@@ -272,12 +273,15 @@ def _what_to_train(requested: list[Config], out: Path, options: Options) -> dict
 
     if not options.resume:
         RunDirectory.check_unused(out)
-        return {"configs": [dataclasses.asdict(c) for c in requested], "unverified": False}
+        configs = [dataclasses.asdict(config) for config in requested]
+        return {"configs": configs, "unverified": False, "finished": []}
     sweep = Sweep.open(out)
     infos = [directory.info() for directory in sweep.directories if directory.exists()]
+    grown = _grown(requested, sweep.configs, options)
     return {
-        "configs": [dataclasses.asdict(c) for c in _grown(requested, sweep.configs, options)],
+        "configs": [dataclasses.asdict(config) for config in grown],
         "unverified": any(info.dataset.verified is False for info in infos),
+        "finished": list(Sweep(out, grown).finished()),
     }
 
 
@@ -375,21 +379,28 @@ def _how_to_resume(out: Path | None, options: Options) -> str:
 
 
 def _print_plan(
-    configs: Sequence[Config], options: Options, dataset: "Dataset", mesh: "MeshShape | None"
+    configs: Sequence[Config],
+    options: Options,
+    dataset: "Dataset",
+    mesh: "MeshShape | None",
+    finished: Collection[tuple] = (),
 ) -> None:
-    """Estimates and prints what training takes."""
+    """Estimates and prints what training takes, of the nets that are not finished."""
     import jax
 
     from jaxnorm.analysis.tables import Table
     from jaxnorm.runs import multihost
     from jaxnorm.runs.estimate import COLUMNS, duration, estimate
 
-    nets = sum(len(config.nets) for config in configs)
+    nets = sum(len(config.nets) for config in configs) - len(finished)
     speaks = multihost.is_process_0()
+    doing = f"planning {nets} nets: compiling, and a few steps"
     if speaks:
-        print(f"planning {nets} nets: compiling, and a few steps")
+        print(doing if nets else "every net is finished: nothing is left to train")
+    if not nets:
+        return
     with _bar(options) as bar:
-        estimates = estimate(configs, dataset, mesh, bar.at)
+        estimates = estimate(configs, dataset, mesh, bar.at, finished)
     training = duration(sum(part.training for part in estimates))
     rest = duration(sum(part.rest for part in estimates))
     size = dataset.train_images.nbytes + dataset.test_images.nbytes

@@ -394,6 +394,10 @@ def test_a_sweep_is_planned_trained_and_resumed(inside, tiny_by_name, capsys, mo
         row = f"| {config.batch_size} | {config.learning_rate:g} | {last.test_accuracy:.2%} |"
         assert row in table
     assert len(calls) == 9
+    assert call("--resume", "s", "--seeds", "2", "--plan") == 0
+    assert "4 nets on 2 devices: about" in capsys.readouterr().out  # not the four that are finished
+    assert call("--resume", "s", "--plan") == 0
+    assert capsys.readouterr().out.startswith("every net is finished")
     assert not list((inside / "s").glob("*.png"))  # two settings differ
 
 

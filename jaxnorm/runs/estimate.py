@@ -6,7 +6,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.schema import Epoch
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training import mesh as meshes
-from jaxnorm.training.groups import Nets, groups
+from jaxnorm.training.groups import Nets, SweptNet, groups
 from jaxnorm.training.mesh import MeshShape
 from jaxnorm.training.trainer import Trained
 
@@ -49,14 +49,16 @@ def estimate(
     dataset: Dataset,
     mesh: MeshShape | None = None,
     progress: Progress = lambda what, done, total: None,
+    finished: Container[SweptNet] = (),
 ) -> list[Estimate]:
-    """Estimates the training of all nets, by norm and batch size. Compiles every program, runs a
-    few steps of each, and writes to a folder of its own, which it removes.
+    """Estimates the training of all nets but the finished ones, from their first epoch on, by norm
+    and batch size. Compiles every program, runs a few steps of each, and writes to a folder of its
+    own, which it removes.
 
     In a job of several processes all of them call it.
     """
     rounds: dict[tuple[str, int], list] = {}
-    for group in groups(configs, dataset, mesh):
+    for group in groups(configs, dataset, mesh, finished):
         rounds.setdefault((group.norm, configs[group.nets[0][0]].batch_size), []).append(group)
     done = itertools.count()
 

@@ -62,6 +62,15 @@ class Sweep:
             return cls(path, folder.read_json(_FILE, SweepInfo).runs)
         return cls(path, [folder.info().config])
 
+    def finished(self) -> set[tuple[int, str, int]]:
+        """The nets that are at their last epoch: the number of their run, their norm and seed."""
+        nets = set()
+        for i, (config, directory) in enumerate(zip(self.configs, self.directories, strict=True)):
+            lines, _ = directory.read_epochs()
+            last = {line.net for line in lines if line.epoch == config.epochs}
+            nets |= {(i, *net) for net in last.intersection(config.nets)}
+        return nets
+
     def record_growth(self) -> None:
         """Writes to `sweep.json` how far its runs will grow, before any of them does, so that a
         sweep that is killed meanwhile resumes. To be called under the lock.
