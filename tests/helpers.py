@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxnorm import cli
+from jaxnorm import run as run_command
 from jaxnorm.model.cnn import CNN
 from jaxnorm.runs import runner
 from jaxnorm.storage.sweep import Sweep
@@ -13,6 +15,15 @@ from jaxnorm.training import epoch as epochs
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training.mesh import ONE
 from jaxnorm.training.step import Program
+
+SMALL = ("--dataset", "tiny", "--epochs", "1", "--batch-size", "35", "--norm", "layer")
+SMALL += ("--arch", "three-layers")
+"""A run that is over soon, of `conftest`'s data and net."""
+
+
+def call(*arguments) -> int:
+    """The command `jaxnorm.run` in this process; its exit code."""
+    return cli.run(run_command.app, [str(argument) for argument in arguments])
 
 
 def program_of(norm, dataset, arch="three-layers", dropout=0.1, mesh=ONE, **fields):

@@ -1,0 +1,152 @@
+"""The command with several runs, and with one that is there already: planned, resumed, grown."""
+
+import signal
+from pathlib import Path
+
+import pytest
+from helpers import SMALL, call
+
+from jaxnorm import run
+from jaxnorm.analysis import sweeps
+from jaxnorm.analysis.results import Run
+from jaxnorm.runs import estimate, runner, signals
+from jaxnorm.storage.directory import RunDirectory
+from jaxnorm.storage.sweep import Sweep
+from jaxnorm.training import selfcheck, trainer
+
+FLAGS = ("--norm", "layer", "--dataset", "tiny", "--epochs", "2", "--skip-self-check")
+FLAGS += ("--arch", "three-layers")
+SWEPT = ("--batch-size", "35", "70", "--learning-rate", "0.01", "0.002")
+
+
+def test_resume_takes_the_runs_settings_and_refuses_others(inside, tiny_by_name, capsys):
+    assert call(*SMALL, "--skip-self-check", "--out", "a run", "--data-dir", "d") == 0
+    (inside / "a run" / "metrics.jsonl").write_text("")
+    capsys.readouterr()
+    for flags, message in (
+        (("--momentum", "0.8"), "--momentum 0.8 conflicts with the run in a run, which has 0.9"),
+        (("--norm=batch",), "--norm batch conflicts"),
+        (("--learning-rate", "0.1"), "--learning-rate 0.1 conflicts with the run to resume"),
+        (("--out", "b"), "--out conflicts with --resume"),
+    ):
+        assert call("--resume", "a run", *flags) == 2
+        assert message in capsys.readouterr().err
+    assert call("--resume", "none") == 2
+    assert "none/run.json is missing" in capsys.readouterr().err
+    assert call("--resume", "a run", "--epochs", "1", "--skip-self-check") == 0
+    captured = capsys.readouterr()
+    assert "resuming after 0 of 1 epochs" in captured.out
+    assert len(RunDirectory("a run").epochs()) == 1
+    assert call("--resume", "a run", "--seeds", "2", "--quiet", "--skip-self-check") == 0
+    assert [(e.seed, e.epoch) for e in RunDirectory("a run").epochs()] == [(1, 1), (2, 1)]
+    assert RunDirectory("a run").info().config.seeds == 2
+
+
+def test_resume_refuses_to_turn_off_what_the_run_has(inside, sweep, capsys):
+    sweep("x", nesterov=True)
+    assert call("--resume", "x", "--no-nesterov") == 2
+    assert "--nesterov False conflicts with the run in x, which has True" in capsys.readouterr().err
+
+
+def test_resume_warns_of_what_is_damaged(inside, tiny_by_name, capsys):
+    assert call(*SMALL, "--skip-self-check", "--out", "x") == 0
+    metrics = inside / "x" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("layer", "paper"))
+    capsys.readouterr()
+    assert call("--resume", "x", "--skip-self-check", "--quiet") == 0
+    assert capsys.readouterr().err.startswith("warning: 1 damaged and 0 other lines")
+
+
+def test_how_to_resume_names_where_the_data_is():
+    hint = run._how_to_resume(Path("a run"), run.Options(data_dir=Path("my data")))
+    assert hint.endswith("python -m jaxnorm.run --resume 'a run' --data-dir 'my data'")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "flags"),
+    [(selfcheck, "with_noise", FLAGS[:-3] + FLAGS[-2:]), (estimate, "groups", (*FLAGS, "--plan"))],
+    ids=["self-check", "plan"],
+)
+def test_a_signal_stops_what_comes_before_training(
+    inside, tiny_by_name, capsys, monkeypatch, module, name, flags
+):
+    original = getattr(module, name)
+
+    def signalled(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(module, name, signalled)
+    monkeypatch.setattr(trainer.Nets, "train_chunk", lambda *_: pytest.fail("trained"))
+    assert call(*flags, "--batch-size", "35", "--out", "new") == 143
+    assert capsys.readouterr().err == "error: terminated\n"
+    assert list(inside.iterdir()) == []
+
+
+def test_a_sweep_is_planned_trained_and_resumed(inside, tiny_by_name, capsys, monkeypatch):
+    original, calls = runner.save_epoch, []
+
+    def fails_once(directory, *rest):
+        if directory.path.parent.name == "s":  # and not the plan's own
+            calls.append(1)
+            if len(calls) == 3:
+                raise signals.Stopped(2)
+        original(directory, *rest)
+
+    monkeypatch.setattr(runner, "save_epoch", fails_once)
+    assert call(*FLAGS, *SWEPT, "--out", "s") == 130
+    captured = capsys.readouterr()
+    assert "planning 4 nets" in captured.out
+    rows = [line.split() for line in captured.out.splitlines()]
+    assert ["layer", "35", "2", "2", "seed=2,batch=1"] in [row[:5] for row in rows]
+    assert "4 nets on 2 devices: about" in captured.out
+    assert "resume it with: python -m jaxnorm.run --resume s" in captured.err
+    assert call("--resume", "s", "--batch-size", "35") == 2
+    assert "--batch-size 35 conflicts with the run to resume, which has 35 70" in (
+        capsys.readouterr().err
+    )
+    assert call("--resume", "s", "--skip-self-check", "--batch-size", "35", "70") == 0
+    captured = capsys.readouterr()
+    assert "resuming after 2 of 8 epochs" in captured.out
+    assert "planning" not in captured.out
+    table = (inside / "s" / "sweep.md").read_text()
+    for directory in Sweep.open("s").directories:
+        config, last = directory.info().config, directory.epochs()[-1]
+        row = f"| {config.batch_size} | {config.learning_rate:g} | {last.test_accuracy:.2%} |"
+        assert row in table
+    assert len(calls) == 9
+    assert call("--resume", "s", "--seeds", "2", "--plan") == 0
+    assert "4 nets on 2 devices: about" in capsys.readouterr().out  # not the four that are finished
+    assert call("--resume", "s", "--plan") == 0
+    assert capsys.readouterr().out.startswith("every net is finished")
+    assert not list((inside / "s").glob("*.png"))  # two settings differ
+
+
+def test_a_sweep_of_batch_sizes_is_drawn(inside, tiny_by_name, capsys):
+    swept = ("--batch-size", "70", "35", "--linear-scaling", "--seeds", "2", "--quiet")
+    assert call(*FLAGS, *swept, "--out", "s") == 0
+    printed = capsys.readouterr()
+    assert "The learning rate is multiplied by batch / 128." in printed.out
+    assert "planning" not in printed.out
+    runs = [Run(directory) for directory in Sweep.open("s").directories]
+    assert (inside / "s" / "batch-size.png").read_bytes().startswith(b"\x89PNG")
+    ((name, figure),) = sweeps.draw(runs)
+    (means, seeds), (axes,) = figure.axes[0].lines, figure.axes
+    assert name == "batch-size"
+    assert axes.get_xlabel() == "batch size"
+    ends = {run.info.config.batch_size: run.sample("layer") for run in runs}
+    assert list(means.get_xdata()) == [35, 70]
+    assert list(means.get_ydata()) == [ends[35].mean, ends[70].mean]
+    assert list(seeds.get_ydata()) == [*ends[35].values, *ends[70].values]
+
+
+def test_a_plan_alone_trains_nothing(inside, tiny_by_name, capsys):
+    assert call(*FLAGS, *SWEPT, "--seeds", "2", "--plan", "--mesh", "seed=1,batch=1") == 0
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines() if line.split()[0] == "layer"]
+    assert [row[:5] for row in rows] == [
+        ["layer", "35", "4", "1", "seed=1,batch=1"],
+        ["layer", "70", "4", "1", "seed=1,batch=1"],
+    ]
+    assert [row[5:8] for row in rows] == [["4", "x", "4"], ["4", "x", "2"]]
+    assert list(inside.iterdir()) == []
