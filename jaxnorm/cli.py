@@ -170,6 +170,12 @@ class Terminal:
         """Moves the bar."""
         self.bar.at(f"{self.what}, epoch {epoch} of {self.epochs}", done, self.steps)
 
+    def on_measuring(self, done: int, total: int) -> None:
+        """Moves a bar of its own."""
+        self.bar.at("measuring inside the net", done, total)
+        if done == total:
+            self.bar.close()
+
     def on_resume(self, complete: int) -> None:
         """Says from where a run resumes."""
         self.before = complete

@@ -12,7 +12,7 @@ from jaxnorm.analysis.results import Run
 from jaxnorm.runs import estimate, runner, signals
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.sweep import Sweep
-from jaxnorm.training import selfcheck, trainer
+from jaxnorm.training import probes, selfcheck, trainer
 
 FLAGS = ("--norm", "layer", "--dataset", "tiny", "--epochs", "2", "--skip-self-check")
 FLAGS += ("--arch", "three-layers")
@@ -81,6 +81,26 @@ def test_a_signal_stops_what_comes_before_training(
     assert call(*flags, "--batch-size", "35", "--out", "new") == 143
     assert capsys.readouterr().err == "error: terminated\n"
     assert list(inside.iterdir()) == []
+
+
+def test_a_signal_while_a_net_is_measured_loses_no_epoch(inside, tiny_by_name, capsys, monkeypatch):
+    original, corrupt = probes.gradient_norms, probes.corrupt
+
+    def signalled(*arguments):
+        monkeypatch.setattr(probes, "gradient_norms", original)
+        signal.raise_signal(signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(probes, "gradient_norms", signalled)
+    monkeypatch.setattr(probes, "corrupt", lambda _: pytest.fail("measured on"))
+    assert call(*SMALL, "--skip-self-check", "--out", "x") == 143
+    assert "resume it with" in capsys.readouterr().err
+    directory, net = RunDirectory("x"), ("layer", 1)
+    assert [line.net for line in directory.epochs()] == [net]
+    assert not directory.measured(net)
+    monkeypatch.setattr(probes, "corrupt", corrupt)
+    assert call("--resume", "x", "--skip-self-check", "--quiet") == 0
+    assert directory.measured(net)
 
 
 def test_a_sweep_is_planned_trained_and_resumed(inside, tiny_by_name, capsys, monkeypatch):

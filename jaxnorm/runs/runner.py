@@ -77,7 +77,7 @@ def run(
                 losses[done.net] = np.concatenate([losses[done.net], done.losses])
                 save_epoch(sweep.directories[done.run], done, losses[done.net], dataset)
                 if done.record.epoch == configs[done.run].epochs:
-                    measure_net(sweep.directories[done.run], done, dataset)
+                    measure_net(sweep.directories[done.run], done, dataset, callback)
             callback.on_epoch(configs[done.run], done.record)
         for directory in sweep.directories if multihost.is_process_0() else ():
             directory.write_epochs(in_order(directory.info().config, directory.epochs()))
@@ -139,11 +139,14 @@ def save_epoch(
     directory.append_epoch(done.record)
 
 
-def measure_net(directory: RunDirectory, done: Trained, dataset: Dataset) -> None:
+def measure_net(
+    directory: RunDirectory, done: Trained, dataset: Dataset, callback: Callback
+) -> None:
     """Writes the probes of a net after its last epoch."""
     info, net = directory.info(), done.record.net
     program = groups.program_of(info.config, info.dataset, net[0])
-    measured = probes.measure(program, done.state, dataset, done.logits, net[1])
+    nets = program, done.state, dataset, done.logits, net[1]
+    measured = probes.measure(*nets, callback.on_measuring)
     directory.write_net("probes", net, epoch=np.array(done.record.epoch, np.int32), **measured)
 
 
@@ -161,7 +164,8 @@ def measure_rest(directory: RunDirectory, dataset: Dataset, callback: Callback) 
                 callback.on_warning(f"{net[0]} norm is not measured inside: {error}")
                 continue
             logits, _ = directory.predictions(net)
-            measure_net(directory, Trained(0, epoch, state, np.zeros(0), logits), dataset)
+            done = Trained(0, epoch, state, np.zeros(0), logits)
+            measure_net(directory, done, dataset, callback)
 
 
 def load_state(path: Path | str, norm: str, seed: int) -> tuple[Program, TrainState]:

@@ -8,6 +8,7 @@ the batch, but without dropout, so that what differs between two norms is the no
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -164,6 +165,7 @@ def measure(
     dataset: Dataset,
     logits: np.ndarray,  # f32[M, classes], of the test images, with running averages
     seed: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, np.ndarray]:
     """What a run records of one trained net, by name:
 
@@ -177,8 +179,10 @@ def measure(
       precise_accuracy: f32[], with `precise_statistics` of all training images.
     - corruptions: names of the five of `corrupt`; corrupted_accuracy: f32[5], on the same images.
 
-    The first `LOOKED_AT` training images and `TESTED` test images are looked at.
+    The first `LOOKED_AT` training images and `TESTED` test images are looked at. `progress` is
+    called with how many of five parts are done.
     """
+    progress(0, 5)
     program = dataclasses.replace(program, mesh=ONE)
     state = jax.tree.map(jnp.asarray, jax.device_get(state))
     images = jnp.asarray(dataset.train_images[:LOOKED_AT])
@@ -186,9 +190,11 @@ def measure(
     initial = init_state(program, seed)._replace(standard=state.standard)
     nets = state, initial
     seen, seen_before = jax.device_get([activations(program, net, images) for net in nets])
+    progress(1, 5)
     gradients, gradients_before = jax.device_get(
         [gradient_norms(program, net, images, labels) for net in nets]
     )
+    progress(2, 5)
     sizes = [size for size in SIZES if size <= len(dataset.test_labels)]
     largest = max(sizes, default=1)
     tested = min(TESTED, len(dataset.test_labels)) // largest * largest
@@ -198,6 +204,7 @@ def measure(
     if jax.tree.leaves(state.norm_state):  # else there are no statistics of a batch
         test = (jnp.asarray(test_images), jnp.asarray(test_labels))
         accuracies = [batch_accuracy(program, state, *test, size) for size in sizes]
+    progress(3, 5)
     if set(state.norm_state) == {"batch_stats"}:
         count = min(largest, len(dataset.train_labels))
         whole = dataset.train_images[: len(dataset.train_labels) // count * count]
@@ -205,6 +212,7 @@ def measure(
         precise = _accuracy(
             program, state._replace(norm_state=statistics), test_images, test_labels
         )
+    progress(4, 5)
     corrupted = corrupt(test_images)
     # What comes out of a compiled function is sorted by name.
     order = [layer.name for layer in program.model.table]
@@ -215,6 +223,7 @@ def measure(
     )
     similarities = [[similarity(outputs[n][1]) for n in layers] for outputs in (seen_before, seen)]
     wrong = [_accuracy(program, state, pixels, test_labels) for pixels in corrupted.values()]
+    progress(5, 5)
     return {
         "layers": np.array(layers),
         "before": np.array(before, np.float32),

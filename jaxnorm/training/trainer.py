@@ -48,6 +48,9 @@ class Callback:
     def on_steps(self, epoch: int, done: int) -> None:
         """So many batches of the epoch are done. May raise, to stop training."""
 
+    def on_measuring(self, done: int, total: int) -> None:
+        """So many of the measurements inside a net after its last epoch are done. May raise."""
+
     def on_epoch(self, config: Config, epoch: Epoch) -> None:
         """A net of this run has finished an epoch, which is on disk where there is one."""
 
