@@ -43,11 +43,13 @@ def first(tree):
 
 
 def train_chunk(program, state, images, labels, chunk, keys, rate=0.01):
-    """Trains one net on a chunk: the state, f32[S] losses and the correct predictions."""
+    """Trains one net on a chunk: the state, f32[S] losses and the correct predictions; `rate` is of
+    all its steps, or f32[S].
+    """
     state, images, labels = jax.device_get((state, images, labels))
     states = meshes.place(program.mesh, jax.tree.map(lambda a: np.asarray(a)[None], state), True)
     images, labels = meshes.place(program.mesh, (images, labels))
-    rates, decays = jnp.full((1, chunk.batches.shape[1]), rate), jnp.zeros(1)
+    rates, decays = jnp.broadcast_to(rate, (1, chunk.batches.shape[1])), jnp.zeros(1)
     states, steps = epochs.train_nets(
         program, states, images, labels, chunk.batches, keys, rates, decays, *chunk[1:]
     )

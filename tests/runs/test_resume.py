@@ -236,6 +236,17 @@ def test_a_damaged_record_is_written_again_from_the_checkpoint(copy, whole, tiny
     assert difference(copy, whole) == ""
 
 
+def test_a_checkpoint_of_another_net_does_not_count(copy, whole, tiny):
+    """It is whole and of the same layers, but its logits are not those that the line tells of."""
+    folder = copy.path / "checkpoints"
+    shutil.copy(folder / "layer-3" / "epoch-3.msgpack", folder / "layer-4" / "epoch-3.msgpack")
+    (copy.path / "predictions" / "layer-4.npz").unlink()
+    heard = resumed(copy, tiny)
+    assert heard.complete == 5
+    assert "seed 4: a record of epoch 3 is damaged; resumes after epoch 2" in heard.warnings[0]
+    assert difference(copy, whole) == ""
+
+
 def test_swapped_and_wrong_lines_are_set_aside_and_what_is_whole_counts(copy, whole, tiny):
     path = copy.path / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from close import assert_gradients_close
-from helpers import evaluate, predict_logits, program_of, train_epoch
+from helpers import evaluate, predict_logits, program_of, train_chunk, train_epoch
 
 from jaxnorm.config import ALL
 from jaxnorm.model.cnn import CNN
@@ -77,6 +77,21 @@ def test_an_epoch_equals_its_steps_one_by_one_and_holds_the_ragged_batch(tiny, a
     moved = jax.tree.map(
         lambda a, b: float(jnp.abs(a - b).max()), state.params, train.init_state(program, 3).params
     )
+    assert min(jax.tree.leaves(moved)) > 0
+
+
+def test_each_step_has_a_learning_rate_of_its_own(tiny, arrays):
+    program = program_of("batch", tiny)
+    (chunk, _), keys = epochs.epoch_chunks(
+        ONE, jnp.array([3], jnp.uint32), 1, jnp.arange(70, dtype=jnp.int32)[None], BATCH
+    )
+    params = []
+    for stop in (1, 2, 3):
+        initial, rates = train.init_state(program, 3), jnp.array([0.05, 0, 0.05, 0])
+        state, _, _ = train_chunk(program, initial, *arrays, chunk._replace(stop=stop), keys, rates)
+        params.append(state.params)
+    chex.assert_trees_all_equal(params[0], params[1])
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), params[1], params[2])
     assert min(jax.tree.leaves(moved)) > 0
 
 
