@@ -281,7 +281,7 @@ def _what_to_train(requested: list[Config], out: Path, options: Options) -> dict
     return {
         "configs": [dataclasses.asdict(config) for config in grown],
         "unverified": any(info.dataset.verified is False for info in infos),
-        "finished": list(Sweep(out, grown).finished()),
+        "finished": list(Sweep(out, grown).finished()) if options.plan else [],
     }
 
 
