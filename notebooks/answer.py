@@ -105,7 +105,7 @@ class Answer:
         least = {min(lost, key=lambda norm: lost[norm][end]) for end in (-2, -1)}
         best_above = f"above, {least.pop()} norm loses least: " if len(least) == 1 else ""
         less, most = (
-            listed([f"{norm} norm {100 * ends[end]:.1f}" for norm, ends in lost.items()])
+            listed([f"{norm} norm {100 * costs[end]:.1f}" for norm, costs in lost.items()])
             for end in (-2, -1)
         )
         return (

@@ -96,7 +96,7 @@ def draw_batch_sizes(accuracies: Mapping[str, Mapping[int, Sequence[float]]]) ->
     for norm, by_size in accuracies.items():
         places = [i for i, size in enumerate(sizes) if size in by_size]
         values = [by_size[sizes[i]] for i in places]
-        means, low, high = ([f(column) for column in values] for f in (np.mean, min, max))
+        means, low, high = ([f(of_size) for of_size in values] for f in (np.mean, min, max))
         axes.plot(places, means, color=COLOURS[norm], marker=MARKERS[norm], label=norm)
         axes.fill_between(places, low, high, color=COLOURS[norm], alpha=0.2, linewidth=0)
     axes.set_xticks(range(len(sizes)), list(map(str, sizes)))

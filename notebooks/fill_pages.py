@@ -39,33 +39,33 @@ MARKED = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def texts() -> dict[str, str]:
     """What the pages can hold, by the name between the marks."""
-    texts = {}
+    by_name = {}
     for name in RUNS:
         run = Run(RunDirectory(RESULTS / name))
-        texts[name] = tables.results(run).markdown()
-        texts[f"{name} finding"] = tables.escaped(tables.finding(run)) + "\n"
+        by_name[name] = tables.results(run).markdown()
+        by_name[f"{name} finding"] = tables.escaped(tables.finding(run)) + "\n"
         for make in SHOWN:
-            texts[f"{name} {make.__name__}"] = make(run).markdown()
+            by_name[f"{name} {make.__name__}"] = make(run).markdown()
         reference = json.loads((RESULTS / "reference.json").read_text())
-        texts[f"{name} beside others"] = beside_others(run, reference).markdown()
+        by_name[f"{name} beside others"] = beside_others(run, reference).markdown()
     apart = [Run(RunDirectory(RESULTS / name)) for name in ("tuned", "tuned-pixel")]
-    texts["tuned and pixel"] = tables.paired(differences(apart)).markdown()
-    texts["answer"] = Answer().sentences()
-    texts["learning rates"] = sweeps.every_trial(Answer().rates).markdown()
-    texts["batch-size changes"] = Answer().table().markdown()
+    by_name["tuned and pixel"] = tables.paired(differences(apart)).markdown()
+    by_name["answer"] = Answer().sentences()
+    by_name["learning rates"] = sweeps.every_trial(Answer().rates).markdown()
+    by_name["batch-size changes"] = Answer().table().markdown()
     for name in SWEEPS:
-        texts[name] = sweeps.results(runs_of(name)).markdown()
-    texts["tuning winners"] = sweeps.tuning(tunings()).markdown()
-    texts["tuning trials"] = sweeps.every_trial(tunings()).markdown()
+        by_name[name] = sweeps.results(runs_of(name)).markdown()
+    by_name["tuning winners"] = sweeps.tuning(tunings()).markdown()
+    by_name["tuning trials"] = sweeps.every_trial(tunings()).markdown()
     for name in BENCHMARKS:
-        texts[name] = speed(json.loads((RESULTS / f"{name}.json").read_text())).markdown()
+        by_name[name] = speed(json.loads((RESULTS / f"{name}.json").read_text())).markdown()
     scripts = {"end-to-end": end_to_end, "profile": profile_step, "fused": fused_stage}
     scripts["running-averages"] = running_averages
     for name, script in scripts.items():
-        texts[name] = script.table(json.loads((RESULTS / f"{name}.json").read_text())).markdown()
+        by_name[name] = script.table(json.loads((RESULTS / f"{name}.json").read_text())).markdown()
     lines = (RESULTS / "faults.jsonl").read_text().splitlines()
-    texts["faults"] = faults([json.loads(line) for line in lines]).markdown()
-    return texts
+    by_name["faults"] = faults([json.loads(line) for line in lines]).markdown()
+    return by_name
 
 
 def tunings() -> list[Run]:

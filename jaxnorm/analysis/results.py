@@ -111,9 +111,7 @@ class Run:
         for norm in self.norms:
             first, *others = [(norm, seed) for seed in self.seeds(norm)]
             nets = [first, *filter(self.directory.measured, others)]
-            measured[norm] = list(
-                filter(None, (self.directory.probes(net, shapes) for net in nets))
-            )
+            measured[norm] = [x for net in nets if (x := self.directory.probes(net, shapes))]
         return measured if all(measured.values()) else {}
 
     @cached_property

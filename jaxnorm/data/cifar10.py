@@ -238,9 +238,7 @@ def _prepare(splits: dict[str, Any], data_dir: Path, origin: Origin, progress: P
     scratch.mkdir()
     try:
         builder = _builder(splits, scratch, progress)
-        with contextlib.redirect_stdout(
-            io.StringIO()
-        ):  # it announces a download, and there is none
+        with contextlib.redirect_stdout(io.StringIO()):  # it announces a download; there is none
             builder.download_and_prepare()
         folder = Path(builder.data_dir)
         note = dataclasses.replace(origin, files=files_fingerprint(folder, NOTE))

@@ -145,8 +145,8 @@ def measure_net(
     """Writes the probes of a net after its last epoch."""
     info, net = directory.info(), done.record.net
     program = groups.program_of(info.config, info.dataset, net[0])
-    nets = program, done.state, dataset, done.logits, net[1]
-    measured = probes.measure(*nets, callback.on_measuring)
+    arguments = program, done.state, dataset, done.logits, net[1]
+    measured = probes.measure(*arguments, callback.on_measuring)
     directory.write_net("probes", net, epoch=np.array(done.record.epoch, np.int32), **measured)
 
 

@@ -127,9 +127,8 @@ def test_the_cost_of_running_averages_is_split_into_lag_and_dropout(tiny):
     for way, state_of_way in states.items():
         logits = predict_logits(program, state_of_way, tiny.test_images)
         assert measured[way] == (logits.argmax(1) == tiny.test_labels).mean()
-    assert (
-        measured["without dropout"] == measured["with dropout"]
-    )  # no norm comes after its dropout
+    # No norm comes after its dropout.
+    assert measured["without dropout"] == measured["with dropout"]
     accuracies = {"1": (0.5, 0.6, 0.8), "2": (0.6, 0.7, 0.8)}
     nets = {s: dict(zip(running_averages.WAYS, a, strict=True)) for s, a in accuracies.items()}
     about = {"arch": "x", "caption": "y", "device": "z", "jax": "1"}
