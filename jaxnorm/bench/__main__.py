@@ -110,11 +110,6 @@ class Worker:
         self.ready = self._ask(json.dumps(dataclasses.asdict(job)))
         self.failed: str | None = self.ready.pop("failed", None)
 
-    @property
-    def shares_memory(self) -> bool:
-        """Whether it runs on an accelerator, whose memory two sides cannot hold at once."""
-        return not self.ready["about"]["device"].startswith("cpu")
-
     def seconds_for(self, steps: int) -> float:
         """The time of so many steps."""
         answer = self._ask(str(steps))
@@ -174,9 +169,9 @@ def compare(options: Options, ours: Job) -> list[Worker]:
     """Times all sides of one net in turn until the seconds are spent, at least three rounds;
     PyTorch in both layouts. A side that fails has no samples.
 
-    On an accelerator a process ends before another starts. Our own side is first started without
-    compiled code, and then with that of the first time. A round before or after which a matrix
-    product takes a quarter longer than in the best is made again, for twice the seconds at most.
+    Our own side is first started without compiled code, and then with that of the first time. A
+    round before or after which a matrix product takes a quarter longer than in the best is made
+    again, for twice the seconds at most.
     """
     workers: list[Worker] = []
     with tempfile.TemporaryDirectory(prefix="jaxnorm-bench-") as cache:
@@ -196,8 +191,6 @@ def compare(options: Options, ours: Job) -> list[Worker]:
                         worker.start()
                         warm = worker.ready.get("first_step_seconds")
                         worker.ready = {**cold, "warm_first_step_seconds": warm}
-                    if worker.failed or worker.shares_memory:
-                        worker.close()
             sides = [worker for worker in workers if not worker.failed]
             counts: dict[str, int] = {}
             end, rounds, speeds = time.monotonic() + options.seconds, 0, [matrix_speed()]
@@ -230,16 +223,10 @@ def matrix_speed() -> float:
 
 def _take_turn(side: Worker, counts: dict[str, int]) -> None:
     """Lets a side make as many steps as take about a second."""
-    if side.shares_memory:
-        ready = side.ready
-        side.start()
-        side.ready = ready
     if side.job.name not in counts:
         counts[side.job.name] = max(1, min(200, round(1 / max(side.seconds_for(1), 1e-4))))
     count = counts[side.job.name]
     side.samples.append(side.seconds_for(count) / count)
-    if side.shares_memory:
-        side.close()
 
 
 def step_flops(job: Job) -> float:
