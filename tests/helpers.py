@@ -1,6 +1,8 @@
 """Shorter ways to the package's own functions, for tests of one net or one run."""
 
 import dataclasses
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,16 @@ from jaxnorm.training.step import Program
 SMALL = ("--dataset", "tiny", "--epochs", "1", "--batch-size", "35", "--norm", "layer")
 SMALL += ("--arch", "three-layers")
 """A run that is over soon, of `conftest`'s data and net."""
+
+
+class Evil:
+    """Unpickled by anything less strict, it would make a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 def call(*arguments) -> int:

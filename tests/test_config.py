@@ -131,6 +131,17 @@ def test_typed_json_is_read_all_the_way_down():
         from_json(Outer, json.dumps({"names": []}))
 
 
+def test_what_is_wrong_is_said_in_our_own_words():
+    for wrong, message in (
+        ({"nonsense": 1}, "unknown field: nonsense"),
+        ({"norm": "a b"}, "norm=a b is wrong: it must be a name"),
+        ({"epochs": 0}, "epochs=0 is wrong: input should be greater than or equal to 1"),
+    ):
+        with pytest.raises(UserError) as error:
+            from_json(Config, json.dumps(wrong))
+        assert str(error.value) == message
+
+
 def test_json_that_is_no_object_is_refused():
     for text in ("[1]", "null", "{", "[" * 100_000, b"\xff"):
         with pytest.raises(UserError) as error:

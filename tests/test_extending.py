@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from helpers import Evil
 from matplotlib.figure import Figure
 
 from jaxnorm import cli, report, run
@@ -78,7 +79,8 @@ def test_a_wrong_file_is_one_line_that_says_what_is_expected(own_data, capsys):
         "train_images": arrays["train_images"][:, :28],
         "test_images": arrays["test_images"] / 255,
         "train_labels": arrays["train_labels"][:3],
-        "test_labels": arrays["test_labels"] + 4,
+        "test_labels": arrays["test_labels"] + 1,
+        "class_names": np.array([Evil(path.parent / "evil")], object),
     }
     for name, values in wrong.items():
         np.savez(path, **{**arrays, name: values})
@@ -86,6 +88,10 @@ def test_a_wrong_file_is_one_line_that_says_what_is_expected(own_data, capsys):
         error = capsys.readouterr().err
         assert "must hold train_images and test_images u8[N, 32, 32, 3]" in error
         assert error.count("\n") == 1
+    assert not (path.parent / "evil").exists()
+    np.savez(path, **{**arrays, "train_labels": arrays["train_labels"] - 1})
+    assert call(run.app, "--dataset", path) == 2
+    assert "a label is none of its 4 classes" in capsys.readouterr().err
     del arrays["class_names"]
     np.savez(path, **arrays)
     assert call(run.app, "--dataset", path) == 2

@@ -1,5 +1,6 @@
 """The README: its tables are what its command makes of the records, its pictures exist."""
 
+import dataclasses
 import io
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ from matplotlib.image import imread
 
 from jaxnorm.analysis import figures, sweeps
 from jaxnorm.analysis.results import Run
-from jaxnorm.config import RECIPES
+from jaxnorm.config import RECIPES, Config
 from jaxnorm.storage.directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,6 +74,16 @@ def test_committed_runs_are_complete_and_say_what_data_they_saw(name):
         assert directory.step_losses(net).shape == (20 * 391,)
         logits, labels = directory.predictions(net)
         assert epochs[-1].test_accuracy == (logits.argmax(1) == labels).mean()
+
+
+@pytest.mark.parametrize("name", fill_pages.RUNS)
+def test_a_committed_run_was_trained_with_its_recipe_as_it_is_today(name):
+    config = RunDirectory(RESULTS / name).info().config
+    named = {field: getattr(config, field) for field in ("norm", "arch", "recipe", "seed", "seeds")}
+    today = Config(**named)
+    assert [today.rate(norm) for norm in config.norms] == [config.rate(n) for n in config.norms]
+    # Rates of norms that it did not train may have been tuned since.
+    assert dataclasses.replace(today, learning_rate=config.learning_rate) == config
 
 
 def test_the_recipes_learning_rates_are_what_the_tuning_found():

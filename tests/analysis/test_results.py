@@ -68,6 +68,8 @@ def test_images_that_were_not_kept_are_named(sweep, tiny):
         np.testing.assert_array_equal(image, tiny.test_images[row])
     with pytest.raises(UserError, match="lacks 1 of the test images"):
         run.images(np.array([1000]))
+    alone = Run(sweep("alone", norm="batch")).mistakes
+    assert list(alone) == ["mistakes-confident-batch", "mistakes-drawn-batch"]
 
 
 def test_predictions_of_another_epoch_or_another_net_are_refused(sweep):

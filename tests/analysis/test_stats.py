@@ -206,6 +206,9 @@ def test_calibration_error_by_hand():
     labels = np.array([0, 0, 0, 0])
     assert stats.calibration_error(p, labels) == pytest.approx((2 * 0.4 + 2 * 0.4) / 4)
     assert stats.calibration_error(np.array([[1.0, 0.0]]), np.array([0])) == 0
+    # One wrong at 0.9 and one right at 0.97, of the two highest of 15 bins: not to be averaged.
+    apart = stats.calibration_error(np.array([[0.1, 0.9], [0.97, 0.03]]), np.array([0, 0]))
+    assert apart == pytest.approx((0.9 + 0.03) / 2)
 
 
 def test_a_temperature_undoes_a_scale_and_is_of_the_other_half():

@@ -38,6 +38,18 @@ def test_one_seed_has_no_interval_and_names_the_best_epoch(sweep):
     assert "seed 1, n = 1" in table.note
 
 
+def test_two_seeds_have_a_deviation_and_an_interval_ends_where_accuracies_do(sweep):
+    rows = dict.fromkeys(("batch", "group", "layer"), ((1, 22), (1, 20)))
+    table = tables.results(Run(sweep(accuracies=rows, seeds=2)))
+    # 22, 20 of 22: mean 21, deviation sqrt 2; t 12.706205 x sqrt 2 / sqrt 2 = 57.755 % on each side
+    assert cells(table, "batch")["95% t interval"] == "37.70 to 100.00"
+    assert "n = 2 seeds (1 to 2), mean \N{PLUS-MINUS SIGN} standard deviation;" in table.note
+
+
+def test_results_say_how_many_images_were_held_out(sweep):
+    assert ", 4 training images held out," in tables.conditions(Run(sweep(validation=4)))
+
+
 def test_results_name_every_device_and_version_that_trained_them(sweep):
     run = Run(sweep())
     first = run.info.environment
@@ -114,6 +126,7 @@ def test_a_clear_difference_is_told_whatever_other_norms_lack(sweep):
 def test_one_seed_finds_nothing(sweep):
     text = tables.finding(Run(sweep(seeds=1)))
     assert "n = 1, one run of each" in text
+    assert "No difference between" not in text
     assert "no telling a difference" in text
 
 
@@ -139,6 +152,20 @@ def test_facts_are_all_that_is_needed_to_repeat_it(sweep):
     assert values["data SHA-256"] == run.info.dataset.fingerprint
     assert values["data verified"] == "yes, by its checksum"
     assert values["time"].startswith("0.9 minutes")  # 18 epochs of 3 s
+
+
+def test_facts_say_what_was_not_as_at_the_start_when_it_was_resumed(sweep):
+    run = Run(sweep())
+    first = run.info.environment
+    later = [
+        dataclasses.replace(first, started="noon", self_check="passed"),
+        dataclasses.replace(first, started="night", device="gpu x8", git_revision="0"),
+    ]
+    run.directory.write_info(dataclasses.replace(run.info, resumed=later))
+    values = {row[0]: row[1] for row in tables.facts(Run(run.directory)).rows}
+    same, other = values["resumed"].split("; ")
+    assert same == "noon, self-check passed"
+    assert other == "night, other device and git revision, self-check not made"
 
 
 def test_parameters_are_the_layers_of_every_norm(sweep):

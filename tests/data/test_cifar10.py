@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import Evil
 
 from jaxnorm.config import UserError
 from jaxnorm.data import cifar10 as archive
@@ -205,21 +205,34 @@ def test_data_and_caches_that_others_may_write_to_are_not_verified(official, scr
     assert data.load("cifar10", scratch / "tfds", cache_dir=scratch / "c").verified is None
 
 
+@pytest.mark.parametrize(("allowed", "official"), [(False, False), (True, False), (False, True)])
+def test_a_download_that_is_another_file_is_not_kept(scratch, monkeypatch, allowed, official):
+    """Kept are one that the user allows, and an official one that is not to blame."""
+    address, path = "https://example.org/a.tar.gz", scratch / "a.tar.gz"
+    path.write_bytes(b"rubbish")
+    if official:
+        monkeypatch.setitem(archive.OFFICIAL, digest_of(path), "the official archive")
+    monkeypatch.setattr(archive, "fetch", lambda *_: path)
+    with pytest.raises(UserError, match=rf"\(downloaded from {address}\)"):
+        archive.find_or_import(scratch / "tfds", address, allowed, scratch, silent)
+    assert path.exists() == (allowed or official)
+
+
+def test_an_address_that_gives_nothing_is_named_without_other_ways(scratch, monkeypatch):
+    def fetch(address, *_):
+        raise UserError(f"{address}: no route to it")
+
+    monkeypatch.setattr(archive, "fetch", fetch)
+    with pytest.raises(UserError) as error:
+        archive.find_or_import(scratch, "https://example.org/a", False, scratch, silent)
+    assert str(error.value) == "https://example.org/a: no route to it"
+
+
 def test_another_archive_over_the_same_directory_is_refused(scratch, counts):
     load(scratch, make(scratch / "a.tar.gz"), allow_unverified=True)
     other = make(scratch / "b.tar.gz", data_batch_1=binary("test_batch"))
     with pytest.raises(UserError, match="already holds data"):
         load(scratch, other, allow_unverified=True)
-
-
-class Evil:
-    """Unpickled by anything less strict, it would make a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def bomb(path: Path, kind: str) -> None:

@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pytest
+from helpers import Evil
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,7 +37,9 @@ def test_a_used_or_unwritable_path_is_refused_and_nothing_is_made(scratch):
     assert sorted(entry.name for entry in scratch.iterdir()) == ["file", "used"]
     made = RunDirectory.create(scratch / "deep" / "new")
     assert made.path.stat().st_mode & 0o077 == 0
+    made.path.chmod(0o777)
     RunDirectory.create(scratch / "deep" / "new")  # empty: not used yet
+    assert made.path.stat().st_mode & 0o077 == 0
 
 
 def test_what_is_written_is_read_back(scratch):
@@ -143,9 +146,22 @@ def test_damaged_arrays_are_refused_by_name(scratch):
     for read in (run.step_losses, run.predictions):
         with pytest.raises(UserError, match="damaged"):
             read(NET)
-    run.write_net("predictions", NET, logits=np.ones(3))
-    with pytest.raises(UserError, match="damaged"):
-        run.predictions(NET)
+    logits, labels = np.ones((2, 3), np.float32), np.array([0, 1])
+    for wrong in (
+        {"logits": np.ones(3)},
+        {"logits": logits, "labels": np.array([0, 3])},
+        {"logits": logits, "labels": np.array([-1, 0])},
+        {"logits": logits, "labels": np.array([0, 1, 2])},
+        {"logits": logits, "labels": labels.astype(np.float32)},
+        {"logits": logits.astype(np.int32), "labels": labels},
+        {"logits": logits * np.inf, "labels": labels},
+        {"logits": np.array([Evil(scratch / "evil")], object), "labels": labels},
+        {"logits": logits[:0], "labels": labels[:0]},
+    ):
+        run.write_net("predictions", NET, **wrong)
+        with pytest.raises(UserError, match="damaged"):
+            run.predictions(NET)
+    assert not (scratch / "evil").exists()
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(scratch, monkeypatch):
@@ -172,6 +188,10 @@ def test_links_pipes_and_bombs_are_refused(scratch, tmp_path_factory):
     os.mkfifo(run.path / "predictions" / "batch-1.npz")
     with pytest.raises(UserError, match="is damaged"):
         run.predictions(NET)
+    with (run.path / "run.json").open("wb") as file:
+        file.truncate(2**28 + 1)
+    with pytest.raises(UserError, match="no file of up to"):
+        run.info()
     bomb = {"logits": np.zeros((70_000, 1000), np.float32), "labels": np.zeros(70_000, np.int32)}
     (run.path / "predictions" / "batch-1.npz").unlink()
     run.write_net("predictions", NET, **bomb)

@@ -27,6 +27,8 @@ def test_every_combination_is_a_run():
 
 
 def test_a_folder_is_read_back_and_checked(scratch):
+    Sweep.create(scratch / "two", configs()[:2], "x")
+    assert Sweep.open(scratch / "two").configs == configs()[:2]
     made = Sweep.create(scratch / "s", configs(), "x")
     again = Sweep.open(scratch / "s")
     assert again.configs == made.configs == configs()
@@ -50,6 +52,20 @@ def test_a_folder_is_read_back_and_checked(scratch):
     path.write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         Sweep.open(scratch / "s")
+
+
+def test_a_sweep_that_is_locked_locks_each_of_its_runs(scratch):
+    made = Sweep.create(scratch / "s", configs(), "x")
+    another = Sweep.open(scratch / "s")
+    with made.locked():
+        for directory in (another.folder, *another.directories):
+            with pytest.raises(UserError, match="by another process"), directory.locked():
+                pass
+    alone, refused = made.directories[2], pytest.raises(UserError, match="by another process")
+    with alone.locked(), refused, another.locked():
+        pass
+    with another.locked():
+        pass
 
 
 def test_a_run_alone_is_a_sweep_of_one(scratch):
