@@ -52,27 +52,6 @@ def test_every_norm_has_the_same_trials_and_the_best_on_held_out_images_wins(
     assert table.plain() in capsys.readouterr().out
 
 
-def test_an_optimum_on_the_edge_is_said(sweep):
-    runs = []
-    for rate, accuracy in ((0.01, 5), (0.02, 9), (0.04, 20)):
-        run = Run(
-            sweep(
-                f"r{rate}",
-                accuracies={"group": ((accuracy,),)},
-                norm="group",
-                epochs=1,
-                seeds=1,
-                learning_rate=rate,
-            )
-        )
-        summary = run.summaries["group"][1]
-        run.summaries["group"][1] = type(summary)(**{**vars(summary), "validation": accuracy / 22})
-        runs.append(run)
-    ((_, best, accuracy, half, failed),) = sweeps.tuning(runs).rows
-    assert (best, accuracy, failed) == ("0.04 (the highest)", "90.91%", "0")
-    assert half == f"{(5 + 9 + 20) / 66:.2%}"
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

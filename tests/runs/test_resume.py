@@ -384,9 +384,11 @@ def test_a_loss_that_is_not_finite_keeps_what_was_good_and_others_go_on(
 
 def test_a_run_of_which_every_net_diverges_stops(tiny, scratch):
     config = dataclasses.replace(CONFIG, seeds=1, learning_rate=1e30)
+    heard = StopAfter()
     with pytest.raises(NonFiniteLoss, match=r"seed 3.*epoch 1, step [1-5]") as raised:
-        run(config, tiny, scratch / "run", mesh=ONE)
+        run(config, tiny, scratch / "run", heard, ONE)
     assert raised.value.epoch == 1
+    assert heard.warnings == []  # the error says it
     assert RunDirectory(scratch / "run").epochs() == []
 
 

@@ -148,6 +148,11 @@ def test_corruptions_by_hand():
     for name in ("blur", "coarse pixels", "low contrast"):
         np.testing.assert_array_equal(corrupted[name][0], images[0])
     assert corrupted["blur"][1, 5, 14:18, 0].tolist() == [100, 133, 167, 200]
+    dot = np.zeros((1, 32, 32, 3), np.uint8)
+    dot[0, 10, 20] = 90
+    blurred = np.zeros((32, 32), np.uint8)
+    blurred[9:12, 19:22] = 10
+    np.testing.assert_array_equal(probes.corrupt(dot)["blur"][0, :, :, 0], blurred)
     np.testing.assert_array_equal(corrupted["coarse pixels"][1], images[1])
     assert set(corrupted["low contrast"][1].ravel()) == {130, 170}
     assert 19 < (corrupted["noise"].astype(float) - images).std() < 21

@@ -69,6 +69,14 @@ def test_a_wrong_operator_is_refused(tiny, monkeypatch, operator, wrong, momentu
     assert "\n" not in str(raised.value)
 
 
+def test_of_three_batches_one_that_agrees_is_enough(tiny, monkeypatch):
+    """Two of the first chunk agree badly, and none of the last."""
+    answers = iter(["bad", "bad", "", ""])
+    monkeypatch.setattr(selfcheck, "_compare_step", lambda *_: next(answers))
+    selfcheck.self_check([EVEN], tiny)
+    assert list(answers) == []
+
+
 def test_a_wrong_evaluation_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(epochs, "_logits", negated(epochs._logits))
     config = dataclasses.replace(EVEN, momentum=0.83)
