@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,6 +154,16 @@ def test_a_finished_net_that_was_not_measured_is_measured(copy, whole, tiny):
     assert (copy.path / name).read_bytes() == (whole.path / name).read_bytes()
 
 
+def test_a_net_that_cannot_be_measured_keeps_no_other_from_it(copy, whole, tiny):
+    for seed in (3, 4):
+        (copy.path / f"probes/layer-{seed}.npz").unlink()
+    flip(copy.path / "checkpoints/layer-3/epoch-3.msgpack")
+    (warning,) = resumed(copy, tiny).warnings
+    assert warning.startswith("layer norm is not measured inside")
+    name = "probes/layer-4.npz"
+    assert (copy.path / name).read_bytes() == (whole.path / name).read_bytes()
+
+
 def test_a_finished_run_without_checkpoints_does_not_start_again_to_grow(copy, tiny):
     shutil.rmtree(copy.path / "checkpoints")
     before = {path: path.read_bytes() for path in copy.path.rglob("*") if path.is_file()}
@@ -170,11 +181,33 @@ def test_lines_that_are_trained_again_are_kept_aside(tiny, scratch):
 
 
 def test_other_settings_are_refused(copy, tiny):
-    for changes in ({"seed": 2}, {"epochs": 2}, {"momentum": 0.8}, {"norm": "group"}):
+    for changes in (
+        {"seed": 2},
+        {"epochs": 2},
+        {"momentum": 0.8},
+        {"momentum": 0.95},
+        {"seeds": 1},
+        {"norm": "group"},
+    ):
         with pytest.raises(UserError, match=f"{next(iter(changes))}=.* conflicts with the run"):
             resumed(copy, tiny, **changes)
     with pytest.raises(UserError, match="not what"):
         resumed(copy, dataclasses.replace(tiny, fingerprint="0"))
+
+
+def test_a_schedule_that_ends_does_not_grow_by_epochs():
+    ends = dataclasses.replace(CONFIG, schedule="one-cycle")
+    runner.check_grown(ends, dataclasses.replace(ends, seeds=5), Path("x"))
+    with pytest.raises(UserError, match=r"epochs=9 conflicts .* which has 3: give that, "):
+        runner.check_grown(ends, dataclasses.replace(ends, epochs=9), Path("x"))
+
+
+def test_a_folder_of_other_files_is_not_trained_into(tiny, scratch):
+    (scratch / "run").mkdir()
+    (scratch / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is already used"):
+        run(CONFIG, tiny, scratch / "run")
+    assert {path.name for path in (scratch / "run").iterdir()} == {".lock", "notes.txt"}
 
 
 def test_what_was_written_of_an_epoch_without_its_line_is_written_again(copy, whole, tiny):
