@@ -1,4 +1,4 @@
-"""The plan: by a clock on which everything takes a second, and by hand."""
+"""The plan: by a clock on which everything takes two seconds, and by hand."""
 
 import itertools
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ def test_rounds_steps_and_epochs_multiply(tiny, monkeypatch):
     """Four nets on two devices are two rounds of three epochs of five steps; each of the two nets
     of a round is written by itself.
     """
-    ticks = itertools.count()
+    ticks = itertools.count(0, 2)
     monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     told = []
     arguments = [CONFIG], tiny, MeshShape(2), lambda *at: told.append(at)
@@ -24,13 +24,13 @@ def test_rounds_steps_and_epochs_multiply(tiny, monkeypatch):
     row = dict(zip(estimate.COLUMNS, plan.row, strict=True))
     assert int(row.pop("memory, MB").replace(",", "")) > 0
     assert list(row.values()) == [
-        *("layer", "14", "4", "2", "seed=2,batch=1", "2 x 15", "1000.0", "1000.0", "2000.0"),
-        *("30 s", "18 s"),
+        *("layer", "14", "4", "2", "seed=2,batch=1", "2 x 15", "2000.0", "2000.0", "4000.0"),
+        *("60 s", "36 s"),
     ]
-    assert (plan.training, plan.rest) == (2 * 15, 2 * 3 * (1 + 2))
+    assert (plan.training, plan.rest) == (2 * 15 * 2, 2 * 3 * (2 + 2 * 2))
     assert told == [("planning", done, 12) for done in range(12)]
     (left,) = estimate.estimate(*arguments, finished={(0, "layer", 1), (0, "layer", 2)})
-    assert (left.training, left.rest) == (15, 9)
+    assert (left.training, left.rest) == (30, 18)
 
 
 @pytest.mark.parametrize(
