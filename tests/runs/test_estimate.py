@@ -18,8 +18,8 @@ def test_rounds_steps_and_epochs_multiply(tiny, monkeypatch):
     """
     ticks = itertools.count(0, 2)
     monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    told = []
-    arguments = [CONFIG], tiny, MeshShape(2), lambda *at: told.append(at)
+    shown = []
+    arguments = [CONFIG], tiny, MeshShape(2), lambda *at: shown.append(at)
     (plan,) = estimate.estimate(*arguments)
     row = dict(zip(estimate.COLUMNS, plan.row, strict=True))
     assert int(row.pop("memory, MB").replace(",", "")) > 0
@@ -28,7 +28,7 @@ def test_rounds_steps_and_epochs_multiply(tiny, monkeypatch):
         *("60 s", "36 s"),
     ]
     assert (plan.training, plan.rest) == (2 * 15 * 2, 2 * 3 * (2 + 2 * 2))
-    assert told == [("planning", done, 12) for done in range(12)]
+    assert shown == [("planning", done, 12) for done in range(12)]
     (left,) = estimate.estimate(*arguments, finished={(0, "layer", 1), (0, "layer", 2)})
     assert (left.training, left.rest) == (30, 18)
 
