@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from jaxnorm.runs import runner
 from jaxnorm.storage import checkpoint
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.training import epoch as epochs
-from jaxnorm.training.groups import groups
 from jaxnorm.training.mesh import ONE, MeshShape
 from jaxnorm.training.trainer import Callback, NonFiniteLoss
 
@@ -127,26 +125,6 @@ def test_the_seeds_that_a_run_grows_by_train_side_by_side(tiny, scratch):
     assert resumed(directory, tiny, MeshShape(seed=2), seeds=3).together == [[4, 5]]
 
 
-def test_finished_nets_take_no_place_beside_those_that_are_left(tiny):
-    config = dataclasses.replace(CONFIG, norm="all", arch="matched", seeds=5)
-    finished = {
-        (0, "batch", 3),
-        (0, "batch", 4),
-        (0, "group", 3),
-        *((0, "layer", s) for s in range(9)),
-    }
-    shape = MeshShape(seed=2)
-    of = [group.nets for group in groups([config], tiny, shape, finished)]
-    assert [[(net[1], net[2]) for net in nets] for nets in of] == [
-        [("batch", 5), ("batch", 6)],
-        [("group", 4), ("group", 5)],
-        [("batch", 7)],
-        [("group", 6), ("group", 7)],
-    ]
-    every = [group.nets[0][1:] for group in groups([config], tiny, shape)]
-    assert every == [(norm, seed) for seed in (3, 5, 7) for norm in ("batch", "group", "layer")]
-
-
 def test_a_finished_net_that_was_not_measured_is_measured(copy, whole, tiny):
     name = "probes/layer-4.npz"
     (copy.path / name).unlink()
@@ -193,21 +171,6 @@ def test_other_settings_are_refused(copy, tiny):
             resumed(copy, tiny, **changes)
     with pytest.raises(UserError, match="not what"):
         resumed(copy, dataclasses.replace(tiny, fingerprint="0"))
-
-
-def test_a_schedule_that_ends_does_not_grow_by_epochs():
-    ends = dataclasses.replace(CONFIG, schedule="one-cycle")
-    runner.check_grown(ends, dataclasses.replace(ends, seeds=5), Path("x"))
-    with pytest.raises(UserError, match=r"epochs=9 conflicts .* which has 3: give that, "):
-        runner.check_grown(ends, dataclasses.replace(ends, epochs=9), Path("x"))
-
-
-def test_a_folder_of_other_files_is_not_trained_into(tiny, scratch):
-    (scratch / "run").mkdir()
-    (scratch / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is already used"):
-        run(CONFIG, tiny, scratch / "run")
-    assert {path.name for path in (scratch / "run").iterdir()} == {".lock", "notes.txt"}
 
 
 def test_what_was_written_of_an_epoch_without_its_line_is_written_again(copy, whole, tiny):

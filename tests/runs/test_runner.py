@@ -1,6 +1,7 @@
 """Training into memory and into a run directory: records, checkpoint, and what is refused."""
 
 import dataclasses
+from pathlib import Path
 
 import chex
 import jax.numpy as jnp
@@ -298,3 +299,18 @@ def test_bfloat16_trains_near_float32_and_is_recorded(tiny, scratch):
     assert state.params["C1"]["kernel"].dtype == np.float32
     with pytest.raises(UserError, match="precision=tf32 needs an NVIDIA GPU"):
         trainer.check(dataclasses.replace(config, precision="tf32"), tiny)
+
+
+def test_a_schedule_that_ends_does_not_grow_by_epochs():
+    ends = Config("layer", "three-layers", "tiny", 3, 16, schedule="one-cycle")
+    runner.check_grown(ends, dataclasses.replace(ends, seeds=5), Path("x"))
+    with pytest.raises(UserError, match=r"epochs=9 conflicts .* which has 3: give that, "):
+        runner.check_grown(ends, dataclasses.replace(ends, epochs=9), Path("x"))
+
+
+def test_a_folder_of_other_files_is_not_trained_into(tiny, scratch):
+    (scratch / "run").mkdir()
+    (scratch / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is already used"):
+        run(Config("layer", "three-layers", "tiny", 3, 16), tiny, scratch / "run")
+    assert {path.name for path in (scratch / "run").iterdir()} == {".lock", "notes.txt"}

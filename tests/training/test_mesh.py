@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxnorm.config import Config, UserError, product
+from jaxnorm.config import Config, UserError
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training.epoch import train_nets
-from jaxnorm.training.groups import Nets, groups, mesh_for
+from jaxnorm.training.groups import Nets, groups
 from jaxnorm.training.mesh import ONE, MeshShape
 
 EIGHT = """
@@ -94,13 +94,6 @@ def test_nets_come_first_in_a_job_of_several_processes_and_no_device_is_idle(mon
     with pytest.raises(UserError, match="must take all of its 8"):
         MeshShape(4).check(16)
     MeshShape(4, 2).check(16)
-
-
-def test_nets_of_another_batch_size_take_no_devices():
-    swept = {"batch_size": (32, 64), "learning_rate": (0.1, 0.2)}
-    configs = product({"norm": "layer"}, swept)[1:]  # one of 32, two of 64
-    assert mesh_for(configs, 32, None) == MeshShape(1, 2)
-    assert mesh_for(configs, 64, None) == MeshShape(2, 1)
 
 
 @pytest.mark.parametrize(

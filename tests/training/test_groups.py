@@ -1,0 +1,32 @@
+"""Which nets train together, and on how many devices."""
+
+from jaxnorm.config import Config, product
+from jaxnorm.training.groups import groups, mesh_for
+from jaxnorm.training.mesh import MeshShape
+
+
+def test_finished_nets_take_no_place_beside_those_that_are_left(tiny):
+    config = Config("all", "matched", "tiny", 3, 16, seed=3, seeds=5)
+    finished = {
+        (0, "batch", 3),
+        (0, "batch", 4),
+        (0, "group", 3),
+        *((0, "layer", s) for s in range(9)),
+    }
+    shape = MeshShape(seed=2)
+    of = [group.nets for group in groups([config], tiny, shape, finished)]
+    assert [[(net[1], net[2]) for net in nets] for nets in of] == [
+        [("batch", 5), ("batch", 6)],
+        [("group", 4), ("group", 5)],
+        [("batch", 7)],
+        [("group", 6), ("group", 7)],
+    ]
+    every = [group.nets[0][1:] for group in groups([config], tiny, shape)]
+    assert every == [(norm, seed) for seed in (3, 5, 7) for norm in ("batch", "group", "layer")]
+
+
+def test_nets_of_another_batch_size_take_no_devices():
+    swept = {"batch_size": (32, 64), "learning_rate": (0.1, 0.2)}
+    configs = product({"norm": "layer"}, swept)[1:]  # one of 32, two of 64
+    assert mesh_for(configs, 32, None) == MeshShape(1, 2)
+    assert mesh_for(configs, 64, None) == MeshShape(2, 1)
