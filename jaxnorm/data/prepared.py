@@ -14,6 +14,8 @@ from jaxnorm.data.download import Progress
 
 Decoded = tuple[list[np.ndarray], tuple[str, ...], str]
 """Images u8 and labels i32 of training and then of the test; class names; their fingerprint."""
+BLOCK = 500
+"""Images read at a time: one by one takes nearly twice as long."""
 
 
 def find(name: str, directory: Path) -> Path:
@@ -68,11 +70,12 @@ def decode(name: str, folder: Path, progress: Progress) -> Decoded:
             source: Any = builder.as_data_source(split)
             images = np.empty((len(source), 32, 32, 3), np.uint8)
             numbers = np.empty(len(source), np.int32)
-            for i, example in enumerate(source):
-                images[i], numbers[i] = example["image"], example[label]
-                done += 1
-                if done % 500 == 0 or done == total:
-                    progress("decoding the images", done, total)
+            for first in range(0, len(source), BLOCK):
+                rows = range(first, min(first + BLOCK, len(source)))
+                for i, example in zip(rows, source.__getitems__(rows), strict=True):
+                    images[i], numbers[i] = example["image"], example[label]
+                done += len(rows)
+                progress("decoding the images", done, total)
             if not len(numbers) or numbers.min() < 0 or numbers.max() >= len(names):
                 raise ValueError(f"a split is empty, or a label none of its {len(names)} classes")
             arrays += [images, numbers]

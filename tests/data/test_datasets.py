@@ -106,6 +106,19 @@ def test_a_prepared_dataset_is_read_and_cached_and_a_damaged_cache_is_rebuilt(sc
         assert cached.read_bytes() == good
 
 
+def test_images_are_read_in_blocks_each_once(scratch, monkeypatch):
+    prepare(scratch)
+    whole = data.load("tiny_set", scratch, cache_dir=scratch / "a")
+    monkeypatch.setattr(prepared_, "BLOCK", 4)
+    seen = []
+    blocks = data.load(
+        "tiny_set", scratch, cache_dir=scratch / "b", progress=lambda *at: seen.append(at)
+    )
+    assert seen == [("decoding the images", done, 18) for done in (4, 8, 9, 13, 17, 18)]
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        np.testing.assert_array_equal(getattr(blocks, name), getattr(whole, name))
+
+
 def test_changed_files_are_not_served_from_the_cache(scratch):
     prepare(scratch)
     first = data.load("tiny_set", scratch, cache_dir=scratch / "cache")
