@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from helpers import difference, without_times
 
+from jaxnorm.data import cifar10 as archive
 from jaxnorm.storage import checkpoint
 from jaxnorm.storage.directory import RunDirectory
 
@@ -390,4 +391,4 @@ def test_an_interrupted_import_is_done_again(pictures, imported, record, scratch
     same = again.returncode == 0 and output == printed
     record("interrupted import", "import", number, 0, 0, same)
     assert same, error
-    assert not list((scratch / "tfds").glob(".jaxnorm-import-*"))
+    assert not (scratch / "tfds" / archive._SCRATCH).exists()
