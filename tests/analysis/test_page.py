@@ -44,6 +44,7 @@ def test_the_page_is_one_valid_file_with_every_part(sweep, unpainted):
     assert len(captions) == len(tables.TABLES)
     names = {element.get("id") for element in tree.iter() if element.get("id")}
     links = [element.get("href") for element in tree.iter("a")]
+    assert links
     assert all(link[0] == "#" and link[1:] in names for link in links)
     assert all(
         element.get("tabindex") == "0"
