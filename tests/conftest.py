@@ -25,12 +25,12 @@ jax.config.update("jax_num_cpu_devices", 2)  # whatever the machine has: some te
 
 import shutil
 
+import nets  # noqa: F401  of few layers, for all tests
 import numpy as np
 import pytest
 from hypothesis import settings
 
 from jaxnorm.data.datasets import Dataset, channel_statistics, content_fingerprint
-from jaxnorm.model.cnn import ARCHS, Layer
 
 settings.register_profile("fast", deadline=None, derandomize="CI" in os.environ)
 settings.register_profile("hostile", settings.get_profile("fast"), max_examples=2_000)
@@ -43,20 +43,6 @@ def pytest_addoption(parser) -> None:
 
 def pytest_sessionfinish() -> None:
     shutil.rmtree(_SCRATCH, ignore_errors=True)
-
-
-THREE_LAYERS = (Layer("C1", "block", 4), Layer("GAP", "mean", window=30), Layer("c11", "head"))
-ARCHS["three-layers"] = lambda norm: THREE_LAYERS  # compiles in a fraction of the time
-EVERY_KIND = (
-    Layer("C1", "block", 16, padding=1),
-    Layer("c2", "squeeze", 8),
-    Layer("P1", "pool"),
-    Layer("C3", "block", 8, padding=1),
-    Layer("C4", "residual", 8, padding=1),
-    Layer("GP", "mean-max"),
-    Layer("c5", "head"),
-)
-ARCHS["every-kind"] = lambda norm: EVERY_KIND  # a row of each kind of layer but "mean"
 
 
 @pytest.fixture

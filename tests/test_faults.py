@@ -1,10 +1,10 @@
 """The fault harness: real processes are killed, starved of disk and fed damaged checkpoints, and
 what they leave resumes to the bits of an unbroken run.
 
-`pytest -m slow` takes one try of each kind, on a run of one net; `pytest -m faults` takes all of
-them, on a run of two nets with batch statistics; with `--record-faults FILE` it writes a line
-for each, from which the README's table is made. Every child runs on one core of its own, so that
-tries can run side by side.
+`pytest -m slow` takes one try of each kind, on a run of one net of three layers; `pytest -m faults`
+takes all of them, on a run of two of the study's nets with batch statistics; with `--record-faults
+FILE` it writes a line for each, from which the table in `notebooks/trust.md` is made. Every child
+runs on one core of its own, so that tries can run side by side.
 """
 
 import fcntl
@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import nets
 import numpy as np
 import pytest
 from helpers import difference, without_times
@@ -65,7 +66,7 @@ class Reference:
     @property
     def command(self) -> list[str]:
         """`python -m jaxnorm.run`, on the core."""
-        return ["taskset", "-c", str(self.core), sys.executable, "-m", "jaxnorm.run"]
+        return ["taskset", "-c", str(self.core), sys.executable, nets.__file__]
 
     def start(self, *arguments: object) -> subprocess.Popen:
         """Starts it with these arguments."""
@@ -94,8 +95,10 @@ class Reference:
 def reference(request, tmp_path_factory, worker_id):
     """The unbroken run, which the processes of one session share."""
     whole = request.config.option.markexpr == "faults"
-    nets = ["--norm", "batch", "--seeds", "2"] if whole else ["--norm", "layer"]
-    arguments = [*nets, "--dataset", "digits", "--epochs", "2"]
+    settings = ["--norm", "batch", "--seeds", "2"]
+    if not whole:
+        settings = ["--norm", "layer", "--arch", "three-layers"]
+    arguments = [*settings, "--dataset", "digits", "--epochs", "2"]
     shared = tmp_path_factory.getbasetemp()
     shared = shared.parent if worker_id != "master" else shared
     cores = sorted(os.sched_getaffinity(0))

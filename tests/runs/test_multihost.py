@@ -15,6 +15,7 @@ from pathlib import Path
 
 import chex
 import jax
+import nets
 import numpy as np
 import pytest
 
@@ -26,11 +27,11 @@ from jaxnorm.training import trainer
 from jaxnorm.training.mesh import ONE
 
 pytestmark = pytest.mark.slow
-CONFIG = Config("layer", "original", "digits", 2, 479, 0.01, seeds=4)
-COMMAND = ["-m", "jaxnorm.run", "--distributed", "--skip-self-check"]
+CONFIG = Config("layer", "three-layers", "digits", 6, 479, 0.01, seeds=4)
+COMMAND = [nets.__file__, "--distributed", "--skip-self-check"]
 ARGUMENTS = [
-    *("--norm", "layer", "--dataset", "digits", "--epochs", "2", "--batch-size", "479"),
-    *("--seeds", "4", "--learning-rate", "0.01"),
+    *("--norm", "layer", "--arch", "three-layers", "--dataset", "digits", "--epochs", "6"),
+    *("--batch-size", "479", "--seeds", "4", "--learning-rate", "0.01"),
 ]
 """479 is a third of the digits: no batch is ragged, and fewer programs are compiled."""
 PATIENCE = 240
@@ -140,10 +141,10 @@ def test_a_lost_process_ends_the_others_and_two_go_on_to_the_same_results(scratc
         assert "resume it with: python -m jaxnorm.run --resume" in error.splitlines()[-1]
         assert "Traceback" not in error
     complete = (path / "metrics.jsonl").read_text().splitlines()
-    assert 1 <= len(complete) < 8
+    assert 1 <= len(complete) < 24
     codes, errors, printed = finish(start(2, *COMMAND, "--resume", path))
     assert codes == [0, 0], errors
-    assert f"resuming after {len(complete)} of 8 epochs" in printed
+    assert f"resuming after {len(complete)} of 24 epochs" in printed
     assert {*complete} <= {*(path / "metrics.jsonl").read_text().splitlines()}  # not trained again
     info, epochs = RunDirectory(path).info(), RunDirectory(path).epochs()
     whole = trainer.fit(CONFIG, data.load("digits"), mesh=ONE)
