@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, get_origin
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, UnusedCliTokensError
 
 from jaxnorm.config import Config, UserError
 from jaxnorm.runs import signals
@@ -72,7 +72,12 @@ def run(app: App, arguments: list[str] | None = None) -> int:
         with signals.handled():
             return app(_arguments, **options) or 0
     except (UserError, CycloptsError) as error:
-        return _fail(error.__cause__ if isinstance(error.__cause__, UserError) else error, MISTAKE)
+        wrong: Any = error.__cause__ if isinstance(error.__cause__, UserError) else error
+        if isinstance(error, UnusedCliTokensError):
+            wrong = f"{' '.join(map(repr, error.unused_tokens or ()))} belongs to no flag"
+        if isinstance(error, UnusedCliTokensError | UnknownOptionError):
+            error.add_note("--help lists what each flag takes")
+        return _fail(wrong, MISTAKE, error)
     except ArithmeticError as error:
         return _fail(error, FAILED)
     except OSError as error:

@@ -214,7 +214,7 @@ class Config:
         names = {"norm": r"[\w.]+(:\w+)?", "arch": r"[\w-]+", "dataset": r"\S(.*\S)?"}
         for name, pattern in names.items():
             if not re.fullmatch(pattern, value := getattr(self, name), re.DOTALL):
-                raise UserError(f"{name}={value[:40]} is wrong: it must be a name")
+                raise UserError(f"{name}={value[:40]} is wrong: it must be one name")
         if self.seed + self.seeds > 2**31:
             raise UserError(f"seed={self.seed} is wrong: every seed must be below 2**31")
 

@@ -134,7 +134,7 @@ def test_typed_json_is_read_all_the_way_down():
 def test_what_is_wrong_is_said_in_our_own_words():
     for wrong, message in (
         ({"nonsense": 1}, "unknown field: nonsense"),
-        ({"norm": "a b"}, "norm=a b is wrong: it must be a name"),
+        ({"norm": "a b"}, "norm=a b is wrong: it must be one name"),
         ({"epochs": 0}, "epochs=0 is wrong: input should be greater than or equal to 1"),
     ):
         with pytest.raises(UserError) as error:

@@ -110,6 +110,21 @@ def test_a_mistake_is_one_line_exit_code_2_and_leaves_nothing(inside, arguments,
     assert sorted(inside.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        (("--norm", "batch", "group"), "'group' belongs to no flag"),
+        (("norm=layer",), "'norm=layer' belongs to no flag"),
+        (("--lr", "0.1"), "Unknown option: --lr."),
+    ],
+)
+def test_what_is_no_flag_is_told_where_the_flags_are(arguments, wrong, capsys):
+    assert call(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {wrong}")
+    assert error.endswith("; --help lists what each flag takes\n")
+
+
 def test_a_read_only_directory_is_refused(inside, capsys, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert call("--dataset", "digits", "--out", "new/run") == 2
