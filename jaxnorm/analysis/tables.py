@@ -385,16 +385,14 @@ def points(difference: float) -> str:
 
 
 TABLES: list[Callable[[Run], Table]] = [
-    *(
-        results,
-        differences,
-        values,
-        evaluation,
-        calibration,
-        corruptions,
-        classes,
-        parameters,
-        facts,
-    )
+    results,
+    differences,
+    values,
+    evaluation,
+    calibration,
+    corruptions,
+    classes,
+    parameters,
+    facts,
 ]
 """The tables of a run's report, in order."""
