@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import fill_pages
+import matplotlib
 import numpy as np
 import pytest
 from answer import Answer
@@ -18,6 +19,8 @@ from jaxnorm.storage.directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "notebooks" / "results"
+DRAWN_BY = "3.11."
+"""The Matplotlib that drew the committed figures."""
 
 
 def test_every_marked_table_equals_what_the_records_say():
@@ -31,7 +34,7 @@ def test_every_marked_table_equals_what_the_records_say():
 
 @pytest.mark.parametrize("name", fill_pages.RUNS)
 def test_the_figures_shown_equal_what_the_records_draw(name):
-    """Pixel by pixel, but for a hundredth of them that another Matplotlib may draw otherwise."""
+    """Pixel by pixel, but for a hundredth of them."""
     text = "".join(page.read_text() for page in fill_pages.PAGES)
     shown = sorted(set(re.findall(rf"results/{name}/figures/(.+?)\.png", text)))
     assert shown
@@ -44,19 +47,21 @@ def test_the_figures_shown_equal_what_the_records_draw(name):
 def assert_same_picture(figure, committed):
     new, old = imread(io.BytesIO(figures.png(figure))), imread(committed)
     assert new.shape == old.shape
+    if not matplotlib.__version__.startswith(DRAWN_BY):
+        pytest.skip(f"needs Matplotlib {DRAWN_BY}: another one lays out text otherwise")
     assert (np.abs(new - old).max(-1) > 0.1).mean() < 0.01, committed
 
 
 def test_the_front_pages_picture_is_what_the_records_draw():
     picture = Answer().picture()
-    assert_same_picture(picture, RESULTS / "answer.png")
-    assert_same_picture(Answer().against_rate(), RESULTS / "learning-rate.png")
     curves, rates, sizes = picture.axes
     tuned = Run(RunDirectory(RESULTS / "tuned"))
     for line, norm in zip(curves.lines, ("batch", "group", "layer"), strict=True):
         assert line.get_label() == norm
         assert line.get_ydata()[-1] == tuned.sample(norm).mean
     assert [axes.get_xlabel() for axes in (rates, sizes)] == ["learning rate", "batch size"]
+    assert_same_picture(picture, RESULTS / "answer.png")
+    assert_same_picture(Answer().against_rate(), RESULTS / "learning-rate.png")
     ((name, figure),) = sweeps.draw(Answer().batch_sizes)
     assert_same_picture(figure, RESULTS / "batch-size" / f"{name}.png")
 
