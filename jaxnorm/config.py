@@ -120,8 +120,9 @@ class Config:
     Parameters
     ----------
     norm
-        batch, group, layer, pixel, instance, rms or none; or your own, as package.module:Class; all
-        trains batch, group and layer. In the original nets: batch, group and layer alone.
+        batch, group, layer, pixel, instance, rms or none; or your own, as package.module:Class.
+        Several are compared, with commas between them; all is batch, group and layer, which alone
+        the original nets have.
     arch
         "original": the study's own three nets. "matched": one net in which only the norm differs.
         "residual": a net with residual blocks, in which only the norm differs.
@@ -211,17 +212,20 @@ class Config:
         for name, default in {**RECIPES[self.recipe], **of_digits}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-        names = {"norm": r"[\w.]+(:\w+)?", "arch": r"[\w-]+", "dataset": r"\S(.*\S)?"}
+        norm = r"[\w.]+(:\w+)?"
+        names = {"norm": rf"{norm}(,{norm})*", "arch": r"[\w-]+", "dataset": r"\S(.*\S)?"}
         for name, pattern in names.items():
             if not re.fullmatch(pattern, value := getattr(self, name), re.DOTALL):
-                raise UserError(f"{name}={value[:40]} is wrong: it must be one name")
+                raise UserError(f"{name}={value[:40]} is wrong: it must be a name")
+        if len(set(self.norms)) < len(self.norms):
+            raise UserError(f"norm={self.norm} is wrong: a norm is there twice")
         if self.seed + self.seeds > 2**31:
             raise UserError(f"seed={self.seed} is wrong: every seed must be below 2**31")
 
     @property
     def norms(self) -> tuple[str, ...]:
         """The norms to train, in order."""
-        return ALL if self.norm == "all" else (self.norm,)
+        return ALL if self.norm == "all" else tuple(self.norm.split(","))
 
     @property
     def seed_numbers(self) -> range:

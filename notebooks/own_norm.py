@@ -29,7 +29,7 @@ from IPython.display import Markdown, display
 
 import jaxnorm
 from jaxnorm.analysis import tables
-from jaxnorm.analysis.results import Run, differences
+from jaxnorm.analysis.results import Run
 from jaxnorm.runs import runner
 from jaxnorm.storage.sweep import Sweep
 
@@ -53,32 +53,34 @@ class FilterResponseNorm(nn.Module):
 
 # %% [markdown]
 # In a notebook its name is `__main__:FilterResponseNorm`; in a file `norms.py`, on the command
-# line, `--norm norms:FilterResponseNorm`. A module that keeps running averages has a field
+# line, `norms:FilterResponseNorm`. A module that keeps running averages has a field
 # `use_running_average`, and keeps them in variables of any name.
 
 # %%
 dataset = jaxnorm.load("digits")
-folder, runs = Path(tempfile.mkdtemp()), {}
-for norm in ("all", "__main__:FilterResponseNorm"):
-    config = jaxnorm.Config(norm=norm, arch="matched", dataset="digits", epochs=EPOCHS, seeds=SEEDS)
-    name = norm.partition(":")[2] or "the three norms"
-    sweep = Sweep.create(folder / name, [config], "own_norm.ipynb")
-    runner.run(sweep, dataset, "own_norm.ipynb")
-    runs[name] = Run(sweep.folder)
+config = jaxnorm.Config(
+    norm="batch,group,layer,__main__:FilterResponseNorm",
+    arch="matched",
+    dataset="digits",
+    epochs=EPOCHS,
+    seeds=SEEDS,
+)
+sweep = Sweep.create(Path(tempfile.mkdtemp()) / "run", [config], "own_norm.ipynb")
+runner.run(sweep, dataset, "own_norm.ipynb")
+run = Run(sweep.folder)
 
 # %% [markdown]
 # ## Side by side
 
 # %%
-display(Markdown(tables.side_by_side(runs).markdown()))
+display(Markdown(tables.results(run).markdown()))
 
 # %%
 figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-for run in runs.values():
-    for norm in run.norms:
-        seeds = [[each.test_accuracy for each in run.epochs[norm, s]] for s in run.seeds(norm)]
-        means = [sum(values) / len(values) for values in zip(*seeds, strict=True)]
-        axes.plot(range(1, EPOCHS + 1), means, marker="o", label=norm.rpartition(":")[2])
+for norm in run.norms:
+    seeds = [[line.test_accuracy for line in run.epochs[norm, s]] for s in run.seeds(norm)]
+    means = [sum(values) / len(values) for values in zip(*seeds, strict=True)]
+    axes.plot(range(1, EPOCHS + 1), means, marker="o", label=norm.rpartition(":")[2])
 axes.set(xlabel="epoch", ylabel="test accuracy", title=f"{dataset.caption}, n = {SEEDS} seeds")
 axes.legend()
 plt.show()
@@ -90,7 +92,7 @@ plt.show()
 # taken seed by seed.
 
 # %%
-display(Markdown(tables.paired(differences([*runs.values()])).markdown()))
+display(Markdown(tables.differences(run).markdown()))
 
 # %% [markdown]
 # So few seeds and epochs say nothing yet: set `EPOCHS` and `SEEDS` higher. On CIFAR-10 take

@@ -58,6 +58,21 @@ def test_an_own_norm_net_and_data_go_through_run_resume_and_report(
         assert "three-layers nets" in text
 
 
+def test_an_own_norm_is_compared_with_another_by_seed(own_data, scratch, capsys):
+    path, _ = own_data
+    flags = ("--arch", NET, "--dataset", path, "--epochs", "1", "--batch-size", "35")
+    flags += ("--seeds", "2", "--skip-self-check", "--quiet")
+    both, alone = scratch / "both", scratch / "alone"
+    assert call(run.app, "--norm", "layer,own_norm:OwnNorm", *flags, "--out", both) == 0
+    assert call(run.app, "--norm", "layer", *flags, "--out", alone) == 0
+    (pair,) = Run(RunDirectory(both)).differences
+    assert (pair.first, pair.second, pair.sample.n) == ("layer", "own_norm:OwnNorm", 2)
+    assert "own_norm:OwnNorm" in (both / "report.md").read_text().split("## Paired differences")[1]
+    for seed in (1, 2):
+        losses, wanted = (RunDirectory(p).step_losses(("layer", seed)) for p in (both, alone))
+        np.testing.assert_array_equal(losses, wanted)
+
+
 def test_a_wrong_norm_is_one_line_that_says_what_is_expected(scratch, capsys):
     for norm, message in (
         ("own_norm:FlatNorm", "must map f32[N, H, W, C] to the same shape"),

@@ -23,7 +23,7 @@ SHORTER = {
     ],
     "own_norm": [
         ("EPOCHS, SEEDS = 4, 2", "EPOCHS, SEEDS = 1, 1"),
-        ("epochs=EPOCHS, seeds=SEEDS", "epochs=EPOCHS, batch_size=479, seeds=SEEDS"),
+        ("epochs=EPOCHS,", "epochs=EPOCHS, batch_size=479,"),
     ],
     "explore_norms": [("EPOCHS, SIZES = 3, probes.SIZES", "EPOCHS, SIZES = 1, (479,)")],
 }
