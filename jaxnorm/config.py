@@ -225,7 +225,8 @@ class Config:
     @property
     def norms(self) -> tuple[str, ...]:
         """The norms to train, in order."""
-        return ALL if self.norm == "all" else tuple(self.norm.split(","))
+        named = [ALL if name == "all" else (name,) for name in self.norm.split(",")]
+        return tuple(itertools.chain(*named))
 
     @property
     def seed_numbers(self) -> range:

@@ -59,7 +59,7 @@ class FilterResponseNorm(nn.Module):
 # %%
 dataset = jaxnorm.load("digits")
 config = jaxnorm.Config(
-    norm="batch,group,layer,__main__:FilterResponseNorm",
+    norm="all,__main__:FilterResponseNorm",
     arch="matched",
     dataset="digits",
     epochs=EPOCHS,

@@ -69,7 +69,8 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_the_setting(field, valu
 
 
 def test_seeds_are_consecutive_and_the_norms_of_a_seed_train_side_by_side():
-    assert Config("layer,a.b:C,batch").norms == ("layer", "a.b:C", "batch")
+    assert Config("layer,a.all:C,batch").norms == ("layer", "a.all:C", "batch")
+    assert Config("all,a.b:C").norms == (*ALL, "a.b:C")
     config = Config(seed=5, seeds=2, norm="all")
     assert list(config.seed_numbers) == [5, 6]
     assert config.nets == [(norm, seed) for seed in (5, 6) for norm in ALL]
@@ -138,6 +139,7 @@ def test_what_is_wrong_is_said_in_our_own_words():
         ({"norm": "a b"}, "norm=a b is wrong: it must be a name"),
         ({"norm": "batch,"}, "norm=batch, is wrong: it must be a name"),
         ({"norm": "rms,rms"}, "norm=rms,rms is wrong: a norm is there twice"),
+        ({"norm": "all,batch"}, "norm=all,batch is wrong: a norm is there twice"),
         ({"epochs": 0}, "epochs=0 is wrong: input should be greater than or equal to 1"),
     ):
         with pytest.raises(UserError) as error:
