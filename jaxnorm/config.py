@@ -121,8 +121,8 @@ class Config:
     ----------
     norm
         batch, group, layer, pixel, instance, rms or none; or your own, as package.module:Class.
-        Several are compared, with commas between them; all is batch, group and layer, which alone
-        the original nets have.
+        Several are compared, with commas between them. all is batch, group and layer, the only
+        ones that the original nets have.
     arch
         "original": the study's own three nets. "matched": one net in which only the norm differs.
         "residual": a net with residual blocks, in which only the norm differs.
