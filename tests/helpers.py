@@ -20,7 +20,7 @@ from jaxnorm.training.step import Program
 
 SMALL = ("--dataset", "tiny", "--epochs", "1", "--batch-size", "35", "--norm", "layer")
 SMALL += ("--arch", "three-layers")
-"""A run that is over soon, of `conftest`'s data and net."""
+"""A run that is over soon, of `conftest`'s data and a net of `nets`."""
 
 
 class Evil:
@@ -39,7 +39,7 @@ def call(*arguments) -> int:
 
 
 def program_of(norm, dataset, arch="three-layers", dropout=0.1, mesh=ONE, **fields):
-    """A program of a net of `conftest`'s, which compiles soon."""
+    """A program of a net of `nets`, which compiles soon."""
     net = CNN(norm, arch, len(dataset.class_names), dropout=dropout, **fields)
     return Program(net, 0.9, dataset.mean, dataset.deviation, mesh)
 

@@ -16,7 +16,7 @@ from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.training import trainer
 
 NET = "three-layers"
-"""A net that `conftest` adds by one entry in `ARCHS`."""
+"""A net that `nets` adds by one entry in `ARCHS`."""
 
 
 @pytest.fixture

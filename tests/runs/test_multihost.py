@@ -42,7 +42,7 @@ import numpy as np
 from jaxnorm.runs import multihost
 from jaxnorm.training import trainer
 from jaxnorm.training.mesh import MeshShape
-sys.path.insert(0, sys.argv[4])
+sys.path[:0] = sys.argv[4:]
 from test_multihost import config_of, few
 
 multihost.join()
@@ -112,8 +112,8 @@ def test_processes_that_share_batches_train_what_one_does(tmp_path):
     """Batch norm's statistics are those of both. Losses differ by rounding: by less than a
     hundred-thousandth in three steps (long training enlarges it).
     """
-    arguments = ["-c", FIT, "batch", "seed=1,batch=2", tmp_path / "losses.npz", HERE]
-    processes = start(2, *arguments)
+    arguments = ["-c", FIT, "batch", "seed=1,batch=2", tmp_path / "losses.npz"]
+    processes = start(2, *arguments, HERE, HERE.parent)
     wanted = trainer.fit(config_of("batch"), few(), mesh=ONE)
     codes, errors, _ = finish(processes)
     assert codes == [0, 0], errors
