@@ -53,7 +53,7 @@ def _activate(x, mean, factor, scale, bias):
 
 
 def _forward(x, scale, bias, kernel):
-    statistics = ops._statistics(x, ops.Over(True, x.shape[-1]))
+    statistics = ops._statistics(x, _over(x))
     mean, factor = statistics.mean, lax.rsqrt(statistics.variance + 1e-5)
     mean, factor, scale, bias = (a.reshape(1, 1, 1, -1) for a in (mean, factor, scale, bias))
 
@@ -75,9 +75,8 @@ def _backward(saved, gradient):
         to_outputs = ops._correlate(gradient, flipped, PADDING)
         to_kernel = ops._kernel_gradient(outputs, gradient, PADDING)
         to_norm = ops.stored(jnp.where(outputs > 0, to_outputs, 0))
-        to_bias, to_scale = (
-            ops._by_channel(a).sum(0)[None, None, None] for a in (to_norm, to_norm * centered)
-        )
+        sums = ops._by_channel(_over(x), to_norm, to_norm * centered)
+        to_bias, to_scale = (total.sum(0)[None, None, None] for total in sums)
         return jax.tree.map(jnp.add, totals, (to_scale, to_bias, to_kernel)), to_norm
 
     zeros = jax.tree.map(jnp.zeros_like, (scale, bias, kernel))
@@ -93,6 +92,10 @@ def _backward(saved, gradient):
 
 
 fused.defvjp(_forward, _backward)
+
+
+def _over(x: jax.Array) -> ops.Over:
+    return ops.Over(True, x.shape[-1])
 
 
 def _micro_batches(*arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -12,6 +12,7 @@ that Flax or XLA would give (`tests/model/test_ops.py` compares each one). What 
 Arrays are NHWC and kernels HWIO, float32.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -259,21 +260,38 @@ def normalize(
     return _normalize(inputs, scale, bias, over)
 
 
-def _by_channel(values: jax.Array) -> jax.Array:
-    """Sums f32[N, H, W, C] over height and width: f32[N, C].
+def _by_channel(over: Over, *values: jax.Array) -> list[jax.Array]:
+    """Sums arrays f32[N, H, W, C] over height and width: f32[N, C] each.
 
-    Over up to 8 rows by a reduction (more, a power of two apart, evict each other from a cache),
-    then over the rest and the width by a product with zeros and ones. Two reductions in a row can
-    come out wrong on a CPU: jaxlib 0.10.1 fuses them, and where the second does not divide into its
-    windows (28 x 32 values, say) leaves some out.
+    Rows are added up first, and then their pixels by a product with zeros and ones. Two reductions
+    in a row can come out wrong on a CPU: jaxlib 0.10.1 fuses them, and where the second does not
+    divide into its windows (28 x 32 values, say) leaves some out.
     """
-    n, height, width, channels = values.shape
-    tall = max(tall for tall in range(1, 9) if height % tall == 0)
-    tall = tall if tall > 1 else height  # a prime height is no power of two
-    rows = values.reshape(n, height // tall, tall, width * channels).sum(2)
-    rows = lax.optimization_barrier(rows.reshape(n, height // tall * width * channels))
-    same_channel = np.tile(np.eye(channels, dtype=np.float32), (height // tall * width, 1))
-    return jnp.matmul(rows, same_channel, precision=lax.Precision.HIGHEST)
+    n, height, width, channels = values[0].shape
+    if over.batch:
+        # XLA would store a whole array before it sums it, and this one is larger than a cache.
+        rows = [_quartered(v).reshape(n, -1, width * channels).sum(1) for v in values]
+    else:
+        # One reduction of all arrays is fused with what computes them. It takes up to 8 rows: more,
+        # a power of two apart, evict each other from a cache, which a prime height is not.
+        tall = max(tall for tall in range(1, 9) if height % tall == 0)
+        tall = tall if tall > 1 else height
+        parts = [v.reshape(n, height // tall, tall, width * channels) for v in values]
+        zeros = [jnp.zeros((), v.dtype) for v in values]
+        parts = lax.reduce(parts, zeros, lambda a, b: list(map(jnp.add, a, b)), (2,))
+        parts = lax.optimization_barrier(parts)
+        rows = [functools.reduce(jnp.add, jnp.unstack(part, axis=1)) for part in parts]
+    same_channel = np.tile(np.eye(channels, dtype=np.float32), (width, 1))
+    return [
+        jnp.matmul(row, same_channel, precision=lax.Precision.HIGHEST)
+        for row in lax.optimization_barrier(rows)
+    ]
+
+
+def _quartered(values: jax.Array) -> jax.Array:
+    """Adds the quarters of the height, or halves or thirds where it has no quarters."""
+    count = max(count for count in range(1, 5) if values.shape[1] % count == 0)
+    return functools.reduce(jnp.add, jnp.split(values, count, axis=1))
 
 
 def _pool(sums: jax.Array, over: Over) -> jax.Array:
@@ -312,11 +330,16 @@ def _count(inputs: jax.Array, over: Over) -> int:
 def _statistics(inputs: jax.Array, over: Over) -> Statistics:
     count = _count(inputs, over)
     if over.centered:
-        mean = _pool(_by_channel(inputs), over) / count
+        mean = _pool(_by_channel(over, inputs)[0], over) / count
     else:
         mean = jnp.zeros((1 if over.batch else inputs.shape[0], over.groups), inputs.dtype)
-    squares = jnp.square(inputs - _spread(mean, inputs))
-    return Statistics(mean, _pool(_by_channel(squares), over) / count)
+    centered = inputs - _spread(mean, inputs)
+    squares = jnp.square(centered)
+    if over.batch or not over.centered:
+        return Statistics(mean, _pool(_by_channel(over, squares)[0], over) / count)
+    # What rounding left of the mean comes at no cost, and corrects the variance.
+    rest, variance = (_pool(sums, over) / count for sums in _by_channel(over, centered, squares))
+    return Statistics(mean, variance - jnp.square(rest))
 
 
 def _normalize_plainly(
@@ -346,7 +369,7 @@ def _normalize_backward(over: Over, saved, gradients):
     count = _count(inputs, over)
     factor = lax.rsqrt(statistics.variance + over.epsilon)
     centered = inputs - _spread(statistics.mean, inputs)
-    to_bias, to_scale = _by_channel(gradient), _by_channel(gradient * centered)
+    to_bias, to_scale = _by_channel(over, gradient, gradient * centered)
     mean_gradient = _pool(to_bias * scale[None], over) / count * factor
     if not over.centered:
         mean_gradient = jnp.zeros_like(mean_gradient)
