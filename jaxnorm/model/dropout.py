@@ -44,10 +44,13 @@ def keep_mask(
     gets the same masks as the whole.
     """
     one, two = (jax.random.key_data(key)[..., i].astype(jnp.uint32) for i in (0, -1))
+    # Else XLA sees that no index depends on the step, and reads them all from memory in each.
+    one, start = lax.optimization_barrier((one, jnp.asarray(first_image).astype(jnp.uint32)))
     one = _mix(one + jnp.uint32(0x9E3779B9 * (layer + 1) & 0xFFFFFFFF))
-    two, size = _mix(two ^ jnp.uint32(layer)), math.prod(shape)
-    offset = jnp.asarray(first_image).astype(jnp.uint32) * jnp.uint32(size // shape[0])
-    index = lax.iota(jnp.uint32, size).reshape(shape) + offset
+    two, size = _mix(two ^ jnp.uint32(layer)), math.prod(shape[1:])
+    offsets = (lax.iota(jnp.uint32, shape[0]) + start) * jnp.uint32(size)
+    index = lax.iota(jnp.uint32, size).reshape(1, *shape[1:])
+    index = index + offsets.reshape(-1, *[1] * (len(shape) - 1))
     bits = _mix(_mix(index ^ one) + two)
     return bits >= jnp.uint32(round(rate * 2**32))
 
