@@ -268,8 +268,8 @@ def _by_channel(over: Over, *values: jax.Array) -> list[jax.Array]:
     divide into its windows (28 x 32 values, say) leaves some out.
     """
     n, height, width, channels = values[0].shape
-    if over.batch:
-        # XLA would store a whole array before it sums it, and this one is larger than a cache.
+    if not _in_cache(over):
+        # XLA would store a whole array before it sums it.
         rows = [_quartered(v).reshape(n, -1, width * channels).sum(1) for v in values]
     else:
         # One reduction of all arrays is fused with what computes them. It takes up to 8 rows: more,
@@ -286,6 +286,11 @@ def _by_channel(over: Over, *values: jax.Array) -> list[jax.Array]:
         jnp.matmul(row, same_channel, precision=lax.Precision.HIGHEST)
         for row in lax.optimization_barrier(rows)
     ]
+
+
+def _in_cache(over: Over) -> bool:
+    """Whether a core's cache holds the arrays: those of micro-batches, which batch norm has not."""
+    return _on_cpu() and not over.batch
 
 
 def _quartered(values: jax.Array) -> jax.Array:
@@ -335,7 +340,7 @@ def _statistics(inputs: jax.Array, over: Over) -> Statistics:
         mean = jnp.zeros((1 if over.batch else inputs.shape[0], over.groups), inputs.dtype)
     centered = inputs - _spread(mean, inputs)
     squares = jnp.square(centered)
-    if over.batch or not over.centered:
+    if not (over.centered and _in_cache(over)):
         return Statistics(mean, _pool(_by_channel(over, squares)[0], over) / count)
     # What rounding left of the mean comes at no cost, and corrects the variance.
     rest, variance = (_pool(sums, over) / count for sums in _by_channel(over, centered, squares))
