@@ -180,14 +180,14 @@ def test_a_tiny_set_is_learned(tiny, arrays, norm, arch):
     """To 99 % with dropout on, and the test images, which it has not seen, to 95 %: in the median
     of the last ten epochs, as rounding decides which epochs jump.
 
-    At a learning rate at which every norm and seed tried learns by the 30th epoch; from 0.02 on
-    layer norm's first epochs are chaotic, and rounding decides when it recovers.
+    At a learning rate at which layer norm learns by the 30th epoch under each of the seeds 0 to 6.
+    At 0.005 it does under three of 0 to 5, and rounding decides under which.
     """
     program = program_of(norm, tiny, arch)
     state, plain, new = train.init_state(program, 0), [], []
     test = jnp.asarray(tiny.test_images), jnp.asarray(tiny.test_labels)
     for epoch in range(1, 41):
-        state, _, _ = train_epoch(program, state, *arrays, 0, epoch, 10, rate=0.005)
+        state, _, _ = train_epoch(program, state, *arrays, 0, epoch, 10, rate=0.001)
         if epoch > 30:
             plain.append(float(evaluate(program, state, *arrays).accuracy))
             new.append(float(evaluate(program, state, *test).accuracy))
