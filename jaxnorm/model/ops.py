@@ -12,10 +12,9 @@ that Flax or XLA would give (`tests/model/test_ops.py` compares each one). What 
 Arrays are NHWC and kernels HWIO, float32.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import chex
@@ -269,7 +268,7 @@ def _by_channel(over: Over, *values: jax.Array) -> list[jax.Array]:
     """
     n, height, width, channels = values[0].shape
     if not _in_cache(over):
-        # XLA would store a whole array before it sums it.
+        # XLA stores what it sums: here a quarter of an array instead of all of it.
         rows = [_quartered(v).reshape(n, -1, width * channels).sum(1) for v in values]
     else:
         # One reduction of all arrays is fused with what computes them. It takes up to 8 rows: more,
@@ -280,7 +279,7 @@ def _by_channel(over: Over, *values: jax.Array) -> list[jax.Array]:
         zeros = [jnp.zeros((), v.dtype) for v in values]
         parts = lax.reduce(parts, zeros, lambda a, b: list(map(jnp.add, a, b)), (2,))
         parts = lax.optimization_barrier(parts)
-        rows = [functools.reduce(jnp.add, jnp.unstack(part, axis=1)) for part in parts]
+        rows = [reduce(jnp.add, jnp.unstack(part, axis=1)) for part in parts]
     same_channel = np.tile(np.eye(channels, dtype=np.float32), (width, 1))
     return [
         jnp.matmul(row, same_channel, precision=lax.Precision.HIGHEST)
@@ -296,7 +295,7 @@ def _in_cache(over: Over) -> bool:
 def _quartered(values: jax.Array) -> jax.Array:
     """Adds the quarters of the height, or halves or thirds where it has no quarters."""
     count = max(count for count in range(1, 5) if values.shape[1] % count == 0)
-    return functools.reduce(jnp.add, jnp.split(values, count, axis=1))
+    return reduce(jnp.add, jnp.split(values, count, axis=1))
 
 
 def _pool(sums: jax.Array, over: Over) -> jax.Array:
