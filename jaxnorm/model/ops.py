@@ -197,13 +197,18 @@ def stored(x: jax.Array) -> jax.Array:
     """The same array, which XLA stores instead of computing it again for each of its uses.
 
     XLA's CPU compiler fuses an elementwise chain into every operator that reads its end, the
-    backward pass included, and drops `optimization_barrier` before it does so. What a conditional
-    takes it has to store. Both branches are the identity.
+    backward pass included, and drops `optimization_barrier` before it does so. What a loop carries
+    it has to store, in place. The loop never turns but for a NaN, and then it changes nothing. (A
+    conditional would copy the array.)
     """
     if not _on_cpu():
         return x
-    first = x.ravel()[0]
-    return lax.cond(first == first, lambda x: x, lambda x: x + jnp.where(x == x, 0, x), x)
+
+    def unchanged(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x, first = carry
+        return x + jnp.where(x == x, 0, x), jnp.zeros_like(first)
+
+    return lax.while_loop(lambda carry: carry[1] != carry[1], unchanged, (x, x.ravel()[0]))[0]
 
 
 @jax.custom_vjp
