@@ -131,14 +131,20 @@ def _correlate_folded(images: jax.Array, kernel: jax.Array, fold: int) -> jax.Ar
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _convolution(images: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
-    if kernel.shape[:2] == (1, 1):
-        # Padding adds zeros to a product without a bias: the few channels behind it are cheaper.
-        return _pad(jnp.einsum("nhwi,io->nhwo", images, kernel[0, 0]), padding)
-    return _correlate(images, kernel, padding)
+    if kernel.shape[1] > 1 and _fold_of(kernel) > 1:
+        # Else the norm in front would be computed in the loop that folds, which fills no vectors.
+        # In training, which is the forward pass below, these images are stored already.
+        images = stored(images)
+    return _convolution_forward(images, kernel, padding)[0]
 
 
 def _convolution_forward(images: jax.Array, kernel: jax.Array, padding: Padding):
-    return _convolution(images, kernel, padding), (images, kernel)
+    if kernel.shape[:2] == (1, 1):
+        # Padding adds zeros to a product without a bias: the few channels behind it are cheaper.
+        outputs = _pad(jnp.einsum("nhwi,io->nhwo", images, kernel[0, 0]), padding)
+    else:
+        outputs = _correlate(images, kernel, padding)
+    return outputs, (images, kernel)
 
 
 def _convolution_backward(
@@ -356,9 +362,10 @@ def _normalize_plainly(
 ) -> tuple[jax.Array, Statistics]:
     statistics = _statistics(inputs, over)
     factor = lax.rsqrt(statistics.variance + over.epsilon)
-    centered = inputs - _spread(statistics.mean, inputs)
-    scale, bias = scale[None, None, None], bias[None, None, None]
-    return centered * (_spread(factor, inputs) * scale) + bias, statistics
+    # Else they would be spread over the channels of their group again for each element.
+    mean = stored(_spread(statistics.mean, inputs))
+    factor = stored(_spread(factor, inputs) * scale[None, None, None])
+    return (inputs - mean) * factor + bias[None, None, None], statistics
 
 
 _normalize = jax.custom_vjp(_normalize_plainly, nondiff_argnums=(3,))
