@@ -33,7 +33,7 @@ RUNS = ("original", "matched", "tuned", "tuned-pixel")
 SWEEPS, TUNINGS = ("batch-size",), ("tuning", "tuning-pixel")
 SHOWN = (tables.differences, tables.values, tables.evaluation, tables.calibration)
 SHOWN += (tables.corruptions,)
-BENCHMARKS = ("speed", "speed-xeon", "scaling", "seeds")
+BENCHMARKS = ("speed", "scaling", "seeds")
 MARKED = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
