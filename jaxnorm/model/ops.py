@@ -199,6 +199,7 @@ def _kernel_gradient(images: jax.Array, gradient: jax.Array, padding: Padding) -
 _convolution.defvjp(_convolution_forward, _convolution_backward)
 
 
+@jax.custom_vjp
 def stored(x: jax.Array) -> jax.Array:
     """The same array, which XLA stores instead of computing it again for each of its uses.
 
@@ -215,6 +216,10 @@ def stored(x: jax.Array) -> jax.Array:
         return x + jnp.where(x == x, 0, x), jnp.zeros_like(first)
 
     return lax.while_loop(lambda carry: carry[1] != carry[1], unchanged, (x, x.ravel()[0]))[0]
+
+
+# No loop like this has a gradient, which second derivatives ask for.
+stored.defvjp(lambda x: (stored(x), None), lambda _, gradient: (gradient,))
 
 
 @jax.custom_vjp

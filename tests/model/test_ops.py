@@ -216,6 +216,27 @@ def test_relu_and_its_gradient_equal_flaxs_whatever_its_first_value_is():
         chex.assert_trees_all_equal(with_gradients(ops.relu, x), with_gradients(nn.relu, x))
 
 
+def test_gradients_can_be_differentiated_again():
+    images, kernel = normal(2, 6, 6, 2), normal(3, 3, 2, 4)
+
+    def of_gradient(convolution, relu, max_pool):
+        """The gradient of a gradient's squares."""
+
+        def cubes(kernel):
+            return (max_pool(relu(convolution(images, kernel))) ** 3).sum()
+
+        return jax.grad(lambda kernel: jnp.square(jax.grad(cubes)(kernel)).sum())(kernel)
+
+    same = ((1, 1), (1, 1))
+    convolution = partial(ops.convolution, window_strides=(1, 1), padding=same)
+    ours = of_gradient(convolution, ops.relu, pooling.max_pool)
+    convolution = partial(plain_convolution, padding=same)
+    flax = of_gradient(
+        convolution, nn.relu, partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
+    )
+    np.testing.assert_allclose(ours, flax, rtol=1e-4, atol=1e-4 * np.abs(flax).max())
+
+
 def test_max_pool_keeps_the_type_of_its_input():
     images = normal(2, 4, 4, 3).astype(jnp.bfloat16)
     outputs, (gradient,) = with_gradients(pooling.max_pool, images)
