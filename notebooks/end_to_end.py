@@ -1,8 +1,8 @@
 """The whole command against PyTorch's: the study's three trainings on CIFAR-10, each side from the
-start of its process to its end, in turns.
+start of its process to its end, in turns of five seconds.
 
     pip install '.[bench]'
-    python notebooks/end_to_end.py --out end-to-end.json     # 16 minutes
+    python notebooks/end_to_end.py --out end-to-end.json     # 20 minutes
 
 Ours is `python -m jaxnorm.run --norm all`: start-up, self-check, compilation without anything
 compiled before, training, evaluation after every epoch, checkpoints, measurements inside the nets,
@@ -12,7 +12,9 @@ the same decoded images. Two numbers of epochs tell what an epoch takes and what
 these follow 20 epochs.
 """
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,6 +38,8 @@ LAYOUTS = {"batch": "channels_last", "group": "channels_last", "layer": "contigu
 """PyTorch's faster layout of each of the study's nets, by `jaxnorm.bench`."""
 EPOCHS = 20
 """Of the study."""
+TURN = 5.0
+"""Seconds that a side runs for."""
 app = cyclopts.App(help_format="plaintext")
 
 
@@ -87,13 +91,12 @@ def main(
     """Times both sides for two numbers of epochs, and prints and writes what they took."""
     seconds: dict[str, list[float]] = {"jaxnorm": [], "torch": []}
     for count in epochs:
-        for side, times in seconds.items():
-            with tempfile.TemporaryDirectory() as folder:
-                command = [__file__, "torch", str(count), folder]
-                if side == "jaxnorm":
-                    command = ["-m", "jaxnorm.run", "--norm", "all", "--epochs", str(count)]
-                    command += ["--allow-unverified", "--out", f"{folder}/run"]
-                times.append(seconds_of(command, folder))
+        with tempfile.TemporaryDirectory() as folder:
+            run = ["-m", "jaxnorm.run", "--norm", "all", "--epochs", str(count)]
+            run += ["--allow-unverified", "--out", f"{folder}/run"]
+            commands = {"jaxnorm": run, "torch": [__file__, "torch", str(count), folder]}
+            for side, time_taken in seconds_of(commands, folder).items():
+                seconds[side].append(time_taken)
     machine = describe_machine(measure_ceiling())
     values = {"machine": machine, "epochs": epochs, "seconds": seconds}
     print(table(values).plain())
@@ -101,12 +104,34 @@ def main(
         save(out, values)
 
 
-def seconds_of(command: list[str], folder: str) -> float:
-    """The time of a process that must succeed, with nothing compiled before."""
+def seconds_of(commands: Mapping[str, list[str]], folder: str) -> dict[str, float]:
+    """The time of Python processes that must succeed, with nothing compiled before.
+
+    All begin together, and one runs at a time while the others stand still, so that a machine whose
+    speed changes is as fast for each.
+    """
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled"}
-    clock = time.perf_counter()
-    subprocess.run([sys.executable, *command], check=True, env=environment)
-    return time.perf_counter() - clock
+    seconds = dict.fromkeys(commands, 0.0)
+    with contextlib.ExitStack() as stack:
+        running = {}
+        for side, command in commands.items():
+            running[side] = process = subprocess.Popen(
+                [sys.executable, *command], env=environment, start_new_session=True
+            )
+            stack.callback(process.kill)
+            os.killpg(process.pid, signal.SIGSTOP)
+        while running:
+            for side, process in list(running.items()):
+                os.killpg(process.pid, signal.SIGCONT)
+                clock = time.perf_counter()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    if process.wait(TURN):
+                        raise subprocess.CalledProcessError(process.returncode, commands[side])
+                    del running[side]
+                seconds[side] += time.perf_counter() - clock
+                if side in running:
+                    os.killpg(process.pid, signal.SIGSTOP)
+    return seconds
 
 
 def table(values: Mapping[str, Any]) -> Table:
@@ -125,7 +150,7 @@ def table(values: Mapping[str, Any]) -> Table:
     head += ["each epoch", "all else", f"{EPOCHS} epochs, from these"]
     machine = values["machine"]
     note = (
-        f"The study's three nets, one after the other; one time each, in turns; "
+        f"The study's three nets, one after the other; one time each, in turns of {TURN:g} s; "
         f"{machine['processor']}; {machine['when'][:10]}."
     )
     return Table("End to end", head, cells, note)
