@@ -179,17 +179,15 @@ def _kernel_gradient(images: jax.Array, gradient: jax.Array, padding: Padding) -
     """
 
     def of_part(images, gradient):
-        images, (count, height, _, outputs) = _pad(images, padding), gradient.shape
+        images, (count, height, width, outputs) = _pad(images, padding), gradient.shape
         enough = (k for k in range(1, 9) if height % k == 0 and max(k * count, outputs) > 16)
         strips, overlap = next(enough, 1), images.shape[1] - height
         tall = height // strips
-        images, gradient = (
-            jnp.concatenate([array[:, k * tall :][:, : tall + more] for k in range(strips)])
-            for array, more in ((images, overlap), (gradient, 0))
-        )
+        parts = [images[:, k * tall : (k + 1) * tall + overlap] for k in range(strips)]
+        parts_of_gradient = gradient.reshape(count, strips, tall, width, outputs)
         return lax.conv_general_dilated(
-            images.transpose(3, 1, 2, 0),
-            gradient.transpose(1, 2, 0, 3),
+            jnp.concatenate(parts).transpose(3, 1, 2, 0),
+            parts_of_gradient.transpose(2, 3, 1, 0, 4).reshape(tall, width, -1, outputs),
             (1, 1),
             "VALID",
             dimension_numbers=_NHWC,
