@@ -115,8 +115,10 @@ def seconds_of(commands: Mapping[str, list[str]], folder: str) -> dict[str, floa
     with contextlib.ExitStack() as stack:
         running = {}
         for side, command in commands.items():
-            running[side] = process = subprocess.Popen(
-                [sys.executable, *command], env=environment, start_new_session=True
+            running[side] = process = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, *command], env=environment, start_new_session=True
+                )
             )
             stack.callback(process.kill)
             os.killpg(process.pid, signal.SIGSTOP)

@@ -144,7 +144,7 @@ def speed(values: Mapping[str, Any]) -> Table:
     ceiling = machine["matrix_product_gflop_per_second"]
     cores = "" if "cores" in machine["processor"] else f", {machine['cores']} cores"
     note = (
-        f"Medians over {min(rounds)} to {max(rounds)} rounds in turns"
+        f"Medians over {' to '.join(map(str, sorted({min(rounds), max(rounds)})))} rounds in turns"
         + (", the ratio within each round (10th to 90th percentile)" if against else "")
         + f"; {machine['processor']}{cores}, ceiling {ceiling:.0f} GFLOP/s (a "
         f"2048 x 2048 matrix product); Python {machine['python']}, "

@@ -1,6 +1,7 @@
 """The benchmark's arithmetic, and its mistakes; it never times anything here."""
 
 import json
+import subprocess
 
 import chex
 import end_to_end
@@ -81,7 +82,7 @@ def test_a_written_benchmark_becomes_a_table(tmp_path):
     table = fill_pages.speed(json.loads(json.dumps(values))).markdown()
     assert "| original batch | 128 | 1 | 150.0 |" in table
     assert "300.0 (torch contiguous)" in table
-    assert "2 to 2 rounds" in table
+    assert "over 2 rounds" in table
     assert "jax 1.2, torch 3.4" in table
 
 
@@ -92,6 +93,27 @@ def test_two_numbers_of_epochs_say_what_twenty_take():
     assert table.rows[0] == ["jaxnorm", "130", "210", "80", "50", "1650"]
     assert table.rows[1] == ["torch", "170", "330", "160", "10", "3210"]
     assert table.rows[2][1:] == ["1.31", "1.57", "2.00", "0.20", "1.95"]
+
+
+def test_sides_take_turns_to_the_end_of_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(end_to_end, "TURN", 0.02)
+    write = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('done')"
+    names = ("one", "two", "three")
+    commands = {name: ["-c", write, str(tmp_path / name)] for name in names}
+    seconds = end_to_end.seconds_of(commands, str(tmp_path))
+    assert [(tmp_path / name).read_text() for name in names] == ["done"] * 3
+    assert seconds.keys() == commands.keys()
+    assert min(seconds.values()) > 0
+
+
+def test_a_side_that_fails_ends_the_comparison(tmp_path, monkeypatch):
+    monkeypatch.setattr(end_to_end, "TURN", 0.02)
+    commands = {
+        "fails": ["-c", "raise SystemExit(3)"],
+        "waits": ["-c", "import time; time.sleep(600)"],
+    }
+    with pytest.raises(subprocess.CalledProcessError, match="status 3"):
+        end_to_end.seconds_of(commands, str(tmp_path))
 
 
 def test_the_profile_names_layer_direction_and_operator():
