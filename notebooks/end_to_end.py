@@ -78,7 +78,7 @@ def torch(epochs: int, folder: Path) -> None:
             with torch.no_grad():
                 parts = [net(batch(part, layout)) for part in test_images.split(500)]
             accuracy = (torch.cat(parts).argmax(1) == test_labels).float().mean()
-            torch.save([net.state_dict(), optimizer.state_dict()], folder / f"{norm}.pt")
+            torch.save([net.state_dict(), optimizer.state_dict()], folder / f"{norm}-{epochs}.pt")
             print(f"{norm} epoch {epoch}: {accuracy:.2%}", flush=True)
 
 
@@ -89,14 +89,15 @@ def main(
     out: Path | None = None,
 ) -> None:
     """Times both sides for two numbers of epochs, and prints and writes what they took."""
-    seconds: dict[str, list[float]] = {"jaxnorm": [], "torch": []}
-    for count in epochs:
-        with tempfile.TemporaryDirectory() as folder:
+    commands: dict[tuple[str, int], list[str]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for count in epochs:
             run = ["-m", "jaxnorm.run", "--norm", "all", "--epochs", str(count)]
-            run += ["--allow-unverified", "--out", f"{folder}/run"]
-            commands = {"jaxnorm": run, "torch": [__file__, "torch", str(count), folder]}
-            for side, time_taken in seconds_of(commands, folder).items():
-                seconds[side].append(time_taken)
+            run += ["--allow-unverified", "--out", f"{folder}/run-{count}"]
+            commands["jaxnorm", count] = run
+            commands["torch", count] = [__file__, "torch", str(count), folder]
+        took = seconds_of(commands, folder)
+    seconds = {side: [took[side, count] for count in epochs] for side in ("jaxnorm", "torch")}
     machine = describe_machine(measure_ceiling())
     values = {"machine": machine, "epochs": epochs, "seconds": seconds}
     print(table(values).plain())
@@ -104,21 +105,20 @@ def main(
         save(out, values)
 
 
-def seconds_of(commands: Mapping[str, list[str]], folder: str) -> dict[str, float]:
+def seconds_of(commands: Mapping[Any, list[str]], folder: str) -> dict[Any, float]:
     """The time of Python processes that must succeed, with nothing compiled before.
 
     All begin together, and one runs at a time while the others stand still, so that a machine whose
     speed changes is as fast for each.
     """
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled"}
     seconds = dict.fromkeys(commands, 0.0)
     with contextlib.ExitStack() as stack:
         running = {}
-        for side, command in commands.items():
+        for number, (side, command) in enumerate(commands.items()):
+            environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": f"{folder}/compiled-{number}"}
+            line = [sys.executable, *command]
             running[side] = process = stack.enter_context(
-                subprocess.Popen(
-                    [sys.executable, *command], env=environment, start_new_session=True
-                )
+                subprocess.Popen(line, env=environment, start_new_session=True)
             )
             stack.callback(process.kill)
             os.killpg(process.pid, signal.SIGSTOP)
