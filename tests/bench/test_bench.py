@@ -1,6 +1,8 @@
 """The benchmark's arithmetic, and its mistakes; it never times anything here."""
 
 import json
+import os
+import signal
 import subprocess
 
 import chex
@@ -96,14 +98,23 @@ def test_two_numbers_of_epochs_say_what_twenty_take():
 
 
 def test_sides_take_turns_to_the_end_of_each(tmp_path, monkeypatch):
+    """Each side ends once the other has begun, and none goes on before the one in front stands."""
     monkeypatch.setattr(end_to_end, "TURN", 0.02)
-    write = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('done')"
-    names = ("one", "two", "three")
-    commands = {name: ["-c", write, str(tmp_path / name)] for name in names}
+    sent, killpg = [], os.killpg
+    monkeypatch.setattr(os, "killpg", lambda *to: (sent.append(to), killpg(*to)))
+    wait = (
+        "import pathlib, sys, time\n"
+        "mine, other = map(pathlib.Path, sys.argv[1:]); mine.touch()\n"
+        "sys.exit(not any(other.exists() or time.sleep(0.01) for _ in range(6000)))\n"
+    )
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    commands = {"one": ["-c", wait, one, two], "two": ["-c", wait, two, one]}
     seconds = end_to_end.seconds_of(commands, str(tmp_path))
-    assert [(tmp_path / name).read_text() for name in names] == ["done"] * 3
     assert seconds.keys() == commands.keys()
     assert min(seconds.values()) > 0
+    for i, (process, number) in enumerate(sent[:-1]):
+        ended = process not in {later for later, _ in sent[i + 1 :]}
+        assert number == signal.SIGSTOP or ended or sent[i + 1] == (process, signal.SIGSTOP)
 
 
 def test_a_side_that_fails_ends_the_comparison(tmp_path, monkeypatch):
