@@ -104,7 +104,9 @@ def as_flags(text: str) -> str:
 
 
 def _fail(what: object, code: int, error: BaseException | None = None) -> int:
-    text = "; ".join([as_flags(str(what)), *getattr(error, "__notes__", ())])
+    # JAX adds a note of its own to what is raised while it traces: how to see its inner frames.
+    notes = [n for n in getattr(error, "__notes__", ()) if "JAX_TRACEBACK_FILTERING" not in n]
+    text = "; ".join([as_flags(str(what)), *notes])
     line = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
     with contextlib.suppress(OSError):  # a terminal that is gone, or a log on the full disk
         print(f"error: {line[:_LONGEST]}", file=sys.stderr)

@@ -106,6 +106,7 @@ def test_a_mistake_is_one_line_exit_code_2_and_leaves_nothing(inside, arguments,
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
+    assert "JAX" not in captured.err
     assert not captured.out
     assert sorted(inside.rglob("*")) == before
 
