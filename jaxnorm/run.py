@@ -53,8 +53,8 @@ class Options:
         Run directory, new or empty. Default: runs/<time>-<arch>-<norm>-<dataset>.
     resume
         Resume this run or sweep after the newest complete epoch of every net, with its own
-        settings, on any devices. With more --seeds or --epochs it grows; any other flag that
-        differs is refused.
+        settings, on any devices. With more --seeds it grows, and with more --epochs where the
+        learning rate is constant; any other flag that differs is refused.
     mesh
         Devices to train on, such as seed=4,batch=2: four nets at the same time, the batches of each
         shared by two. Default: nets first, then the batch, over all devices.

@@ -120,6 +120,11 @@ def check_grown(old: Config, new: Config, path: Path) -> None:
         lengthens = field.name == "epochs" and old.schedule == "constant"
         grows = lengthens or field.name == "seeds"
         if now != before and not (grows and now > before):
+            if field.name == "epochs" and now > before:
+                raise UserError(
+                    f"epochs={now}: the {old.schedule} learning rate of the run in {path} ends "
+                    f"with its epoch {before}: start a new run"
+                )
             more = " or more" if grows else ""
             raise UserError(
                 f"{field.name}={now} conflicts with the run in {path}, which has {before}: give "
