@@ -76,6 +76,7 @@ def test_an_own_norm_is_compared_with_another_by_seed(own_data, scratch, capsys)
 def test_a_wrong_norm_is_one_line_that_says_what_is_expected(scratch, capsys):
     for norm, message in (
         ("own_norm:FlatNorm", "must map f32[N, H, W, C] to the same shape"),
+        ("own_norm:NoisyNorm", 'needs PRNG for "dropout"'),
         ("own_norm:Missing", "cannot be imported"),
         ("own_norm:nn", "is no flax.linen.Module"),
         ("missing_module:Norm", "cannot be imported"),
@@ -86,6 +87,15 @@ def test_a_wrong_norm_is_one_line_that_says_what_is_expected(scratch, capsys):
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+
+
+def test_a_norm_that_is_not_finite_is_not_taken_for_a_wrong_machine(own_data, scratch, capsys):
+    path, _ = own_data
+    flags = ("--arch", NET, "--dataset", path, "--batch-size", "35", "--out", scratch / "x")
+    assert call(run.app, "--norm", "own_norm:SteepNorm", *flags) == 1
+    error = capsys.readouterr().err
+    assert "the first step of own_norm:SteepNorm norm gives numbers that are not finite" in error
+    assert not (scratch / "x").exists()
 
 
 def test_a_wrong_file_is_one_line_that_says_what_is_expected(own_data, capsys):

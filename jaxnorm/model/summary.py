@@ -45,8 +45,9 @@ def net_of(config: Config, norm: str, num_classes: int) -> CNN:
 def parameter_shapes(net: CNN) -> dict[str, Any]:
     """The shapes of a net's parameters by layer name; raises `UserError` for no such net."""
     try:
-        images = jnp.zeros((1, 32, 32, 3))
-        return jax.eval_shape(net.init, jax.random.key(0), images).get("params", {})
+        return jax.eval_shape(functools.partial(_variables, net), jax.random.key(0)).get(
+            "params", {}
+        )
     except UserError:
         raise
     except Exception as error:
@@ -57,6 +58,19 @@ def parameter_shapes(net: CNN) -> dict[str, Any]:
             f"norm={net.norm} cannot be applied: it must map f32[N, H, W, C] to the same shape "
             f"({type(error).__name__}: {reason})"
         ) from None
+
+
+def _variables(net: CNN, key: jax.Array) -> Any:
+    """The variables of a net, which is applied as in training and in evaluation where its norm is
+    the user's own.
+    """
+    images = jnp.zeros((1, 32, 32, 3))
+    variables = net.init(key, images)
+    if layers.is_custom(net.norm):
+        state = [name for name in variables if name != "params"]
+        net.apply(variables, images, train=True, rngs={"dropout": key}, mutable=state)
+        net.apply(variables, images)
+    return variables
 
 
 def count_parameters(net: CNN) -> int:

@@ -173,6 +173,11 @@ def _compare_step(
         of_epoch[1][0, step],
         nets.config.weight_decay,
     )
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, wanted_state))):
+        raise ArithmeticError(
+            f"the first step of {nets.group.norm} norm gives numbers that are not finite, in plain "
+            "float32 too: does it divide by zero, also in its gradient?"
+        )
     states, steps = meshes.fetch(nets.train_chunk(nets.states([None]), chunk, of_epoch))
     problem = ""
     for k, losses in enumerate(steps.losses):
