@@ -158,6 +158,7 @@ def start(configs: list[Config], options: Options, finish: "Finish") -> int:
 
     mesh.use_all_cores()
     if not options.distributed:
+        mesh.check_devices()
         return _train(configs, options, finish)
     multihost.join()
     cli.before_failing(multihost.leave)

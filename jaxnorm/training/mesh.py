@@ -122,6 +122,19 @@ def use_all_cores() -> None:
             jax.config.update("jax_num_cpu_devices", cores)
 
 
+def check_devices() -> None:
+    """Raises `UserError` where JAX cannot start the devices that `JAX_PLATFORMS` names."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        named = os.environ.get("JAX_PLATFORMS", "")
+        reason = " ".join(str(error).split())[:200] or "JAX has no plugin for them"
+        raise UserError(
+            f"JAX cannot start the devices of JAX_PLATFORMS={named!r} ({reason}): unset it, or "
+            "install what they need, such as '.[cuda]'"
+        ) from None
+
+
 def place(shape: MeshShape, arrays: Any, by_net: bool = False) -> Any:
     """Puts arrays that every process holds on the mesh: a copy on each device, or with `by_net`
     each net's part (the leading axis, a multiple of `shape.seed`) on its own row of devices.

@@ -136,6 +136,24 @@ def test_a_mesh_that_cannot_be_had_is_refused():
         MeshShape(1, 2).check(33)
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("Unable to initialize\nbackend 'x'"), "Unable to initialize backend 'x'"),
+        (AssertionError(), "JAX has no plugin for them"),  # what JAX_PLATFORMS=cuda gives without
+    ],
+)
+def test_devices_that_do_not_start_are_refused_in_one_line(monkeypatch, error, reason):
+    def fail():
+        raise error
+
+    meshes.check_devices()
+    monkeypatch.setattr(jax, "devices", fail)
+    monkeypatch.setenv("JAX_PLATFORMS", "x")
+    with pytest.raises(UserError, match=rf"^JAX cannot .* JAX_PLATFORMS='x' \({reason}\): unset"):
+        meshes.check_devices()
+
+
 def test_what_is_placed_is_fetched_and_lies_where_it_should():
     values = {"a": np.arange(8, dtype=np.float32).reshape(4, 2)}
     for shape, by_net, rows in ((ONE, True, 4), (MeshShape(2), False, 4), (MeshShape(2), True, 2)):
