@@ -36,7 +36,7 @@ def main(
     runs
         Run directories; of a sweep's folder, all of its runs.
     out
-        With several runs: the page of all of them. Default: side-by-side.html in the folder that
+        The page of all of them. Default, with several runs: side-by-side.html in the folder that
         the first run lies in.
     """
     from jaxnorm.analysis import page
@@ -65,10 +65,11 @@ def main(
         raise UserError(unread[0])
     for line in unread:
         print(f"missing: {line}", file=sys.stderr)
-    if len(parts) + len(unread) > 1:
+    if out or len(parts) + len(unread) > 1:
         together = out or parts[0].run.directory.path.absolute().parent / "side-by-side.html"
         page.write_together(together, parts, unread)
-        print(f"{together}: {len(parts)} runs side by side")
+        total = len(parts) + len(unread)
+        print(f"{together}: {len(parts)} of {total} runs side by side")
     return 0
 
 

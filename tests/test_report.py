@@ -24,6 +24,8 @@ def test_one_run_is_reported_in_its_own_directory(sweep, capsys, monkeypatch):
     assert (path / "report.md").exists()
     assert "report.html: 23 figures" in capsys.readouterr().out
     assert not (path.parent / "side-by-side.html").exists()
+    assert call(path, "--out", path.parent / "alone.html") == 0
+    assert (path.parent / "alone.html").read_text() == (path / "report.html").read_text()
 
 
 def test_several_runs_stand_side_by_side_and_a_damaged_one_is_named(
@@ -36,7 +38,9 @@ def test_several_runs_stand_side_by_side_and_a_damaged_one_is_named(
     text = (scratch / "all.html").read_text()
     assert text.count('<section id="run') >= 2
     assert "run.json cannot be read" in text
-    assert "run.json cannot be read" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "run.json cannot be read" in printed.err
+    assert "all.html: 2 of 3 runs side by side" in printed.out
     assert call(*paths) == 0
     assert (scratch / "side-by-side.html").exists()
     assert call(bad) == 2
