@@ -12,10 +12,12 @@ import numpy as np
 from cyclopts import App, Parameter
 
 from jaxnorm import cli, run
-from jaxnorm.config import Config, UserError, product
+from jaxnorm.config import UserError, product
 
-HELD_OUT = 5_000
-"""Training images on which a trial is judged, where nothing else is asked for."""
+HELD_OUT, OF_DIGITS = 5_000, 144
+"""Training images on which a trial is judged, where nothing else is asked for: a tenth of those of
+CIFAR-10, or of the digits.
+"""
 
 app = App(
     suppress_keyboard_interrupt=False,
@@ -73,8 +75,9 @@ def main(
     named, swept = run.split(settings)
     if "learning_rate" in swept:
         raise UserError("learning_rate= is what is tuned: give lowest= and highest=")
-    named["validation"] = named.get("validation") or HELD_OUT
-    swept["learning_rate"] = trials.draw(named.get("seed", Config.seed))
+    held_out = OF_DIGITS if named["dataset"] == "digits" else HELD_OUT
+    named["validation"] = named["validation"] or held_out
+    swept["learning_rate"] = trials.draw(named["seed"])
     return run.start(product(named, swept), options, run.report_tuning)
 
 

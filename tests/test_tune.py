@@ -53,6 +53,17 @@ def test_every_norm_has_the_same_trials_and_the_best_on_held_out_images_wins(
 
 
 @pytest.mark.parametrize(
+    ("flags", "count"),
+    [((), 5_000), (("--dataset", "digits"), 144), (("--validation", "7"), 7)],
+)
+def test_a_tenth_of_the_training_images_is_held_out(flags, count, monkeypatch):
+    begun = []
+    monkeypatch.setattr(tune.run, "start", lambda configs, *_: begun.extend(configs) or 0)
+    assert call(*flags) == 0
+    assert {config.validation for config in begun} == {count}
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--trials", "0"), "--trials 0 is wrong"),
