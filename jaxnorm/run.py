@@ -299,11 +299,11 @@ def _grown(new: Sequence[Config], old: Sequence[Config], options: Options) -> li
     names = [token.partition("=")[0].removeprefix("--").removeprefix("no-") for token in tokens]
     flags = {name.replace("-", "_") for name in names}
     for name in flags & set(SWEPT):
-        values, before = ([getattr(c, name) for c in configs] for configs in (new, old))
-        if {*map(str, values)} != {*map(str, before)}:
+        now, before = (dict.fromkeys(str(getattr(c, name)) for c in cs) for cs in (new, old))
+        if now.keys() != before.keys():
             raise UserError(
-                f"{name}={values[0]} conflicts with the run to resume, which has "
-                f"{' '.join(dict.fromkeys(map(str, before)))}: leave it out, or start a new run"
+                f"{name}={' '.join(now)} conflicts with the run to resume, which has "
+                f"{' '.join(before)}: leave it out, or start a new run"
             )
     named = flags & {field.name for field in dataclasses.fields(Config)} - set(SWEPT)
     changes = {name: getattr(new[0], name) for name in named}

@@ -121,10 +121,10 @@ def test_a_sweep_is_planned_trained_and_resumed(inside, tiny_by_name, capsys, mo
     assert ["layer", "35", "2", "2", "seed=2,batch=1"] in [row[:5] for row in rows]
     assert "4 nets on 2 devices: about" in captured.out
     assert "resume it with: python -m jaxnorm.run --resume s" in captured.err
-    assert call("--resume", "s", "--batch-size", "35") == 2
-    assert "--batch-size 35 conflicts with the run to resume, which has 35 70" in (
-        capsys.readouterr().err
-    )
+    for given in (["35"], ["35", "7"]):
+        assert call("--resume", "s", "--batch-size", *given) == 2
+        wrong = f"--batch-size {' '.join(given)} conflicts with the run to resume, which has 35 70"
+        assert wrong in capsys.readouterr().err
     assert call("--resume", "s", "--skip-self-check", "--batch-size", "35", "70") == 0
     captured = capsys.readouterr()
     assert "resuming after 2 of 8 epochs" in captured.out
