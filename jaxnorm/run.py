@@ -16,12 +16,13 @@ from jaxnorm import cli
 from jaxnorm.config import SWEPT, Config, UserError, product
 
 if TYPE_CHECKING:
+    from jaxnorm.analysis.results import Run
     from jaxnorm.data.datasets import Dataset
     from jaxnorm.storage.sweep import Sweep
     from jaxnorm.training.mesh import MeshShape
 
-    Finish = Callable[[Sweep, Dataset, bool], None]
-    """What is done with a trained sweep; with its data, and whether to be quiet."""
+    Finish = Callable[[Sweep, list[Run], bool], None]
+    """What is done with a trained sweep, its runs' records, and whether to be quiet."""
 
 app = App(
     suppress_keyboard_interrupt=False,
@@ -207,10 +208,8 @@ def _train(requested: list[Config], options: Options, finish: "Finish") -> int:
 
     shared = dataclasses.replace(options, data_dir=None, archive=None)  # each host has its own
     multihost.agree(command=repr((requested, shared)))
-    out, process_0 = (
-        options.resume or options.out or _default_out(requested[0]),
-        multihost.is_process_0(),
-    )
+    out = options.resume or options.out or _default_out(requested[0])
+    process_0 = multihost.is_process_0()
     task = multihost.from_process_0(lambda: _what_to_train(requested, out, options))
     configs = [Config(**values) for values in task["configs"]]
     if task["unverified"]:
@@ -263,7 +262,13 @@ def _train(requested: list[Config], options: Options, finish: "Finish") -> int:
             if board is not None:
                 board.close()
         if process_0:
-            finish(sweep, dataset, options.quiet)
+            from jaxnorm.analysis import figures  # Matplotlib takes a second to load
+            from jaxnorm.analysis.results import Run
+
+            runs = [Run(directory) for directory in sweep.directories]
+            for run in runs:
+                figures.save_examples(run, dataset)
+            finish(sweep, runs, options.quiet)
     return 0
 
 
@@ -328,14 +333,10 @@ def _bar(options: Options) -> contextlib.closing[cli.Bar]:
     return contextlib.closing(cli.Bar(options.quiet or not multihost.is_process_0()))
 
 
-def report(sweep: "Sweep", dataset: "Dataset", quiet: bool) -> None:
+def report(sweep: "Sweep", runs: Sequence["Run"], quiet: bool) -> None:
     """Writes every run's report and the sweep's table and figure, and prints the table."""
-    from jaxnorm.analysis import figures, page, sweeps, tables
-    from jaxnorm.analysis.results import Run
+    from jaxnorm.analysis import page, sweeps, tables
 
-    runs = [Run(directory) for directory in sweep.directories]
-    for run in runs:
-        figures.save_examples(run, dataset)
     if len(runs) == 1:
         part = page.write(runs[0].directory)
         where = f"the report is {sweep.folder.path / 'report.html'}; {len(part.charts)} figures"
@@ -348,12 +349,10 @@ def report(sweep: "Sweep", dataset: "Dataset", quiet: bool) -> None:
         print(where)
 
 
-def report_tuning(sweep: "Sweep", dataset: "Dataset", quiet: bool) -> None:
+def report_tuning(sweep: "Sweep", runs: Sequence["Run"], quiet: bool) -> None:
     """Writes what each norm won with, as tables and two figures, and prints the tables."""
     from jaxnorm.analysis import sweeps
-    from jaxnorm.analysis.results import Run
 
-    runs = [Run(directory) for directory in sweep.directories]
     tables = [sweeps.tuning(runs), sweeps.every_trial(runs)]
     print(sweeps.write(sweep.folder, "tuning", tables, sweeps.draw_tuning(runs)))
     if not quiet:
