@@ -48,6 +48,7 @@ def test_every_norm_has_the_same_trials_and_the_best_on_held_out_images_wins(
     assert (out / "tuning.md").read_text() == f"{table.markdown()}\n{every.markdown()}"
     for name in ("learning-rate", "best-of-k"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert all((run.directory.path / "examples.npz").exists() for run in runs)
     assert call("--resume", out, "--quiet") == 0
     assert table.plain() in capsys.readouterr().out
 
@@ -69,6 +70,7 @@ def test_a_tenth_of_the_training_images_is_held_out(flags, count, monkeypatch):
         (("--trials", "0"), "--trials 0 is wrong"),
         (("--lowest", "2"), "--lowest 2"),
         (("--learning-rate", "0.1"), "--learning-rate"),
+        (("--resume", "t", "--trials=12"), "--trials conflicts with --resume"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, capsys):
