@@ -42,14 +42,17 @@ def test_an_own_norm_net_and_data_go_through_run_resume_and_report(
     with monkeypatch.context() as patch:
         patch.setattr(figures, "FIGURES", (figures.together,))  # the report below draws them all
         assert call(run.app, *flags, "--epochs", "1", "--out", out) == 0
-        assert call(run.app, "--resume", out, "--epochs", "2", "--skip-self-check") == 0
+        moved = path.rename(scratch / "moved.npz")
+        resume = ("--resume", out, "--epochs", "2", "--skip-self-check")
+        assert call(run.app, *resume) == call(run.app, *resume, "--dataset", "digits") == 2
+        assert call(run.app, *resume, "--dataset", moved) == 0
     assert "own_norm:OwnNorm  epoch  2/2" in capsys.readouterr().out
     assert call(report.app, out) == 0
     directory = RunDirectory(out)
     assert [epoch.epoch for epoch in directory.epochs()] == [1, 2]
     state = runner.load_state(out, "own_norm:OwnNorm", 1)[1]
-    moved = state.norm_state["largest"]["C1_norm"]["value"]
-    assert (np.asarray(moved) != 1).all()
+    largest = state.norm_state["largest"]["C1_norm"]["value"]
+    assert (np.asarray(largest) != 1).all()
     for name in ("report.md", "report.html"):
         text = (out / name).read_text()
         assert "own" in text

@@ -94,7 +94,8 @@ def _begin(directory: RunDirectory, now: RunInfo, callback: Callback) -> dict[Ne
     info = directory.info()
     if now.dataset.fingerprint != info.dataset.fingerprint:
         raise UserError(
-            f"the data found is not what {directory.path} was trained on: give its data_dir="
+            f"the data found is not what {directory.path} was trained on: give its data_dir=, or "
+            "the dataset= file that it had"
         )
     directory.remove_half_written()
     progress = find_progress(directory, info, config, callback.on_warning)
@@ -113,10 +114,12 @@ def _begin(directory: RunDirectory, now: RunInfo, callback: Callback) -> dict[Ne
 
 def check_grown(old: Config, new: Config, path: Path) -> None:
     """Raises `UserError` where a run's settings are not those that it had, but for more epochs or
-    more seeds.
+    more seeds, or another path of a file of data, whose content is compared when it is read.
     """
     for field in dataclasses.fields(Config):
         before, now = getattr(old, field.name), getattr(new, field.name)
+        if field.name == "dataset" and before.endswith(".npz") and now.endswith(".npz"):
+            continue
         lengthens = field.name == "epochs" and old.schedule == "constant"
         grows = lengthens or field.name == "seeds"
         if now != before and not (grows and now > before):
