@@ -97,8 +97,9 @@ def as_flags(text: str) -> str:
     """
 
     def flag(match: re.Match) -> str:
-        name, follows = "--" + match[1].replace("_", "-"), text[match.end() : match.end() + 1]
-        return name if match[2] or not follows or follows in " ,;.:)" else f"{name} "
+        name = "--" + match[1].replace("_", "-")
+        alone = match[2] or re.match(r"[,;.:)]*(\s|$)", text[match.end() :])
+        return name if alone else f"{name} "
 
     return re.sub(r"(?<![\w,='\"/.])([a-z]\w*)=(True\b)?", flag, text)
 

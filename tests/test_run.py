@@ -279,6 +279,8 @@ def test_settings_become_flags_in_errors():
         ("mesh=seed=4,batch=2 takes 8", "--mesh seed=4,batch=2 takes 8"),
         ("the form 'seed=4,batch=2'", "the form 'seed=4,batch=2'"),
         ("archive=/a b/c.gz: no", "--archive /a b/c.gz: no"),
+        ("dataset=../a.npz: no", "--dataset ../a.npz: no"),
+        ("give another data_dir=.", "give another --data-dir."),
     ):
         assert cli.as_flags(text) == wanted
 
