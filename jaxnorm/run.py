@@ -230,8 +230,9 @@ def _train(requested: list[Config], options: Options, finish: "Finish") -> int:
     multihost.agree(data=dataset.fingerprint)
     for config in configs:
         trainer.check(config, dataset)
+    finished = {tuple(net) for net in task["finished"]}
     if options.plan:
-        _print_plan(configs, options, dataset, mesh, {tuple(net) for net in task["finished"]})
+        _print_plan(configs, options, dataset, mesh, finished)
         return 0
     new = process_0 and not options.resume
     multihost.in_every_process(lambda: RunDirectory.create(out) if new else None)
@@ -239,7 +240,8 @@ def _train(requested: list[Config], options: Options, finish: "Finish") -> int:
         counts = len(dataset.train_labels), len(dataset.test_labels)
         images = "{:,} training and {:,} test images".format(*counts)
         print(f"{dataset.caption}: {images}, from {dataset.source}")
-    if not options.skip_self_check:
+    is_checked = not options.skip_self_check and len(finished) < sum(len(c.nets) for c in configs)
+    if is_checked:
         try:
             with _bar(options) as bar:
                 self_check(configs, dataset, mesh, bar.at)
@@ -254,8 +256,8 @@ def _train(requested: list[Config], options: Options, finish: "Finish") -> int:
         callback: Any = cli.Terminal(
             configs, options.quiet, process_0, board if process_0 else None
         )
-        checked = "skipped (--skip-self-check)" if options.skip_self_check else "passed"
-        about = (checked, options.deterministic)
+        skipped = "skipped (--skip-self-check)" if options.skip_self_check else "not made"
+        about = ("passed" if is_checked else skipped, options.deterministic)
         try:
             runner.run(sweep, dataset, _command(), callback, mesh, *about)
         finally:
@@ -287,7 +289,7 @@ def _what_to_train(requested: list[Config], out: Path, options: Options) -> dict
     return {
         "configs": [dataclasses.asdict(config) for config in grown],
         "unverified": any(info.dataset.verified is False for info in infos),
-        "finished": list(Sweep(out, grown).finished()) if options.plan else [],
+        "finished": list(Sweep(out, grown).finished()),
     }
 
 

@@ -42,6 +42,17 @@ def test_resume_takes_the_runs_settings_and_refuses_others(inside, tiny_by_name,
     assert RunDirectory("a run").info().config.seeds == 2
 
 
+def test_nothing_is_checked_where_every_net_is_finished(inside, tiny_by_name, monkeypatch, capsys):
+    assert call(*SMALL, "--skip-self-check", "--out", "x") == 0
+    checked = []
+    monkeypatch.setattr(selfcheck, "self_check", lambda configs, *_: checked.append(configs))
+    assert call("--resume", "x") == 0
+    assert not checked
+    assert "resuming after 1 of 1 epochs" in capsys.readouterr().out
+    assert call("--resume", "x", "--seeds", "2") == 0
+    assert len(checked) == 1
+
+
 def test_resume_refuses_to_turn_off_what_the_run_has(inside, sweep, capsys):
     sweep("x", nesterov=True)
     assert call("--resume", "x", "--no-nesterov") == 2
