@@ -45,9 +45,8 @@ def net_of(config: Config, norm: str, num_classes: int) -> CNN:
 def parameter_shapes(net: CNN) -> dict[str, Any]:
     """The shapes of a net's parameters by layer name; raises `UserError` for no such net."""
     try:
-        return jax.eval_shape(functools.partial(_variables, net), jax.random.key(0)).get(
-            "params", {}
-        )
+        variables = jax.eval_shape(functools.partial(_variables, net), jax.random.key(0))
+        return variables.get("params", {})
     except UserError:
         raise
     except Exception as error:

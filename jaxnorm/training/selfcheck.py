@@ -176,7 +176,8 @@ def _compare_step(
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, wanted_state))):
         raise ArithmeticError(
             f"the first step of {nets.group.norm} norm gives numbers that are not finite, in plain "
-            "float32 too: does it divide by zero, also in its gradient?"
+            "float32 too: is learning_rate= too large, or does the norm or its gradient divide by "
+            "zero?"
         )
     states, steps = meshes.fetch(nets.train_chunk(nets.states([None]), chunk, of_epoch))
     problem = ""
