@@ -138,11 +138,7 @@ def main(
     options: Annotated[Options, OPTIONS] = NO_OPTIONS,
 ) -> int:
     """Trains and reports; returns the exit code."""
-    configs = product(*split(settings))
-    if options.summary:
-        _print_summary(configs[0], options)
-        return 0
-    return start(configs, options, report)
+    return start(product(*split(settings)), options, report)
 
 
 def split(settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -153,6 +149,9 @@ def split(settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def start(configs: list[Config], options: Options, finish: "Finish") -> int:
     """Trains a sweep in this process, or as one of a job of several; returns the exit code."""
+    if options.summary:
+        _print_summary(configs[0], options)
+        return 0
     options = _prepare_jax(options)
     from jaxnorm.runs import multihost
     from jaxnorm.training import mesh

@@ -53,6 +53,12 @@ def test_every_norm_has_the_same_trials_and_the_best_on_held_out_images_wins(
     assert table.plain() in capsys.readouterr().out
 
 
+def test_summary_prints_the_layer_tables_and_trains_nothing(scratch, capsys):
+    assert call("--summary", "--norm", "layer", "--out", scratch / "t") == 0
+    assert capsys.readouterr().out.split()[-2:] == ["total", "46,412"]
+    assert not (scratch / "t").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "count"),
     [((), 5_000), (("--dataset", "digits"), 144), (("--validation", "7"), 7)],
