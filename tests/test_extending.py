@@ -45,6 +45,9 @@ def test_an_own_norm_net_and_data_go_through_run_resume_and_report(
         moved = path.rename(scratch / "moved.npz")
         resume = ("--resume", out, "--epochs", "2", "--skip-self-check")
         assert call(run.app, *resume) == call(run.app, *resume, "--dataset", "digits") == 2
+        missing, other = capsys.readouterr().err.splitlines()
+        assert "there is no such file" in missing
+        assert "--dataset digits conflicts with the run in" in other
         assert call(run.app, *resume, "--dataset", moved) == 0
     assert "own_norm:OwnNorm  epoch  2/2" in capsys.readouterr().out
     assert call(report.app, out) == 0
