@@ -41,6 +41,13 @@ def arguments() -> list[str]:
     return list(_arguments)
 
 
+def given() -> set[str]:
+    """The settings whose flags the command was called with."""
+    flags = [token.partition("=")[0] for token in _arguments if token.startswith("--")]
+    names = [flag.removeprefix("--").removeprefix("no-") for flag in flags]
+    return {name.replace("-", "_") for name in names}
+
+
 def program() -> list[str]:
     """How the command is called."""
     return _program.split()

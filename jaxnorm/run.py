@@ -263,13 +263,9 @@ def _train(requested: list[Config], options: Options, finish: "Finish") -> int:
             if board is not None:
                 board.close()
         if process_0:
-            from jaxnorm.analysis import figures  # Matplotlib takes a second to load
-            from jaxnorm.analysis.results import Run
+            from jaxnorm.analysis import sweeps  # Matplotlib takes a second to load
 
-            runs = [Run(directory) for directory in sweep.directories]
-            for run in runs:
-                figures.save_examples(run, dataset)
-            finish(sweep, runs, options.quiet)
+            finish(sweep, sweeps.runs_of(sweep, dataset), options.quiet)
     return 0
 
 
@@ -301,17 +297,15 @@ def _grown(new: Sequence[Config], old: Sequence[Config], options: Options) -> li
 
     if options.out is not None:
         raise UserError("out= conflicts with resume=, which goes on in the run's own directory")
-    tokens = [token for token in cli.arguments() if token.startswith("--")]
-    names = [token.partition("=")[0].removeprefix("--").removeprefix("no-") for token in tokens]
-    flags = {name.replace("-", "_") for name in names}
-    for name in flags & set(SWEPT):
+    given = cli.given()
+    for name in given & set(SWEPT):
         now, before = (dict.fromkeys(str(getattr(c, name)) for c in cs) for cs in (new, old))
         if now.keys() != before.keys():
             raise UserError(
                 f"{name}={' '.join(now)} conflicts with the run to resume, which has "
                 f"{' '.join(before)}: leave it out, or start a new run"
             )
-    named = flags & {field.name for field in dataclasses.fields(Config)} - set(SWEPT)
+    named = given & {field.name for field in dataclasses.fields(Config)} - set(SWEPT)
     changes = {name: getattr(new[0], name) for name in named}
     grown = [dataclasses.replace(config, **changes) for config in old]
     for before, now in zip(old, grown, strict=True):

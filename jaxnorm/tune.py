@@ -72,9 +72,9 @@ def main(
     options: Annotated[run.Options, run.OPTIONS] = run.NO_OPTIONS,
 ) -> int:
     """Trains the trials and reports what each norm won with; returns the exit code."""
-    for field in dataclasses.fields(Trials) if options.resume else ():
-        if any(token.startswith(f"--{field.name}") for token in cli.arguments()):
-            raise UserError(f"{field.name}= conflicts with resume=, whose trials are drawn already")
+    drawn = cli.given() & {field.name for field in dataclasses.fields(Trials)}
+    if options.resume and drawn:
+        raise UserError(f"{min(drawn)}= conflicts with resume=, whose trials are drawn already")
     named, swept = run.split(settings)
     if "learning_rate" in swept:
         raise UserError("learning_rate= is what is tuned: give lowest= and highest=")

@@ -7,10 +7,21 @@ from matplotlib.ticker import MaxNLocator
 
 from jaxnorm.analysis import stats
 from jaxnorm.analysis.drawing import COLOURS, Named, look_of, new_figure, percent_axes, png
+from jaxnorm.analysis.figures import save_examples
 from jaxnorm.analysis.results import Run
 from jaxnorm.analysis.tables import MEAN, Table
 from jaxnorm.config import SWEPT
+from jaxnorm.data.datasets import Dataset
 from jaxnorm.storage.directory import RunDirectory
+from jaxnorm.storage.sweep import Sweep
+
+
+def runs_of(sweep: Sweep, dataset: Dataset) -> list[Run]:
+    """The runs of a trained sweep, each with the images kept that its figures show."""
+    runs = [Run(directory) for directory in sweep.directories]
+    for run in runs:
+        save_examples(run, dataset)
+    return runs
 
 
 def results(runs: Sequence[Run]) -> Table:
