@@ -78,16 +78,13 @@ def epoch_keys(seed: int | jax.Array, epoch: int | jax.Array) -> jax.Array:  # [
     return jnp.stack([derive_key(seed, "dropout", epoch), derive_key(seed, "augment", epoch)])
 
 
-@partial(jax.jit, static_argnums=(0, 4))
-def _batches(
-    mesh: MeshShape, seeds: jax.Array, epoch: int | jax.Array, rows: jax.Array, batch_size: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # i32[K, S, B], i32[K, 1, ragged], [K, 2]
+@partial(jax.jit, static_argnums=0)
+def _orders(
+    mesh: MeshShape, seeds: jax.Array, epoch: int | jax.Array, rows: jax.Array
+) -> tuple[jax.Array, jax.Array]:  # i32[K, N], [K, 2]
     def of_net(epoch, seed, rows):
-        """One net's full batches, ragged batch and keys."""
-        order = rows[epoch_order(seed, epoch, rows.shape[0])]
-        full = rows.shape[0] // batch_size * batch_size
-        batches = order[:full].reshape(-1, batch_size)
-        return batches, order[full:][None], epoch_keys(seed, epoch)
+        """One net's order of its images, and its keys."""
+        return rows[epoch_order(seed, epoch, rows.shape[0])], epoch_keys(seed, epoch)
 
     return _for_each_net(mesh, of_net, (epoch,), (seeds, rows))
 
@@ -103,8 +100,11 @@ def epoch_chunks(
     """Cuts an epoch of K nets into about `chunks` chunks of full batches, and one of the ragged
     last batch if there is one. Also returns the epoch's keys [K, 2], of dropout and augmentation.
     """
-    full, ragged, keys = _batches(mesh, seeds, epoch, rows, batch_size)
-    count = full.shape[1]
+    orders, keys = _orders(mesh, seeds, epoch, rows)
+    nets, images = rows.shape
+    count = images // batch_size
+    full = orders[:, : count * batch_size].reshape(nets, count, batch_size)
+    ragged = orders[:, None, count * batch_size :]
     edges = sorted({round(count * i / chunks) for i in range(chunks + 1)})
     cut = [Chunk(full, 0, start, stop) for start, stop in itertools.pairwise(edges)]
     return ([*cut, Chunk(ragged, count, 0, 1)] if ragged.shape[2] else cut), keys
