@@ -64,7 +64,8 @@ def test_an_own_norm_net_and_data_go_through_run_resume_and_report(
         assert "three-layers nets" in text
 
 
-def test_an_own_norm_is_compared_with_another_by_seed(own_data, scratch, capsys):
+def test_an_own_norm_is_compared_with_another_by_seed(own_data, scratch, monkeypatch):
+    monkeypatch.setattr(figures, "FIGURES", (figures.together,))
     path, _ = own_data
     flags = ("--arch", NET, "--dataset", path, "--epochs", "1", "--batch-size", "35")
     flags += ("--seeds", "2", "--skip-self-check", "--quiet")
@@ -73,7 +74,8 @@ def test_an_own_norm_is_compared_with_another_by_seed(own_data, scratch, capsys)
     assert call(run.app, "--norm", "layer", *flags, "--out", alone) == 0
     (pair,) = Run(RunDirectory(both)).differences
     assert (pair.first, pair.second, pair.sample.n) == ("layer", "own_norm:OwnNorm", 2)
-    assert "own_norm:OwnNorm" in (both / "report.md").read_text().split("## Paired differences")[1]
+    section = (both / "report.md").read_text().split("## Paired differences")[1]
+    assert rf"| layer {tables.MINUS} own\_norm:OwnNorm | 2 |" in section
     for seed in (1, 2):
         losses, wanted = (RunDirectory(p).step_losses(("layer", seed)) for p in (both, alone))
         np.testing.assert_array_equal(losses, wanted)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from close import assert_gradients_close
-from helpers import evaluate, predict_logits, program_of, train_chunk, train_epoch
+from helpers import SOON, evaluate, predict_logits, program_of, train_chunk, train_epoch
 
 from jaxnorm.config import ALL
 from jaxnorm.model.cnn import CNN
@@ -49,7 +49,7 @@ def test_chunks_cover_the_epoch_once_and_share_one_array():
 def step_by_step(program, arrays, seed, epoch, count, state):
     """An epoch written out: one jitted step for each batch, the ragged one too."""
     images, labels = arrays
-    step = jax.jit(train.train_step, static_argnums=0)
+    step = jax.jit(train.train_step, static_argnums=0, **SOON)
     order = np.asarray(epochs.epoch_order(seed, epoch, count))
     losses, correct = [], 0
     for i in range(-(-count // BATCH)):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import difference, run, train_epoch
+from helpers import SOON, difference, run, train_epoch
 
 from jaxnorm.config import Config
 from jaxnorm.training import epoch as epochs
@@ -71,8 +71,9 @@ def test_a_compiled_epoch_trains_on_the_images_that_its_keys_choose(tiny):
         program, initial, tiny.train_images, tiny.train_labels, 3, 1, 14, rate=0.1
     )
     order = np.asarray(epochs.epoch_order(3, 1, 70))
-    wanted, by_step, train_step = initial, [], jax.jit(train.train_step, static_argnums=0)
-    crop_and_flip = jax.jit(train.crop_and_flip, static_argnums=1)
+    wanted, by_step = initial, []
+    train_step = jax.jit(train.train_step, static_argnums=0, **SOON)
+    crop_and_flip = jax.jit(train.crop_and_flip, static_argnums=1, **SOON)
     for step, start in enumerate(range(0, 70, 14)):
         rows = order[start : start + 14]
         down, across = crop_and_flip(train.derive_key(3, "augment", 1, step), len(rows))
@@ -97,7 +98,7 @@ def test_a_step_is_pytorchs_sgd_with_nesterov_and_decay_of_kernels_alone(tiny):
         logits = program.model.apply({"params": params}, train.standardize(state, images))
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    step, gradient = jax.jit(train.train_step, static_argnums=0), jax.jit(jax.grad(loss))
+    step, gradient = jax.jit(train.train_step, static_argnums=0), jax.jit(jax.grad(loss), **SOON)
     params = state.params
     velocity = jax.tree.map(jnp.zeros_like, params)
     for _ in range(3):
