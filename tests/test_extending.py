@@ -162,7 +162,7 @@ def test_a_new_table_number_and_figure_reach_every_page(sweep, monkeypatch, caps
 
 
 def test_a_norm_of_ones_own_keeps_its_state_under_its_own_name(tiny):
-    config = Config("own_norm:OwnNorm", NET, "tiny", 1, 16)
+    config = Config("own_norm:OwnNorm", NET, "tiny", 1, 35)
     fit = trainer.fit(config, tiny)["own_norm:OwnNorm", 1]
     net = CNN("own_norm:OwnNorm", NET, 4)
     assert fit.program.model.table == net.table

@@ -156,7 +156,7 @@ def test_a_run_prints_a_line_an_epoch_and_the_table(inside, tiny_by_name, capsys
 
 
 def test_several_seeds_say_which_and_how_long_it_takes(inside, tiny_by_name, capsys):
-    flags = (*SMALL, "--skip-self-check", "--seeds", "2", "--validation", "8", "--tensorboard")
+    flags = (*SMALL, "--skip-self-check", "--seeds", "2", "--validation", "35", "--tensorboard")
     assert call(*flags, "--out", "x") == 0
     captured = capsys.readouterr().out
     lines = captured.splitlines()

@@ -271,6 +271,7 @@ def test_a_round_on_a_busy_machine_is_made_again(monkeypatch):
     assert kept == {len(made) // 3 - 2}
 
 
+@pytest.mark.slow
 def test_the_ceiling_is_that_of_a_processor():
     assert 1e8 < bench.measure_ceiling() < 1e15
 
