@@ -228,7 +228,10 @@ def test_initial_kernels_are_uniform_within_one_over_root_fan_in():
             chex.assert_trees_all_equal(leaves["bias"], jnp.zeros_like(leaves["bias"]))
 
 
-def test_one_seed_gives_the_same_kernels_and_masks_under_every_norm(monkeypatch):
+@pytest.mark.parametrize(
+    ("arch", "blocks"), [("every-kind", 3), pytest.param("matched", 8, marks=pytest.mark.slow)]
+)
+def test_one_seed_gives_the_same_kernels_and_masks_under_every_norm(arch, blocks, monkeypatch):
     images = jnp.asarray(RNG.normal(size=(2, 32, 32, 3)), jnp.float32)
     kernels, masks, original = {}, {}, dropout.keep_mask
 
@@ -241,11 +244,11 @@ def test_one_seed_gives_the_same_kernels_and_masks_under_every_norm(monkeypatch)
         return drawn
 
     for norm in [*ALL_NORMS, "none"]:
-        net = CNN(norm, "every-kind")
+        net = CNN(norm, arch)
         variables = initial(net, 4, images)
         kernels[norm] = {k: v["kernel"] for k, v in variables["params"].items() if "kernel" in v}
         masks[norm] = jax.jit(masks_of, static_argnums=0, **SOON)(net, variables)
-    assert len(masks["batch"]) == 3
+    assert len(masks["batch"]) == blocks
     for norm in kernels:
         chex.assert_trees_all_equal(kernels[norm], kernels["batch"])
         chex.assert_trees_all_equal(masks[norm], masks["batch"])
