@@ -81,7 +81,7 @@ class Options:
     quiet
         Print nothing but the table at the end, and errors.
     summary
-        Print the layer table of each net and exit.
+        Print the layer table of each net, of those of the run with --resume, and exit.
     """
 
     data_dir: Path | None = None
@@ -150,6 +150,10 @@ def split(settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 def start(configs: list[Config], options: Options, finish: "Finish") -> int:
     """Trains a sweep in this process, or as one of a job of several; returns the exit code."""
     if options.summary:
+        if options.resume:
+            from jaxnorm.storage.sweep import Sweep
+
+            configs = _grown(configs, Sweep.open(options.resume).configs, options)
         _print_summary(configs[0], options)
         return 0
     options = _prepare_jax(options)

@@ -59,6 +59,16 @@ def test_resume_refuses_to_turn_off_what_the_run_has(inside, sweep, capsys):
     assert "--nesterov False conflicts with the run in x, which has True" in capsys.readouterr().err
 
 
+def test_summary_shows_the_nets_of_the_run(inside, tiny_by_name, sweep, capsys):
+    sweep("x", arch="residual", norm="group")
+    assert call("--resume", "x", "--summary") == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line]
+    assert [row[1] for row in rows if row[0] == "layer"] == ["group:"]
+    assert ["total", "47,440"] in [[row[0], row[-1]] for row in rows]
+    assert call("--resume", "x", "--summary", "--arch", "matched") == 2
+    assert "--arch matched conflicts with the run in x" in capsys.readouterr().err
+
+
 def test_resume_warns_of_what_is_damaged(inside, tiny_by_name, capsys):
     assert call(*SMALL, "--skip-self-check", "--out", "x") == 0
     metrics = inside / "x" / "metrics.jsonl"
