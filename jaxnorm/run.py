@@ -81,7 +81,7 @@ class Options:
     quiet
         Print nothing but the table at the end, and errors.
     summary
-        Print the layer table of each net, of those of the run with --resume, and exit.
+        Print the layer table of each net (with --resume, of each net of that run) and exit.
     """
 
     data_dir: Path | None = None
