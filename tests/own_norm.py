@@ -22,6 +22,22 @@ class OwnNorm(nn.Module):
         return x * (scale / (divisor + 1e-3))[None, None, None]
 
 
+class WrappedNorm(nn.Module):
+    """Flax's batch norm inside, whose averages lie a level deeper, with another momentum."""
+
+    use_running_average: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.BatchNorm(self.use_running_average, momentum=0.5)(x)
+
+
+class InheritedNorm(nn.BatchNorm):
+    """Flax's batch norm with its own field `use_running_average`, and a default of our own."""
+
+    momentum: float = 0.5
+
+
 class FlatNorm(nn.Module):
     """Returns another shape, which no norm may."""
 

@@ -257,7 +257,10 @@ def evaluation(run: Run) -> Table:
             continue
         tested, sizes = int(nets[0]["tested"]), nets[0]["sizes"]
         samples = [stats.Sample(tuple(map(float, x))) for x in (running, precise, *by_size.T)]
-        rows.append([norm, str(len(nets)), *map(stats.accuracy_text, samples)])
+        cells = list(map(stats.accuracy_text, samples))
+        if norm != "batch":  # see `probes.measure`
+            cells[1] = "not computed"
+        rows.append([norm, str(len(nets)), *cells])
         head[4:] = [f"batches of {size}" for size in sizes]
     note = (
         f"Accuracy on {tested:,} test images{MEAN if _several(run) else ''}; the same "

@@ -5,6 +5,7 @@ own operators, the standard that the fast ones are compared with. Images are f32
 """
 
 import contextlib
+import dataclasses
 import importlib
 import math
 from collections.abc import Iterator, Sequence
@@ -231,7 +232,8 @@ def _normalize(module: Any, x: jax.Array, over: ops.Over) -> jax.Array:
 
 def custom_norm(path: str, train: bool, name: str | None) -> nn.Module:
     """A norm of the user's own, "package.module:Class": a Flax module from f32[N, H, W, C] to the
-    same shape. A field `use_running_average` is set to False in training and True in evaluation.
+    same shape. A field `use_running_average`, also an inherited one, is set to False in training
+    and to True in evaluation.
 
     Raises `UserError` where there is no such module.
     """
@@ -247,7 +249,7 @@ def custom_norm(path: str, train: bool, name: str | None) -> nn.Module:
         raise UserError(f"norm={path} cannot be imported: {error}") from None
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise UserError(f"norm={path} is no flax.linen.Module")
-    has_field = "use_running_average" in kind.__annotations__
+    has_field = "use_running_average" in {field.name for field in dataclasses.fields(kind)}
     return kind(**({"use_running_average": not train} if has_field else {}), name=name)
 
 

@@ -176,7 +176,8 @@ def measure(
       training and after it.
     - sizes: i32[S], batch sizes; batch_accuracy: f32[S], as the function; running_accuracy: f32[],
       with running averages, on the same test images, of which there are tested: i32[];
-      precise_accuracy: f32[], with `precise_statistics` of all training images.
+      precise_accuracy: f32[], of batch norm with `precise_statistics` of all training images, and
+      of any other norm the same as running_accuracy.
     - corruptions: names of the five of `corrupt`; corrupted_accuracy: f32[5], on the same images.
 
     The first `LOOKED_AT` training images and `TESTED` test images are looked at. `progress` is
@@ -205,7 +206,7 @@ def measure(
         test = (jnp.asarray(test_images), jnp.asarray(test_labels))
         accuracies = [batch_accuracy(program, state, *test, size) for size in sizes]
     progress(3, 5)
-    if set(state.norm_state) == {"batch_stats"}:
+    if program.model.norm == "batch":  # what a norm of the user's own averages is not known
         count = min(largest, len(dataset.train_labels))
         whole = dataset.train_images[: len(dataset.train_labels) // count * count]
         statistics = precise_statistics(program, state, whole.reshape(-1, count, 32, 32, 3))

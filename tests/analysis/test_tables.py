@@ -191,6 +191,8 @@ def test_text_cannot_break_out_of_a_markdown_table(name):
 
 def test_evaluation_by_other_statistics_is_of_the_norms_that_have_any(sweep):
     directory = sweep()
+    anew = {row[0]: row[3] for row in tables.evaluation(Run(directory)).rows}
+    assert anew == {"batch": "60.00%", "group": "not computed", "layer": "not computed"}
     same = dict(directory.probes(("group", 1), tables.EVALUATED))
     same["batch_accuracy"], same["precise_accuracy"] = np.full(2, 0.5, "f4"), np.float32(0.5)
     directory.write_net("probes", ("group", 1), **same)
