@@ -148,6 +148,14 @@ def test_a_wrong_file_is_one_line_that_says_what_is_expected(own_data, capsys):
     assert call(run.app, "--dataset", path) == 2
 
 
+@pytest.mark.parametrize("names", [[b"a", b"b", b"c", b"d"], [7, 8, 9, 10]])
+def test_class_names_may_be_bytes_or_numbers(own_data, names):
+    path, arrays = own_data
+    np.savez(path, **{**arrays, "class_names": np.array(names)})
+    wanted = ("a", "b", "c", "d") if isinstance(names[0], bytes) else ("7", "8", "9", "10")
+    assert datasets.load(str(path)).class_names == wanted
+
+
 def test_a_new_data_set_is_one_entry(tiny, monkeypatch):
     monkeypatch.setitem(datasets.SOURCES, "mine", lambda: tiny)
     assert datasets.load("mine") is tiny

@@ -305,9 +305,10 @@ def corruptions(run: Run) -> Table:
 
 
 def classes(run: Run) -> Table:
-    """The mean test accuracy of each class under each norm."""
+    """The mean test accuracy of each class under each norm; none where it has no test images."""
     means = [run.class_accuracies(norm).mean(0) for norm in run.norms]
-    rows = [[name, *(f"{mean[i]:.1%}" for mean in means)] for i, name in enumerate(run.class_names)]
+    cells = [["none" if np.isnan(mean) else f"{mean:.1%}" for mean in net] for net in means]
+    rows = [[name, *(net[i] for net in cells)] for i, name in enumerate(run.class_names)]
     return Table("Test accuracy of each class", ["class", *run.norms], rows, run.caption + ".")
 
 

@@ -190,7 +190,8 @@ def _from_file(path: Path) -> Dataset:
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = [stored[field] for field in _FIELDS]
-            class_names = tuple(map(str, stored["class_names"]))
+            names = stored["class_names"]
+            class_names = tuple(n.decode() if isinstance(n, bytes) else str(n) for n in names)
     except FileNotFoundError:
         raise UserError(f"dataset={path}: there is no such file") from None
     except KeyError as error:

@@ -205,6 +205,21 @@ def test_evaluation_by_other_statistics_is_of_the_norms_that_have_any(sweep):
     assert table.head[4:] == ["batches of 4", "batches of 16"]
 
 
+def test_a_class_without_test_images_has_no_accuracy(sweep, tiny):
+    names = (*tiny.class_names, "never drawn")
+    run = Run(sweep())
+    info = dataclasses.replace(run.info.dataset, class_names=list(names))
+    run.directory.write_info(dataclasses.replace(run.info, dataset=info))
+    for norm, seed in run.info.config.nets:
+        logits, labels = run.directory.predictions((norm, seed))
+        wider = np.pad(logits, ((0, 0), (0, 1)), constant_values=-100)
+        run.directory.write_net("predictions", (norm, seed), logits=wider, labels=labels)
+    *rows, empty = tables.classes(Run(run.directory)).rows
+    wanted = tables.classes(Run(sweep("other"))).rows
+    assert rows == wanted
+    assert empty == ["never drawn", "none", "none", "none"]
+
+
 def test_calibration_is_of_every_seed(sweep):
     run = Run(sweep())
     batch = cells(tables.calibration(run), "batch")
