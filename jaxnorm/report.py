@@ -44,6 +44,8 @@ def main(
 
     if not runs:
         raise UserError("no run directory was given: python -m jaxnorm.report RUN [RUN ...]")
+    if out and out.is_dir():
+        raise UserError(f"out={out} is a folder: name a file, such as {out / 'side-by-side.html'}")
     parts, unread = [], []
     for path in runs:
         try:

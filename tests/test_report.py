@@ -44,6 +44,11 @@ def test_several_runs_stand_side_by_side_and_a_damaged_one_is_named(
     assert call(*paths) == 0
     assert (scratch / "side-by-side.html").exists()
     assert call(bad) == 2
+    capsys.readouterr()
+    assert call(*paths, "--out", scratch) == 2
+    printed = capsys.readouterr()
+    assert f"--out {scratch} is a folder: name a file" in printed.err
+    assert not printed.out
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ class RunDirectory:
         """Reads a JSON file as a `typed` dataclass; raises `UserError`."""
         try:
             return from_json(kind, self.read_bytes(name))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{self.path / name} is missing: {self.path} is not a run directory"
             ) from None

@@ -132,6 +132,7 @@ def fit(
 
 def predict(program: Program, state: TrainState, images: Any) -> jax.Array:
     """Probabilities f32[N, classes] of u8[N, 32, 32, 3] images; ValueError for any other."""
+    images = images if hasattr(images, "dtype") else np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3):
         raise ValueError(
             f"predict takes images u8[N, 32, 32, 3], not {images.dtype}{list(images.shape)}"

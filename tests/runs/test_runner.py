@@ -78,7 +78,8 @@ def test_a_loaded_model_predicts_what_the_run_did(tiny_run, tiny):
         chex.assert_type(probabilities, jnp.float32)
         wanted = stats.probabilities(tiny_run.predictions((norm, 3))[0])
         np.testing.assert_allclose(probabilities, wanted, atol=1e-6)
-        for wrong in (tiny.test_images[0], tiny.test_images / 255, tiny.test_images[:, :28]):
+        images = tiny.test_images
+        for wrong in (images[0], images / 255, images[:, :28], images[:1].tolist()):
             with pytest.raises(ValueError, match=r"u8\[N, 32, 32, 3\]"):
                 predict(wrong)
         one = predict(tiny.test_images[5:6])

@@ -72,5 +72,7 @@ def test_a_run_alone_is_a_sweep_of_one(scratch):
     sweep = Sweep.create(scratch / "r", configs()[:1], "x")
     assert [run.path for run in sweep.directories] == [scratch / "r"]
     assert list((scratch / "r").iterdir()) == []
-    with pytest.raises(UserError, match="is not a run directory"):
-        Sweep.open(scratch / "r")
+    (scratch / "file").touch()
+    for path in (scratch / "r", scratch / "file"):
+        with pytest.raises(UserError, match="is not a run directory"):
+            Sweep.open(path)
