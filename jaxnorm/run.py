@@ -224,7 +224,7 @@ def _train(requested: list[Config], options: Options, finish: "Finish") -> int:
         board = TensorBoard(out / "tensorboard", sweep=len(configs) > 1)
     mesh = None if options.mesh is None else MeshShape.parse(options.mesh)
     for config in configs:
-        groups.mesh_for(configs, config.batch_size, mesh)
+        groups.mesh_for(configs, config, mesh)
     # What is wrong whatever the data is, is said before a download.
     summary.check_nets(dataclasses.replace(configs[0], allow_large=True), num_classes=10)
     # Process 0 may import an archive, or write a cache, that the others find.

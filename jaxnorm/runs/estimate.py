@@ -21,7 +21,7 @@ from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.schema import Epoch
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training import mesh as meshes
-from jaxnorm.training.groups import Nets, SweptNet, groups
+from jaxnorm.training.groups import Group, Nets, SweptNet, compiled, groups
 from jaxnorm.training.mesh import MeshShape
 from jaxnorm.training.trainer import Trained
 
@@ -35,8 +35,8 @@ COLUMNS += ("evaluation, ms", "writing, ms", "memory, MB", "training", "rest")
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the nets of one norm and batch size take: a row of text for `COLUMNS`, and the seconds
-    of all training and of all evaluation and writing.
+    """What the nets of one program take: a row of text for `COLUMNS`, and the seconds of all
+    training and of all evaluation and writing.
     """
 
     row: list[str]
@@ -51,15 +51,16 @@ def estimate(
     progress: Progress = lambda what, done, total: None,
     finished: Container[SweptNet] = (),
 ) -> list[Estimate]:
-    """Estimates the training of all nets but the finished ones, from their first epoch on, by norm
-    and batch size. Compiles every program, runs a few steps of each, and writes to a folder of its
+    """Estimates the training of all nets but the finished ones, from their first epoch on, program
+    by program. Compiles every program, runs a few steps of each, and writes to a folder of its
     own, which it removes.
 
     In a job of several processes all of them call it.
     """
-    rounds: dict[tuple[str, int], list] = {}
+    rounds: dict[tuple, list[Group]] = {}
     for group in groups(configs, dataset, mesh, finished):
-        rounds.setdefault((group.norm, configs[group.nets[0][0]].batch_size), []).append(group)
+        program = group.norm, compiled(configs[group.nets[0][0]])
+        rounds.setdefault(program, []).append(group)
     done = itertools.count()
 
     def seconds(function: Callable[[], Any]) -> float:
@@ -72,15 +73,13 @@ def estimate(
             times.append(time.perf_counter() - clock)
         return statistics.median(times[1:])
 
-    return [_estimate(configs, dataset, *key, same, seconds) for key, same in rounds.items()]
+    return [_estimate(configs, dataset, same, seconds) for same in rounds.values()]
 
 
 def _estimate(
     configs: Sequence[Config],
     dataset: Dataset,
-    norm: str,
-    batch_size: int,
-    rounds: list,
+    rounds: list[Group],
     seconds: Callable[[Callable[[], Any]], float],
 ) -> Estimate:
     """Each round trains as many nets as the program does, from the first epoch to the last."""
@@ -105,7 +104,7 @@ def _estimate(
     training = len(rounds) * steps * step_seconds
     rest = len(rounds) * last_epoch * (evaluation + writing)
     count = sum(len(group.nets) for group in rounds)
-    row = [norm, *map(str, (batch_size, count, group.size, group.mesh))]
+    row = [group.norm, *map(str, (nets.config.batch_size, count, group.size, group.mesh))]
     row += [f"{len(rounds)} x {steps:,}"]
     row += [f"{1e3 * time:.1f}" for time in (step_seconds, evaluation, writing)]
     row += ["not known" if memory is None else f"{memory / 1e6:,.0f}"]

@@ -58,7 +58,7 @@ def run(
             sweep.record_growth()
             begun = any(directory.exists() for directory in sweep.directories)
             for i, (config, directory) in enumerate(zip(configs, sweep.directories, strict=True)):
-                shape = str(groups.mesh_for(configs, config.batch_size, mesh))
+                shape = str(groups.mesh_for(configs, config, mesh))
                 arguments = (command, self_check, deterministic, shape)
                 now = environment.describe(config, dataset, counts[i], *arguments)
                 for net, net_progress in _begin(directory, now, callback).items():

@@ -22,6 +22,8 @@ from jaxnorm.training.step import Program, TrainState, init_state, standard_of
 
 CHUNKS = 20
 """Chunks of an epoch, so that progress shows and a loss that is not finite is found soon."""
+ARGUMENTS = ("learning_rate", "weight_decay")
+"""The settings that a program takes as arguments, so that its nets may differ in them."""
 SweptNet = tuple[int, str, int]
 """A net of a sweep: the number of its run, its norm and its seed."""
 
@@ -35,7 +37,6 @@ def program_of(config: Config, dataset: Any, norm: str, mesh: MeshShape = ONE) -
         tuple(dataset.deviation),
         mesh,
         config.nesterov,
-        config.weight_decay > 0,
         config.augment != "none",
         config.label_smoothing,
         config.weight_average,
@@ -52,24 +53,30 @@ def learning_rates(config: Config, epoch: int, steps: int) -> np.ndarray:  # f32
     return np.interp(done, (0, config.warmup, 1), (0, 1, 0)).astype(np.float32)
 
 
-def mesh_for(configs: Sequence[Config], batch_size: int, mesh: MeshShape | None) -> MeshShape:
-    """The mesh for the nets of that batch size: the given one, or one chosen for as many.
+def compiled(config: Config) -> tuple:
+    """The settings that are compiled in: nets train in one program where these are the same."""
+    return tuple(value for name, value in vars(config).items() if name not in ARGUMENTS)
+
+
+def mesh_for(configs: Sequence[Config], config: Config, mesh: MeshShape | None) -> MeshShape:
+    """The mesh for all nets that one program can train with those of `config`: the given one, or
+    one chosen for as many.
 
     Raises `UserError` where the given one is not possible.
     """
     custom = any(layers.is_custom(norm) for norm in configs[0].norms)
     if mesh is None:
-        nets = sum(config.seeds for config in configs if config.batch_size == batch_size)
-        return meshes.choose(nets, 1 if custom else batch_size)
+        nets = sum(other.seeds for other in configs if compiled(other) == compiled(config))
+        return meshes.choose(nets, 1 if custom else config.batch_size)
     if custom and mesh.batch > 1:
         raise UserError(f"mesh={mesh} shares batches, which your own norm may not allow: batch=1")
-    mesh.check(batch_size)
+    mesh.check(config.batch_size)
     return mesh
 
 
 @dataclass(frozen=True)
 class Group:
-    """Nets that train in one program: of one norm and batch size.
+    """Nets that train in one program: of one norm, and of runs that differ in `ARGUMENTS` alone.
 
     The program trains `size` nets, a multiple of the mesh's rows. Where there are fewer, the last
     one fills the rest, and its copies are left out.
@@ -96,15 +103,18 @@ def groups(
     mesh: MeshShape | None = None,
     finished: Container[SweptNet] = (),
 ) -> Iterator[Group]:
-    """The nets of a sweep, in the order in which they train: by batch size; then as many of a norm
-    as train in one program together, run by run, and as many of each other norm before any more.
-    Nets that are finished are left out.
+    """The nets of a sweep, in the order in which they train: by what is compiled, as the batch size
+    is; then as many of a norm as train in one program together, run by run, and as many of each
+    other norm before any more. Nets that are finished are left out.
     """
-    for batch_size in dict.fromkeys(config.batch_size for config in configs):
-        same = [(i, config) for i, config in enumerate(configs) if config.batch_size == batch_size]
-        shape, norms = mesh_for(configs, batch_size, mesh), same[0][1].norms
-        programs = [program_of(same[0][1], dataset, norm, shape) for norm in norms]
-        at_once = min(epochs.nets_at_once(program, batch_size) for program in programs)
+    alike: dict[tuple, list[tuple[int, Config]]] = {}
+    for i, config in enumerate(configs):
+        alike.setdefault(compiled(config), []).append((i, config))
+    for same in alike.values():
+        first = same[0][1]
+        shape, norms = mesh_for(configs, first, mesh), first.norms
+        programs = [program_of(first, dataset, norm, shape) for norm in norms]
+        at_once = min(epochs.nets_at_once(program, first.batch_size) for program in programs)
         nets = [(i, seed) for i, config in same for seed in config.seed_numbers]
         count = math.ceil(len(nets) / (at_once * shape.seed))
         size = math.ceil(len(nets) / count / shape.seed) * shape.seed

@@ -20,7 +20,7 @@ from jaxnorm.config import Config, Precision
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.data.download import Progress
 from jaxnorm.training import mesh as meshes
-from jaxnorm.training.groups import Group, Nets, groups
+from jaxnorm.training.groups import Group, Nets, compiled, groups
 from jaxnorm.training.mesh import ONE, MeshShape
 from jaxnorm.training.step import (
     Program,
@@ -70,7 +70,7 @@ def self_check(
     check_compiler()
     dataset, programs = with_noise(dataset), {}
     for group in groups(configs, dataset, mesh):
-        programs.setdefault((group.norm, configs[group.nets[0][0]].batch_size), group)
+        programs.setdefault((group.norm, compiled(configs[group.nets[0][0]])), group)
     done = itertools.count()
 
     def tick() -> None:

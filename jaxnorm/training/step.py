@@ -40,8 +40,6 @@ class Program:
     deviation: tuple[float, float, float]
     mesh: MeshShape = ONE
     nesterov: bool = False
-    decays: bool = False
-    """Whether there is weight decay."""
     augments: bool = False
     label_smoothing: float = 0.0
     weight_average: float = 0.0
@@ -192,14 +190,13 @@ def train_step(
         nothing = (jnp.zeros(()), jnp.zeros((), jnp.int32), zeros)
         total = lax.fori_loop(0, count // micro_batch, add_micro_batch, nothing)
     loss, correct, gradients = total if axis is None else lax.psum(total, axis)
-    if program.decays:
-        gradients = jax.tree_util.tree_map_with_path(
-            lambda path, gradient, value: (
-                gradient + weight_decay * value if path[-1].key == "kernel" else gradient
-            ),
-            gradients,
-            state.params,
-        )
+    gradients = jax.tree_util.tree_map_with_path(
+        lambda path, gradient, value: (
+            gradient + weight_decay * value if path[-1].key == "kernel" else gradient
+        ),
+        gradients,
+        state.params,
+    )
     optimizer = program.optimizer(learning_rate)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

@@ -19,7 +19,7 @@ from jaxnorm.storage.sweep import Sweep, name_of
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training import trainer
-from jaxnorm.training.mesh import ONE
+from jaxnorm.training.mesh import ONE, MeshShape
 from jaxnorm.training.selfcheck import self_check
 from jaxnorm.training.trainer import Callback
 
@@ -136,6 +136,19 @@ def test_a_seed_of_a_sweep_is_that_seed_alone_bit_for_bit(tiny_run, tiny):
     np.testing.assert_array_equal(fits["group", 3].step_losses, tiny_run.step_losses(("group", 3)))
     np.testing.assert_array_equal(fits["group", 3].logits, tiny_run.predictions(("group", 3))[0])
     assert (fits["group", 2].step_losses != fits["group", 3].step_losses).all()
+
+
+@pytest.mark.parametrize("decays", [(0.0, 0.5), (0.5, 0.0)])
+def test_a_weight_decay_of_a_sweep_is_that_of_the_run_alone(tiny, scratch, decays):
+    base = {"norm": "layer", "arch": "three-layers", "dataset": "tiny", "epochs": 1}
+    configs = product({**base, "batch_size": 35}, {"weight_decay": decays})
+    sweep = Sweep.create(scratch / "s", configs, "x")
+    runner.run(sweep, tiny, mesh=MeshShape(seed=2))
+    losses = [directory.step_losses(("layer", 1)) for directory in sweep.directories]
+    assert losses[0][-1] != losses[1][-1]
+    for config, of_sweep in zip(configs, losses, strict=True):
+        alone = jaxnorm.fit(config, tiny, mesh=ONE)["layer", 1]
+        np.testing.assert_array_equal(of_sweep, alone.step_losses)
 
 
 def test_seeds_that_train_in_one_program_are_the_seeds_alone(tiny, scratch, monkeypatch):

@@ -25,8 +25,19 @@ def test_finished_nets_take_no_place_beside_those_that_are_left(tiny):
     assert every == [(norm, seed) for seed in (3, 5, 7) for norm in ("batch", "group", "layer")]
 
 
+def test_runs_train_together_where_they_differ_in_arguments_of_the_program_alone(tiny):
+    """Whatever else a sweep may take, such as dropout, is compiled."""
+    settings = {"norm": "layer", "batch_size": 16}
+    configs = product(settings, {"dropout": (0.0, 0.1), "weight_decay": (0.0, 0.1, 0.2)})
+    of = [[run for run, *_ in group.nets] for group in groups(configs, tiny, MeshShape(seed=2))]
+    assert of == [[0, 1], [2], [3, 4], [5]]
+    swept = {"weight_decay": (0.0, 0.1), "learning_rate": (0.1, 0.2)}
+    of = [group.nets for group in groups(product(settings, swept), tiny, MeshShape(seed=2))]
+    assert of == [((i, "layer", 1), (i + 1, "layer", 1)) for i in (0, 2)]
+
+
 def test_nets_of_another_batch_size_take_no_devices():
     swept = {"batch_size": (32, 64), "learning_rate": (0.1, 0.2)}
     configs = product({"norm": "layer"}, swept)[1:]  # one of 32, two of 64
-    assert mesh_for(configs, 32, None) == MeshShape(1, 2)
-    assert mesh_for(configs, 64, None) == MeshShape(2, 1)
+    assert mesh_for(configs, configs[0], None) == MeshShape(1, 2)
+    assert mesh_for(configs, configs[1], None) == MeshShape(2, 1)
