@@ -12,7 +12,7 @@ from typing import Any, NoReturn, get_origin
 
 from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, UnusedCliTokensError
 
-from jaxnorm.config import Config, UserError
+from jaxnorm.config import Config, UserError, differing, value_text
 from jaxnorm.runs import signals
 
 MISTAKE, FAILED = 2, 1
@@ -171,7 +171,7 @@ class Terminal:
     """
 
     def __init__(self, configs: Sequence[Config], quiet: bool, speaks: bool, board: Any) -> None:
-        self.swept, self.total = len(configs) > 1, sum(len(c.nets) * c.epochs for c in configs)
+        self.swept, self.total = differing(configs), sum(len(c.nets) * c.epochs for c in configs)
         self.quiet, self.speaks, self.board = quiet or not speaks, speaks, board
         self.what, self.steps, self.epochs, self.bar = "", 0, configs[0].epochs, Bar(self.quiet)
         self.before, self.done, self.clock = 0, 0, time.monotonic()
@@ -223,10 +223,11 @@ def _time_left(seconds: float) -> str:
     return f", about {hours}{minutes % 60} min left"
 
 
-def _epoch_line(epoch: Any, config: Config, swept: bool) -> str:
+def _epoch_line(epoch: Any, config: Config, swept: Sequence[str]) -> str:
     parts = [f"{epoch.norm:>8}"]
-    if swept:
-        parts.append(f"batch {config.batch_size:>3}  rate {config.rate(epoch.norm):<6g}")
+    for name in swept:
+        value = config.rate(epoch.norm) if name == "learning_rate" else getattr(config, name)
+        parts.append(f"{name.replace('_', ' ')} {value_text(value):<6}")
     if config.seeds > 1:
         parts.append(f"seed {epoch.seed}")
     parts.append(f"epoch {epoch.epoch:>2}/{config.epochs}")

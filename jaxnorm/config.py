@@ -254,6 +254,16 @@ class Config:
         return math.ceil((train_count - self.validation) / self.batch_size)
 
 
+def differing(configs: Sequence[Config]) -> list[str]:
+    """The settings of `SWEPT` that differ between runs."""
+    return [name for name in SWEPT if len({str(getattr(c, name)) for c in configs}) > 1]
+
+
+def value_text(value: str | float) -> str:
+    """A setting's value, for a person."""
+    return value if isinstance(value, str) else f"{value:g}"
+
+
 def product(base: Mapping[str, Any], swept: Mapping[str, Sequence[Any]]) -> list[Config]:
     """A configuration for each combination of the swept values, over the same other settings.
 

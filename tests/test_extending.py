@@ -1,5 +1,10 @@
 """Where things go: one of each is added in its one place, and found in Markdown and HTML."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from helpers import Evil
@@ -14,6 +19,7 @@ from jaxnorm.model.cnn import CNN
 from jaxnorm.runs import runner
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.training import trainer
+from jaxnorm.training.mesh import ONE
 
 NET = "three-layers"
 """A net that `nets` adds by one entry in `ARCHS`."""
@@ -146,6 +152,41 @@ def test_a_wrong_file_is_one_line_that_says_what_is_expected(own_data, capsys):
     assert call(run.app, "--dataset", path) == 2
     path.write_bytes(b"rubbish")
     assert call(run.app, "--dataset", path) == 2
+
+
+@pytest.mark.slow
+def test_a_new_setting_of_a_sweep_is_one_entry(own_data, scratch):
+    """The command, as if `SWEPT` had named dropout: each run is trained with its own."""
+    path, _ = own_data
+    code = """if True:
+        import sys
+        from jaxnorm import config
+        config.SWEPT += ("dropout",)
+        from jaxnorm import cli, report, run
+        import nets
+        out = sys.argv[1]
+        flags = [*sys.argv[2:], "--quiet", "--out", out]
+        sys.exit(cli.run(run.app, flags) or cli.run(report.app, [out]))"""
+    flags = [scratch / "s", "--norm", "layer", "--arch", NET, "--dataset", path, "--epochs", "1"]
+    flags += ["--batch-size", "35", "--dropout", "0.0", "0.5"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", code, *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[:4] for line in done.stdout.splitlines()[:1]] == [
+        ["batch", "learning", "rate", "dropout"]
+    ]
+    assert (scratch / "s" / "dropout.png").exists()
+    losses = []
+    for name, dropout in (("batch-35-rate-0.01", 0.0), ("batch-35-rate-0.01-dropout-0.5", 0.5)):
+        directory = RunDirectory(scratch / "s" / name)
+        assert directory.info().config.dropout == dropout
+        losses.append(directory.step_losses(("layer", 1)))
+        fit = trainer.fit(directory.info().config, datasets.load(str(path)), mesh=ONE)["layer", 1]
+        np.testing.assert_array_equal(losses[-1], fit.step_losses)
+        for page in ("report.md", "report.html"):
+            assert name in (scratch / "s" / name / page).read_text()
+    assert (losses[0] != losses[1]).all()
 
 
 @pytest.mark.parametrize("names", [[b"a", b"b", b"c", b"d"], [7, 8, 9, 10]])

@@ -10,7 +10,7 @@ from jaxnorm.analysis.drawing import COLOURS, Named, look_of, new_figure, percen
 from jaxnorm.analysis.figures import save_examples
 from jaxnorm.analysis.results import Run
 from jaxnorm.analysis.tables import MEAN, Table
-from jaxnorm.config import SWEPT
+from jaxnorm.config import differing, value_text
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.sweep import Sweep
@@ -25,8 +25,10 @@ def runs_of(sweep: Sweep, dataset: Dataset) -> list[Run]:
 
 
 def results(runs: Sequence[Run]) -> Table:
-    """The last test accuracy of every norm at every batch size and learning rate of a sweep."""
+    """The last test accuracy of every norm in every run of a sweep: a row a run."""
     first, rows, lost = runs[0].info.config, [], ""
+    differ = differing([run.info.config for run in runs])
+    others = [name for name in differ if name not in ("batch_size", "learning_rate")]
     for run in runs:
         config, cells = run.info.config, []
         for norm in first.norms:
@@ -35,14 +37,16 @@ def results(runs: Sequence[Run]) -> Table:
             if len(done or ()) < config.seeds:
                 cells[-1] += f" ({len(done or ())} of {config.seeds})"
                 lost = " Of nets that are not counted the loss was not finite."
-        rows.append([str(config.batch_size), config.rate_text, *cells])
+        settings = [value_text(getattr(config, name)) for name in others]
+        rows.append([str(config.batch_size), config.rate_text, *settings, *cells])
     note = (
         f"Last test accuracy after {first.epochs} epochs, n = {first.seeds} each"
         f"{MEAN if first.seeds > 1 else ''}; {first.arch} nets, {runs[0].info.dataset.caption}."
     )
     if first.linear_scaling:
         note += " The learning rate is multiplied by batch / 128."
-    return Table("The sweep", ["batch", "learning rate", *first.norms], rows, note + lost)
+    head = ["batch", "learning rate", *(name.replace("_", " ") for name in others), *first.norms]
+    return Table("The sweep", head, rows, note + lost)
 
 
 def plot_against(axes: Axes, runs: Sequence[Run], setting: str) -> None:
@@ -63,8 +67,7 @@ def plot_against(axes: Axes, runs: Sequence[Run], setting: str) -> None:
 
 def draw(runs: Sequence[Run]) -> Named:
     """Accuracy against what differs between the runs of a sweep, where that is one number."""
-    configs = [run.info.config for run in runs]
-    differ = [name for name in SWEPT if len({str(getattr(c, name)) for c in configs}) > 1]
+    differ = differing([run.info.config for run in runs])
     if len(differ) == 1 and any(run.summaries for run in runs):
         title = f"Accuracy against {differ[0].replace('_', ' ')}"
         figure = new_figure(runs[0].caption, title, 8, 4.6)

@@ -9,10 +9,11 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jaxnorm.config import SWEPT, Config, UserError, typed
+from jaxnorm.config import SWEPT, Config, UserError, typed, value_text
 from jaxnorm.storage.directory import RunDirectory
 
 _FILE = "sweep.json"
+_SHORT = {"batch_size": "batch", "learning_rate": "rate", "weight_decay": "decay"}
 
 
 @typed
@@ -32,9 +33,10 @@ class SweepInfo:
 
 
 def name_of(config: Config) -> str:
-    """The folder of a run of a sweep."""
-    decay = f"-decay-{config.weight_decay:g}" if config.weight_decay else ""
-    return f"batch-{config.batch_size}-rate-{config.rate_text}{decay}"
+    """The folder of a run of a sweep: its settings of `SWEPT` that are not zero."""
+    values = {_SHORT.get(name, name): getattr(config, name) for name in SWEPT}
+    values["rate"] = config.rate_text
+    return "-".join(f"{name}-{value_text(value)}" for name, value in values.items() if value)
 
 
 class Sweep:

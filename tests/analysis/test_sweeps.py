@@ -34,6 +34,15 @@ def test_a_trial_is_the_mean_of_its_seeds(sweep):
     assert (rate, accuracy) == (0.02, pytest.approx(7 / 22))
 
 
+def test_a_sweep_says_which_settings_differ(sweep):
+    values = {"norm": "group", "seeds": 2, "accuracies": {"group": ((5, 9), (5, 9))}}
+    runs = [Run(sweep(f"{decay}", weight_decay=decay, **values)) for decay in (0.0, 0.001)]
+    table = sweeps.results(runs)
+    assert table.head == ["batch", "learning rate", "weight decay", "group"]
+    assert [row[:3] for row in table.rows] == [["16", "0.01", "0"], ["16", "0.01", "0.001"]]
+    assert sweeps.results(runs[:1]).head == ["batch", "learning rate", "group"]
+
+
 def test_a_sweep_says_how_many_nets_it_counts(sweep):
     """The second net of group norm stopped after its first epoch."""
     run = Run(sweep(accuracies={"group": ((5, 9), (5,))}, norm="group", seeds=2))
