@@ -78,6 +78,9 @@ def main(
     named, swept = run.split(settings)
     if "learning_rate" in swept:
         raise UserError("learning_rate= is what is tuned: give lowest= and highest=")
+    for name, values in swept.items():
+        if len(values) > 1:
+            raise UserError(f"{name}={' '.join(map(str, values))}: a tuning takes one value of it")
     held_out = OF_DIGITS if named["dataset"] == "digits" else HELD_OUT
     named["validation"] = named["validation"] or held_out
     swept["learning_rate"] = trials.draw(named["seed"])
