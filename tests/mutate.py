@@ -81,6 +81,9 @@ def passes(tests: list[str], compiled: Path, fault: Fault | None = None) -> bool
 def main(word: str = "") -> int:
     """Tries every fault whose text holds the word."""
     chosen = [fault for fault in read() if word in f"{fault.file}\n{fault.right}\n{fault.wrong}"]
+    if not chosen:
+        print(f"no fault holds {word!r}")
+        return 1
     survivors = 0
     with tempfile.TemporaryDirectory() as compiled, ThreadPoolExecutor(os.cpu_count()) as pool:
         if not passes(sorted({name for fault in chosen for name in fault.tests}), Path(compiled)):
