@@ -313,25 +313,33 @@ def classes(run: Run) -> Table:
 
 
 def parameters(run: Run) -> Table:
-    """The layers of each norm's net."""
-    return layers(run.info.config, len(run.class_names))
+    """The layers of each norm's net. A run directory may come from anybody: no module that it names
+    is imported, so that of a norm of the user's own only the total is known.
+    """
+    return layers(run.info.config, len(run.class_names), run.info.parameters)
 
 
-def layers(config: Config, num_classes: int) -> Table:
-    """The layers of each norm's net: output, receptive field, parameters of kernel and norm."""
+def layers(config: Config, num_classes: int, totals: Mapping[str, int] | None = None) -> Table:
+    """The layers of each norm's net: output, receptive field, parameters of kernel and norm. With
+    `totals` of parameters a norm of the user's own is not imported, and not counted by layer.
+    """
     from jaxnorm.model import summary
+    from jaxnorm.model.layers import is_custom
 
-    nets = [summary.summarize(summary.net_of(config, norm, num_classes)) for norm in config.norms]
-    head, total = ["layer"], ["total"]
-    for norm, net in zip(config.norms, nets, strict=True):
+    head, total, nets, uncounted = ["layer"], ["total"], [], totals or {}
+    for norm in config.norms:
+        known = norm not in uncounted or not is_custom(norm)
+        net = summary.summarize(summary.net_of(config, norm if known else "none", num_classes))
+        count = sum(row.kernel + row.norm for row in net) if known else uncounted[norm]
         head += [f"{norm}: output", "field", "kernel", "norm"]
-        total += ["", "", "", f"{sum(row.kernel + row.norm for row in net):,}"]
+        total += ["", "", "", f"{count:,}"]
+        nets.append([(row, f"{row.norm:,}" if known else "") for row in net])
     rows = []
     for same in zip(*nets, strict=True):
-        row = [same[0].name]
-        for layer in same:
+        row = [same[0][0].name]
+        for layer, of_norm in same:
             shape = TIMES.join(map(str, layer.shape))
-            row += [shape, str(layer.receptive_field), f"{layer.kernel:,}", f"{layer.norm:,}"]
+            row += [shape, str(layer.receptive_field), f"{layer.kernel:,}", of_norm]
         rows.append(row)
     return Table("Layers and parameters", head, [*rows, total])
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from jaxnorm.analysis import stats, tables
+from jaxnorm.analysis import figures, page, stats, tables
 from jaxnorm.analysis.results import Run
 
 
@@ -177,6 +177,22 @@ def test_parameters_are_the_layers_of_every_norm(sweep):
     ]
     assert table.rows[-1][0] == "total"
     assert table.rows[-1].count("45,584") == 3
+
+
+def test_no_module_that_a_run_names_is_imported(sweep, scratch, monkeypatch):
+    """A run may come from anybody. Of a norm of the user's own the total alone is known."""
+    (scratch / "named_by_the_run.py").write_text("raise SystemExit('it was imported')")
+    monkeypatch.syspath_prepend(scratch)
+    run, norm = Run(sweep()), "named_by_the_run:Norm"
+    config = dataclasses.replace(run.info.config, norm=f"group,{norm}")
+    parameters = {**run.info.parameters, norm: 1_234_567}
+    run.directory.write_info(dataclasses.replace(run.info, config=config, parameters=parameters))
+    monkeypatch.setattr(figures, "FIGURES", ())
+    missing = page.read(run.directory).missing
+    assert missing == [f"{norm} norm, seed {seed}: 2 of 2 epochs are missing" for seed in (1, 2, 3)]
+    first, *_, total = tables.parameters(Run(run.directory)).rows
+    assert first[5:] == [first[1], "3", "432", ""]
+    assert total[4::4] == ["45,584", "1,234,567"]
 
 
 @pytest.mark.parametrize("name", ["a|b", "a\nb", "<b>", "`c`", "[x](y)", "*", "_i_", "\\"])
