@@ -29,8 +29,8 @@ app = App(
     name="python -m jaxnorm.run",
     help=(
         "Train a small CNN under batch, group or layer normalization and write a run directory: "
-        "metrics, predictions, checkpoints, figures. Several batch sizes or learning rates are a "
-        "sweep: a run directory for each of their combinations."
+        "metrics, predictions, checkpoints, figures. Several batch sizes, learning rates or weight "
+        "decays are a sweep: a run directory for each of their combinations."
     ),
     help_format="plaintext",
 )
