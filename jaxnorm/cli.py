@@ -3,6 +3,7 @@ that errors of the library speak of as settings.
 """
 
 import contextlib
+import io
 import os
 import re
 import sys
@@ -74,6 +75,8 @@ def run(app: App, arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code; what goes wrong is one line on standard error."""
     global _program
     _program, _arguments[:] = app.name[0], sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without these signs shows others
+        sys.stdout.reconfigure(errors="replace")
     options = {"exit_on_error": False, "print_error": False, "result_action": "return_value"}
     try:
         with signals.handled():

@@ -1,5 +1,6 @@
 """The command, as a user calls it: output, exit codes, and nothing left behind by a mistake."""
 
+import io
 import os
 import subprocess
 import sys
@@ -58,6 +59,14 @@ def test_summary_prints_the_layer_tables_and_trains_nothing(inside, capsys):
     assert [row[1] for row in rows if row[:1] == ["total"]] == ["45,776", "45,776", "46,412"]
     assert ["c3", "34\N{MULTIPLICATION SIGN}34\N{MULTIPLICATION SIGN}8", "5", "256", "0"] in rows
     assert list(inside.iterdir()) == []
+
+
+def test_a_terminal_that_knows_no_signs_shows_others(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert call("--summary", "--norm", "layer") == 0
+    terminal.seek(0)
+    assert "30?30?4" in terminal.read()
 
 
 @pytest.mark.parametrize(
