@@ -217,7 +217,7 @@ plain = SimpleNamespace(
     Conv=nn.Conv,
     StandardizedConv=_PlainStandardizedConv,
     max_pool=nn.max_pool,
-    global_max=lambda x: x.max((1, 2), keepdims=True),
+    global_max=lambda x: nn.max_pool(x, x.shape[1:3]),  # not x.max, see `pooling.global_max`
     relu=nn.relu,
     dropout_relu=_plain_dropout_relu,
 )

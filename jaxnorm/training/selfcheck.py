@@ -50,7 +50,7 @@ EVALUATED = 100
 _ROWS = 40_000
 _ONCE: Any = {"xla_backend_optimization_level": 0}
 """For the plain step, which runs once: it takes neither the time nor the rewrites of the program
-that it checks. (At level 1 gradients of a maximum are wrong, see `pooling.global_max`.)
+that it checks.
 """
 
 
