@@ -19,6 +19,7 @@ import numpy as np
 from jaxnorm.config import Config, Precision
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.data.download import Progress
+from jaxnorm.model.cnn import MOMENTUM
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training.groups import Group, Nets, compiled, groups
 from jaxnorm.training.mesh import ONE, MeshShape
@@ -214,8 +215,9 @@ def _disagreement(
         name = jax.tree_util.keystr(path, simple=True, separator=" ")
         if name.startswith("norm_state"):
             # A norm's state is compared as a whole: where kernels sum to zero a mean is nearly
-            # zero, and its error is to be small beside the deviation.
-            name = name.rpartition(" ")[0]
+            # zero, and its error is to be small beside the deviation. And by what the batch adds
+            # to it: a variance that is near the initial one hardly moves.
+            name, before = name.rpartition(" ")[0], MOMENTUM * before
         arrays.setdefault(name, []).append((got, wanted, before))
     for name, parts in arrays.items():
         # Parameters as well as momenta move by the gradient, running averages by the statistics.

@@ -35,6 +35,17 @@ def test_seeds_in_one_program_pass(tiny, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"arch": "residual"}, {"recipe": "tuned"}])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_residual_net_passes_on_digits(settings, precision):
+    """Its last batch has 29 images, over which XLA rounds a maximum's input in two ways; and the
+    variances behind standardized kernels are near the initial averages.
+    """
+    config = Config("batch", dataset="digits", precision=precision, **settings)
+    selfcheck.self_check([config], load("digits"))
+
+
+@pytest.mark.slow
 def test_means_near_zero_and_flat_images_pass(monkeypatch):
     """Kernels that sum to zero over the digits' flat background, in three grey channels; and a
     maximum over many pixels that are the same.
@@ -133,6 +144,15 @@ def test_what_disagrees_is_named(loss, params, batch_stats, message):
     plain = step(2.0, jnp.array([1.1, 0.9]), jnp.array([0.1]))
     ours = step(loss, jnp.array(params), jnp.array(batch_stats))
     assert selfcheck._disagreement(ours, plain, before) == message
+
+
+def test_running_averages_are_off_by_what_the_batch_adds_to_them():
+    """A batch whose variance is 1.01 hardly moves an average of 1: it adds a tenth of 1.01."""
+    before, plain, ours = (
+        step(2.0, jnp.ones(2), jnp.array([0.9 + 0.1 * variance])) for variance in (1, 1.01, 1.02)
+    )
+    assert selfcheck._disagreement(ours, plain, before[1], forward=5e-2) == ""
+    assert selfcheck._disagreement(ours, plain, before[1]) == "norm_state n is 0.99% off"
 
 
 def test_what_another_process_finds_wrong_is_wrong_in_all(tiny, monkeypatch):
