@@ -21,7 +21,7 @@ from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.schema import Epoch
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training import mesh as meshes
-from jaxnorm.training.groups import Group, Nets, SweptNet, compiled, groups
+from jaxnorm.training.groups import Group, Nets, SweptNet, compiled_settings, groups
 from jaxnorm.training.mesh import MeshShape
 from jaxnorm.training.trainer import Trained
 
@@ -59,7 +59,7 @@ def estimate(
     """
     rounds: dict[tuple, list[Group]] = {}
     for group in groups(configs, dataset, mesh, finished):
-        program = group.norm, compiled(configs[group.nets[0][0]])
+        program = group.norm, compiled_settings(configs[group.nets[0][0]])
         rounds.setdefault(program, []).append(group)
     done = itertools.count()
 

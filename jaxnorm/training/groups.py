@@ -53,7 +53,7 @@ def learning_rates(config: Config, epoch: int, steps: int) -> np.ndarray:  # f32
     return np.interp(done, (0, config.warmup, 1), (0, 1, 0)).astype(np.float32)
 
 
-def compiled(config: Config) -> tuple:
+def compiled_settings(config: Config) -> tuple:
     """The settings that are compiled in: nets train in one program where these are the same."""
     return tuple(value for name, value in vars(config).items() if name not in ARGUMENTS)
 
@@ -66,7 +66,8 @@ def mesh_for(configs: Sequence[Config], config: Config, mesh: MeshShape | None) 
     """
     custom = any(layers.is_custom(norm) for norm in configs[0].norms)
     if mesh is None:
-        nets = sum(other.seeds for other in configs if compiled(other) == compiled(config))
+        same = compiled_settings(config)
+        nets = sum(other.seeds for other in configs if compiled_settings(other) == same)
         return meshes.choose(nets, 1 if custom else config.batch_size)
     if custom and mesh.batch > 1:
         raise UserError(f"mesh={mesh} shares batches, which your own norm may not allow: batch=1")
@@ -109,7 +110,7 @@ def groups(
     """
     alike: dict[tuple, list[tuple[int, Config]]] = {}
     for i, config in enumerate(configs):
-        alike.setdefault(compiled(config), []).append((i, config))
+        alike.setdefault(compiled_settings(config), []).append((i, config))
     for same in alike.values():
         first = same[0][1]
         shape, norms = mesh_for(configs, first, mesh), first.norms

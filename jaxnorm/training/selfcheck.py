@@ -21,7 +21,7 @@ from jaxnorm.data.datasets import Dataset
 from jaxnorm.data.download import Progress
 from jaxnorm.model.cnn import MOMENTUM
 from jaxnorm.training import mesh as meshes
-from jaxnorm.training.groups import Group, Nets, compiled, groups
+from jaxnorm.training.groups import Group, Nets, compiled_settings, groups
 from jaxnorm.training.mesh import ONE, MeshShape
 from jaxnorm.training.step import (
     Program,
@@ -71,7 +71,7 @@ def self_check(
     check_compiler()
     dataset, programs = with_noise(dataset), {}
     for group in groups(configs, dataset, mesh):
-        programs.setdefault((group.norm, compiled(configs[group.nets[0][0]])), group)
+        programs.setdefault((group.norm, compiled_settings(configs[group.nets[0][0]])), group)
     done = itertools.count()
 
     def tick() -> None:
