@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import joblib
 import numpy as np
 import pytest
 
@@ -54,6 +55,17 @@ chosen = [str(meshes.choose(nets, size)) for nets, size in
           ((1, 128), (3, 128), (8, 128), (1, 16), (9, 4), (2, 100))]
 print(json.dumps({"same": same, "chosen": chosen}))
 """
+
+
+def test_every_core_of_a_containers_share_is_a_device(monkeypatch):
+    devices = []
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 3)  # of 64, say: it knows what Linux allows
+    monkeypatch.setattr(meshes.jax.config, "update", lambda name, value: devices.append(value))
+    meshes.use_all_cores()
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "5")
+    meshes.use_all_cores()
+    assert devices == [3]
 
 
 @pytest.mark.slow
