@@ -181,6 +181,17 @@ def test_a_sweep_of_batch_sizes_is_drawn(inside, tiny_by_name, capsys):
     assert list(seeds.get_ydata()) == [*ends[35].values, *ends[70].values]
 
 
+def test_a_sweep_in_which_no_net_of_a_run_stays_finite_ends_with_its_table(
+    inside, tiny_by_name, capsys
+):
+    swept = ("--learning-rate", "0.01", "1e30", "--batch-size", "35", "--out", "s")
+    assert call(*FLAGS, *swept) == 0
+    printed = capsys.readouterr()
+    assert "learning rate 1e+30: the training loss of layer norm, seed 1, is nan" in printed.err
+    assert "| 35 | 1e+30 | none (0 of 1) |" in (inside / "s" / "sweep.md").read_text()
+    assert (inside / "s" / "learning-rate.png").exists()
+
+
 def test_a_plan_alone_trains_nothing(inside, tiny_by_name, capsys):
     assert call(*FLAGS, *SWEPT, "--seeds", "2", "--plan", "--mesh", "seed=1,batch=1") == 0
     printed = capsys.readouterr().out

@@ -20,7 +20,8 @@ def runs_of(sweep: Sweep, dataset: Dataset) -> list[Run]:
     """The runs of a trained sweep, each with the images kept that its figures show."""
     runs = [Run(directory) for directory in sweep.directories]
     for run in runs:
-        save_examples(run, dataset)
+        if run.epochs:  # else the loss of every net of it was not finite
+            save_examples(run, dataset)
     return runs
 
 
