@@ -74,6 +74,12 @@ def look_of(norm: str) -> dict[str, Any]:
     return {"color": COLOURS[norm], "marker": MARKERS[norm], "markersize": 5, "label": norm}
 
 
+def log_scale(axes: Axes) -> None:
+    """A logarithmic axis upwards, but where no value is positive, as in a dead net."""
+    if any((np.asarray(line.get_ydata()) > 0).any() for line in axes.lines):
+        axes.set_yscale("log")
+
+
 def plot_marked(
     axes: Axes, names: np.ndarray, values: np.ndarray, norm: str, line: str = "-"
 ) -> None:

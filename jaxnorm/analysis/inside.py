@@ -9,6 +9,7 @@ from jaxnorm.analysis.drawing import (
     COLOURS,
     Named,
     label_of,
+    log_scale,
     look_of,
     new_figure,
     percent_axes,
@@ -54,7 +55,7 @@ def of_probes(probes: Probes, caption: str) -> Named:
     axes = figure.subplots()
     for norm, measured in probes.items():
         plot_marked(axes, measured["kernels"], measured["gradients"], norm)
-    axes.set_yscale("log")
+    log_scale(axes)
     axes.set(xlabel="layer, input to output", ylabel="Euclidean norm")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
@@ -89,7 +90,8 @@ def depth(run: Run) -> Named:
         values = np.mean([net["similarities"] for net in nets], axis=0)
         for row, line in zip(values, ("--", "-"), strict=True):
             plot_marked(right, nets[0]["layers"], row, norm, line)
-    left.set(xlabel="layer, input to output", ylabel="norm of the gradient", yscale="log")
+    left.set(xlabel="layer, input to output", ylabel="norm of the gradient")
+    log_scale(left)
     right.set(xlabel="layer, input to output", ylabel="cosine between two images")
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -179,6 +179,19 @@ def test_what_an_earlier_version_did_not_measure_is_neither_shown_nor_missing(sw
     assert tables.evaluation(Run(directory)).rows == []
 
 
+def test_gradients_of_dead_nets_are_drawn(sweep):
+    """Nothing but zeros, for which a logarithmic axis has no place."""
+    directory = sweep(seeds=1)
+    for norm in ("batch", "group", "layer"):
+        arrays = directory.probes((norm, 1), inside.DEPTH | inside.ACTIVATIONS | inside.BATCHES)
+        dead = {name: 0 * arrays[name] for name in ("gradients", "initial_gradients")}
+        directory.write_net("probes", (norm, 1), **{**arrays, **dead})
+    run = Run(directory)
+    for name, figure in (*inside.inside(run), *inside.depth(run)):
+        assert figure.axes[0].get_yscale() == "linear"
+        assert figures.png(figure, 20), name
+
+
 def test_names_are_no_formulas(sweep, tiny, monkeypatch):
     named = (figures.mistakes, figures.confusion, figures.training_images)
     monkeypatch.setattr(figures, "FIGURES", named)  # that show the names of classes
