@@ -55,9 +55,8 @@ def global_max(images: jax.Array) -> jax.Array:  # f32[N, H, W, C] -> f32[N, 1, 
     """Takes the maximum of all pixels of each channel; in a tie the gradient goes to the first.
 
     JAX sends the gradient where an input equals the maximum. XLA computes that input anew in the
-    backward pass and may round it otherwise: a batch of 29 lost a third of the gradient, or divided
-    by the zero inputs that were equal. Where the maximum lies is kept from the forward pass
-    instead.
+    backward pass and may round it otherwise, so that none equals it: a batch of 29 lost a third of
+    the gradient, or got NaN. Where the maximum lies is kept from the forward pass instead.
     """
     chex.assert_rank(images, 4)
     return images.max((1, 2), keepdims=True)

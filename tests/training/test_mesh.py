@@ -59,7 +59,8 @@ print(json.dumps({"same": same, "chosen": chosen}))
 
 def test_every_core_of_a_containers_share_is_a_device(monkeypatch):
     devices = []
-    monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
+    for name in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(joblib, "cpu_count", lambda: 3)  # of 64, say: it knows what Linux allows
     monkeypatch.setattr(meshes.jax.config, "update", lambda name, value: devices.append(value))
     meshes.use_all_cores()
