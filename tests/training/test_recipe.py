@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,7 +134,25 @@ def test_labels_are_smoothed_and_parameters_averaged(tiny):
         strict=True,
     ):
         np.testing.assert_allclose(average, (old + new) / 2, atol=1e-6)
-    assert after.variables["params"] is after.average
+    assert after.variables == {"params": after.average[0]}
+
+
+def test_running_averages_are_those_of_the_averaged_parameters(tiny):
+    """Two steps, after which they are what Flax makes of the averaged nets' own activations."""
+    program = program_of(dataclasses.replace(TUNED, norm="batch", augment="none"), tiny, "batch")
+    images, labels = jnp.asarray(tiny.train_images[:8]), jnp.asarray(tiny.train_labels[:8])
+    state, key = train.init_state(program, 1), train.derive_key(1, "dropout", 1, 0)
+    step = jax.jit(train.train_step, static_argnums=0)
+    model, wanted = program.model.clone(fast=False), state.norm_state
+    for _ in range(2):
+        state, _, _ = step(program, state, images, labels, key, 0.1)
+        variables = {"params": state.average[0], **wanted}
+        inputs = train.standardize(state, images)
+        _, wanted = model.apply(variables, inputs, train=True, mutable=["batch_stats"])
+    assert set(state.variables) == {"params", "batch_stats"}
+    chex.assert_trees_all_close(state.variables["batch_stats"], wanted["batch_stats"], rtol=1e-4)
+    with pytest.raises(AssertionError):  # these are of the parameters themselves
+        chex.assert_trees_all_close(state.norm_state, wanted, rtol=1e-4)
 
 
 def test_one_cycle_goes_up_and_down_in_straight_lines_and_constant_stays():
