@@ -60,3 +60,16 @@ class SteepNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         return x + jnp.sqrt(0 * x)
+
+
+class PairNorm(nn.Module):
+    """Its scale and bias are one parameter, a pair; its kernel is a parameter with metadata."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        ones = nn.with_partitioning(nn.initializers.ones, (None, None))
+        kernel = self.param("kernel", ones, (channels, channels))
+        shape = (1, 1, 1, channels)
+        scale, bias = self.param("pair", lambda key: (jnp.ones(shape), jnp.zeros(shape)))
+        return (x - x.mean(-1, keepdims=True)) @ kernel * scale + bias

@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import Evil
@@ -18,7 +21,7 @@ from jaxnorm.data import datasets
 from jaxnorm.model.cnn import CNN
 from jaxnorm.runs import runner
 from jaxnorm.storage.directory import RunDirectory
-from jaxnorm.training import trainer
+from jaxnorm.training import groups, step, trainer
 from jaxnorm.training.mesh import ONE
 
 NET = "three-layers"
@@ -224,6 +227,21 @@ def test_a_new_table_number_and_figure_reach_every_page(sweep, monkeypatch, caps
         for word in ("Extra table", "1234", "extra number", "batch 5678", "Extra figure"):
             assert word in text, (name, word)
     assert "extra number" in tables.results(Run(directory)).plain()
+
+
+def test_weight_decay_finds_the_kernels_among_parameters_of_any_kind(tiny):
+    norm = "own_norm:PairNorm"
+    program = groups.program_of(Config(norm, NET, "tiny", 1, 35), tiny, norm)
+    start, key = step.init_state(program, 1), step.derive_key(1, "dropout", 1, 0)
+    data = jnp.asarray(tiny.train_images[:8]), jnp.asarray(tiny.train_labels[:8]), key
+    one = jax.jit(step.train_step, static_argnums=0)
+    plain, decayed = (one(program, start, *data, 0.1, decay)[0].params for decay in (0.0, 0.5))
+    for layer, before in start.params.items():
+        for name, values in before.items():
+            moved = jax.tree.map(lambda a, b: a - b, plain[layer][name], decayed[layer][name])
+            share = 0.05 if name == "kernel" else 0.0
+            wanted = jax.tree.map(lambda values, share=share: share * values, values)
+            chex.assert_trees_all_close(moved, wanted, atol=1e-6)
 
 
 def test_a_norm_of_ones_own_keeps_its_state_under_its_own_name(tiny):

@@ -23,6 +23,7 @@ from jaxnorm.model.summary import activation_bytes
 from jaxnorm.training.mesh import ONE, MeshShape
 
 _PURPOSES = {"init": 0, "order": 1, "dropout": 2, "augment": 3}
+_KERNEL = jax.tree_util.DictKey("kernel")
 Purpose = Literal["init", "order", "dropout", "augment"]
 
 
@@ -202,7 +203,7 @@ def train_step(
     loss, correct, gradients = total if axis is None else lax.psum(total, axis)
     gradients = jax.tree_util.tree_map_with_path(
         lambda path, gradient, value: (
-            gradient + weight_decay * value if path[-1].key == "kernel" else gradient
+            gradient + weight_decay * value if _KERNEL in path else gradient
         ),
         gradients,
         state.params,
