@@ -217,7 +217,8 @@ class Config:
         names = {"norm": rf"{norm}(,{norm})*", "arch": r"[\w-]+", "dataset": r"\S(.*\S)?"}
         for name, pattern in names.items():
             if not re.fullmatch(pattern, value := getattr(self, name), re.DOTALL):
-                raise UserError(f"{name}={value[:40]} is wrong: it must be a name")
+                several = ", or several with commas alone between them" if name == "norm" else ""
+                raise UserError(f"{name}={value[:40]} is wrong: it must be a name{several}")
         if len(set(self.norms)) < len(self.norms):
             raise UserError(f"norm={self.norm} is wrong: a norm is there twice")
         if self.seed + self.seeds > 2**31:
@@ -263,6 +264,11 @@ def differing(configs: Sequence[Config]) -> list[str]:
 def value_text(value: str | float) -> str:
     """A setting's value, for a person."""
     return value if isinstance(value, str) else f"{value:g}"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, for a person."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def product(base: Mapping[str, Any], swept: Mapping[str, Sequence[Any]]) -> list[Config]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 from cyclopts import App, Group, Parameter
 
 from jaxnorm import cli
-from jaxnorm.config import SWEPT, Config, UserError, product
+from jaxnorm.config import SWEPT, Config, UserError, counted, product
 
 if TYPE_CHECKING:
     from jaxnorm.analysis.results import Run
@@ -393,7 +393,7 @@ def _print_plan(
 
     nets = sum(len(config.nets) for config in configs) - len(finished)
     speaks = multihost.is_process_0()
-    doing = f"planning {nets} nets: compiling, and a few steps"
+    doing = f"planning {counted(nets, 'net')}: compiling, and a few steps"
     if speaks:
         print(doing if nets else "every net is finished: nothing is left to train")
     if not nets:
@@ -404,9 +404,9 @@ def _print_plan(
     rest = duration(sum(part.rest for part in estimates))
     size = dataset.train_images.nbytes + dataset.test_images.nbytes
     note = (
-        f"{nets} nets on {jax.device_count()} devices: about {training} of training and {rest} of "
-        "evaluation and writing. Times are of all nets at once; memory is a device's, with the "
-        f"data's {size / 1e6:,.0f} MB."
+        f"{counted(nets, 'net')} on {counted(jax.device_count(), 'device')}: about {training} of "
+        f"training and {rest} of evaluation and writing. Times are of all nets at once; memory is "
+        f"a device's, with the data's {size / 1e6:,.0f} MB."
     )
     if speaks:
         print(Table("The plan", COLUMNS, [part.row for part in estimates], note).plain())

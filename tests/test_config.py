@@ -133,11 +133,15 @@ def test_typed_json_is_read_all_the_way_down():
         from_json(Outer, json.dumps({"names": []}))
 
 
+NAMES = "it must be a name, or several with commas alone between them"
+
+
 def test_what_is_wrong_is_said_in_our_own_words():
     for wrong, message in (
         ({"nonsense": 1}, "unknown field: nonsense"),
-        ({"norm": "a b"}, "norm=a b is wrong: it must be a name"),
-        ({"norm": "batch,"}, "norm=batch, is wrong: it must be a name"),
+        ({"arch": "a b"}, "arch=a b is wrong: it must be a name"),
+        ({"norm": "batch,"}, f"norm=batch, is wrong: {NAMES}"),
+        ({"norm": "batch, group"}, f"norm=batch, group is wrong: {NAMES}"),
         ({"norm": "rms,rms"}, "norm=rms,rms is wrong: a norm is there twice"),
         ({"norm": "all,batch"}, "norm=all,batch is wrong: a norm is there twice"),
         ({"epochs": 0}, "epochs=0 is wrong: input should be greater than or equal to 1"),

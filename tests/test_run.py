@@ -155,7 +155,7 @@ def test_a_run_prints_a_line_an_epoch_and_the_table(inside, tiny_by_name, capsys
     for part in ("train loss", "test loss", "accuracy", "%", " s"):
         assert part in lines[1]
     assert "132" in lines[3]
-    assert lines[4].startswith("tiny; three-layers nets, 1 epochs, batch 35, seed 1, n = 1; cpu")
+    assert lines[4].startswith("tiny; three-layers nets, 1 epoch, batch 35, seed 1, n = 1; cpu")
     assert lines[5].startswith("the report is a run/report.html; 13 figures")
     assert captured.err == ""
     (epoch,) = RunDirectory("a run").epochs()

@@ -10,7 +10,7 @@ from jaxnorm.analysis.drawing import COLOURS, Named, look_of, new_figure, percen
 from jaxnorm.analysis.figures import save_examples
 from jaxnorm.analysis.results import Run
 from jaxnorm.analysis.tables import MEAN, Table
-from jaxnorm.config import differing, value_text
+from jaxnorm.config import counted, differing, value_text
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.sweep import Sweep
@@ -41,7 +41,7 @@ def results(runs: Sequence[Run]) -> Table:
         settings = [value_text(getattr(config, name)) for name in others]
         rows.append([str(config.batch_size), config.rate_text, *settings, *cells])
     note = (
-        f"Last test accuracy after {first.epochs} epochs, n = {first.seeds} each"
+        f"Last test accuracy after {counted(first.epochs, 'epoch')}, n = {first.seeds} each"
         f"{MEAN if first.seeds > 1 else ''}; {first.arch} nets, {runs[0].info.dataset.caption}."
     )
     if first.linear_scaling:
@@ -105,9 +105,10 @@ def tuning(runs: Sequence[Run]) -> Table:
         rows.append([norm, *cells])
     half = f"expected best of {max(1, count // 2)}"
     note = (
-        f"Accuracy on {config.validation:,} held-out training images after {config.epochs} epochs, "
-        f"{count} trials of each norm from seed {config.seed} on, n = {config.seeds} each; "
-        f"{config.arch} nets, {runs[0].info.dataset.caption}. An optimum that is the lowest "
+        f"Accuracy on {config.validation:,} held-out training images after "
+        f"{counted(config.epochs, 'epoch')}, {counted(count, 'trial')} of each norm from seed "
+        f"{config.seed} on, n = {config.seeds} each; {config.arch} nets, "
+        f"{runs[0].info.dataset.caption}. An optimum that is the lowest "
         "or the highest learning rate lies on the edge: a wider range may hold a better one. Test "
         "accuracy is recorded too and decides nothing."
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxnorm.analysis import stats
 from jaxnorm.analysis.results import Run
-from jaxnorm.config import Config
+from jaxnorm.config import Config, counted
 from jaxnorm.storage.schema import Environment
 
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
@@ -130,7 +130,7 @@ def results(run: Run) -> Table:
 def conditions(run: Run) -> str:
     """The data, nets, epochs, seeds, devices and versions of a run, in a line."""
     info, config = run.info, run.info.config
-    parts = [f"{info.dataset.caption}; {config.arch} nets", f"{config.epochs} epochs"]
+    parts = [f"{info.dataset.caption}; {config.arch} nets", counted(config.epochs, "epoch")]
     if len(run.finished) < len(config.nets):
         parts.append(f"{len(run.finished)} of {len(config.nets)} nets finished")
     parts.append(f"batch {config.batch_size}")
