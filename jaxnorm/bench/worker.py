@@ -296,7 +296,8 @@ def peak_bytes(job: Job) -> int:
 
         if account := jax.devices()[0].memory_stats():
             return account["peak_bytes_in_use"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def main() -> None:
