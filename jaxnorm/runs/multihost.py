@@ -166,9 +166,10 @@ def arrays_from_process_0(tree: Any) -> Any:
         return tree
 
     def share(array: Any) -> np.ndarray:
-        # As whole numbers: a sum with zeros, which a broadcast is, loses the sign of a zero.
+        # As bytes: a sum with zeros, which a broadcast is, loses the sign of a zero.
         array = np.asarray(array)
-        bits = multihost_utils.broadcast_one_to_all(array.view(np.uint32))
-        return np.asarray(bits).view(array.dtype).reshape(array.shape)
+        content = np.frombuffer(array.tobytes(), np.uint8)
+        content = np.asarray(multihost_utils.broadcast_one_to_all(content))
+        return content.view(array.dtype).reshape(array.shape)
 
     return jax.tree.map(share, tree)

@@ -174,9 +174,11 @@ def fail():
 def work(arguments, **options):
     assert multihost.in_every_process(fail) == multihost.jax.process_index()
     assert multihost.from_process_0(lambda: {"a": [1, "\\u00fc"]}) == {"a": [1, "\\u00fc"]}
-    zeros = multihost.np.zeros(2, "f4")
-    (zeros,) = multihost.arrays_from_process_0([-zeros if multihost.is_process_0() else zeros])
+    zeros, flags = multihost.np.zeros(2, "f4"), multihost.np.array([True, False, False])
+    mine = [-zeros, flags, flags[0]] if multihost.is_process_0() else [zeros, ~flags, ~flags[0]]
+    zeros, *same = multihost.arrays_from_process_0(mine)
     assert multihost.np.signbit(zeros).all()
+    assert [array.tolist() for array in same] == [[True, False, False], True]
     multihost.agree(data="same")
     mine = str(multihost.jax.process_index()) if what == "data differ" else ""
     multihost.agree(data=what + mine)
