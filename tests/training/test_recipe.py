@@ -178,9 +178,11 @@ def test_a_tuned_net_resumes_bit_for_bit(tiny, scratch, norm):
 
 
 @pytest.mark.slow
-def test_a_seed_sees_the_same_images_on_any_devices(tiny):
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_a_seed_sees_the_same_images_on_any_devices(tiny, norm):
     one, two = (
-        fit(TUNED, tiny, mesh=mesh)["group", 1].step_losses
+        fit(dataclasses.replace(TUNED, norm=norm), tiny, mesh=mesh)[norm, 1]
         for mesh in (MeshShape(), MeshShape(batch=2))
     )
-    np.testing.assert_allclose(one, two, rtol=1e-4)
+    np.testing.assert_allclose(one.step_losses, two.step_losses, rtol=1e-4)
+    chex.assert_trees_all_close(one.state.variables, two.state.variables, atol=1e-5)
