@@ -161,8 +161,8 @@ class Config:
         Share of the label that is spread over all classes, in the training loss.
     weight_average
         Share of the old value that a moving average of the parameters keeps in a step, with which
-        the net is evaluated; 0 evaluates the parameters themselves. A norm's running averages are
-        those of the net that is evaluated.
+        the net is evaluated; 0 evaluates the parameters themselves. Batch norm's running averages
+        are those of the net that is evaluated, which takes a forward pass more in each step.
     weight_standardization
         Shift and scale each kernel to mean 0 and variance 1 / fan-in before it is applied.
     groups

@@ -71,7 +71,8 @@ class TrainState(NamedTuple):
     @property
     def variables(self) -> dict[str, Any]:
         """What `CNN.apply` takes to evaluate the net."""
-        return {"params": self.evaluated.params, **self.evaluated.norm_state}
+        net = self.evaluated
+        return {"params": net.params, **net.norm_state}
 
 
 def derive_key(seed: int | jax.Array, purpose: Purpose, *numbers: int | jax.Array) -> jax.Array:
