@@ -29,7 +29,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "dropout": 0.1,
         "augment": "none",
         "label_smoothing": 0.0,
-        "weight_average": 0.0,
         "weight_standardization": False,
     },
     "tuned": {
@@ -42,7 +41,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "dropout": 0.0,
         "augment": "crop-flip",
         "label_smoothing": 0.0,
-        "weight_average": 0.0,
         "weight_standardization": True,
     },
 }
@@ -159,10 +157,6 @@ class Config:
         edges, and half of them mirrored.
     label_smoothing
         Share of the label that is spread over all classes, in the training loss.
-    weight_average
-        Share of the old value that a moving average of the parameters keeps in a step, with which
-        the net is evaluated; 0 evaluates the parameters themselves. Batch norm's running averages
-        are those of the net that is evaluated, which takes a forward pass more in each step.
     weight_standardization
         Shift and scale each kernel to mean 0 and variance 1 / fan-in before it is applied.
     groups
@@ -199,7 +193,6 @@ class Config:
     dropout: Annotated[float, Field(ge=0, le=0.999)] = RECIPE
     augment: Literal["none", "crop-flip"] = RECIPE
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = RECIPE
-    weight_average: Annotated[float, Field(ge=0, lt=1)] = RECIPE
     weight_standardization: bool = RECIPE
     groups: Positive = 4
     seed: Count = 1

@@ -44,7 +44,7 @@ def accuracies(
 ) -> dict[str, float]:
     """The test accuracy by running averages, and by statistics computed anew in both ways."""
     program = replace(program, mesh=ONE)
-    state = jax.tree.map(jnp.asarray, state.evaluated)
+    state = jax.tree.map(jnp.asarray, state)
     count = min(BATCH, len(dataset.train_labels))
     whole = dataset.train_images[: len(dataset.train_labels) // count * count]
     batches = whole.reshape(-1, count, 32, 32, 3)

@@ -191,7 +191,6 @@ def test_a_recipe_sets_what_is_not_asked_for_and_each_setting_exists_alone():
         ("weight_decay", -1e-4),
         ("augment", "mixup"),
         ("label_smoothing", 1.0),
-        ("weight_average", 1.0),
         ("nesterov", 1),
     ],
 )

@@ -39,7 +39,6 @@ def program_of(config: Config, dataset: Any, norm: str, mesh: MeshShape = ONE) -
         config.nesterov,
         config.augment != "none",
         config.label_smoothing,
-        config.weight_average,
     )
 
 

@@ -61,11 +61,11 @@ def gradient_norms(
     """The Euclidean norm f32[] of the loss's gradient with respect to each convolution's kernel."""
 
     def objective(params: Any) -> jax.Array:
-        net = state.evaluated._replace(params=params)
+        net = state._replace(params=params)
         logits, _ = _apply(program, net, standardize(state, images))
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    gradients = jax.grad(objective)(state.evaluated.params)
+    gradients = jax.grad(objective)(state.params)
     names = [layer.name for layer in program.model.table if layer.name in gradients]
     return {name: jnp.linalg.norm(gradients[name]["kernel"].ravel()) for name in names}
 
@@ -106,7 +106,7 @@ def precise_statistics(
     training, in place of running averages (Wu and Johnson, "Rethinking 'Batch'", 2021). With a key
     dropout is on, as it is when running averages are collected.
     """
-    empty = state.evaluated._replace(norm_state=jax.tree.map(jnp.zeros_like, state.norm_state))
+    empty = state._replace(norm_state=jax.tree.map(jnp.zeros_like, state.norm_state))
 
     def of_batch(numbered: tuple[jax.Array, jax.Array]) -> Any:
         """Its statistics: what an average that was zero moved by."""
@@ -185,7 +185,7 @@ def measure(
     """
     progress(0, 5)
     program = dataclasses.replace(program, mesh=ONE)
-    state = jax.tree.map(jnp.asarray, jax.device_get(state.evaluated))
+    state = jax.tree.map(jnp.asarray, jax.device_get(state))
     images = jnp.asarray(dataset.train_images[:LOOKED_AT])
     labels = jnp.asarray(dataset.train_labels[:LOOKED_AT])
     initial = init_state(program, seed)._replace(standard=state.standard)

@@ -49,8 +49,6 @@ TRIES = 3
 EVALUATED = 100
 """Test images whose logits are compared."""
 _ROWS = 40_000
-_OF_NORMS = ("norm_state", "average 1")
-"""What norms keep in a `TrainState`, as JAX names its leaves."""
 _ONCE: Any = {"xla_backend_optimization_level": 0}
 """For the plain step, which runs once: it takes neither the time nor the rewrites of the program
 that it checks.
@@ -215,7 +213,7 @@ def _disagreement(
     arrays: dict[str, list[tuple]] = {}
     for (path, got), (_, wanted), (_, before) in zip(*leaves, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator=" ")
-        if name.startswith(_OF_NORMS):
+        if name.startswith("norm_state"):
             # A norm's state is compared as a whole: where kernels sum to zero a mean is nearly
             # zero, and its error is to be small beside the deviation. And by what the batch adds
             # to it: a variance that is near the initial one hardly moves.
@@ -223,7 +221,7 @@ def _disagreement(
         arrays.setdefault(name, []).append((got, wanted, before))
     for name, parts in arrays.items():
         # Parameters as well as momenta move by the gradient, running averages by the statistics.
-        limit = forward if name.startswith(_OF_NORMS) else backward
+        limit = forward if name.startswith("norm_state") else backward
         joined = (np.concatenate([np.ravel(x) for x in side]) for side in zip(*parts, strict=True))
         errors[name] = _relative(*joined), limit
     name, (error, allowed) = max(errors.items(), key=lambda item: item[1][0] / item[1][1])

@@ -43,7 +43,6 @@ class Program:
     nesterov: bool = False
     augments: bool = False
     label_smoothing: float = 0.0
-    weight_average: float = 0.0
 
     def optimizer(self, learning_rate: float | jax.Array) -> optax.GradientTransformation:
         """SGD with momentum; its state is one array for each parameter."""
@@ -59,20 +58,11 @@ class TrainState(NamedTuple):
     opt_state: Any
     standard: Any
     """f32[2, 3]: what images are standardized with (see `standard_of`)."""
-    average: Any = ()
-    """A moving average of `params` and the norms' state under it, where there is one."""
-
-    @property
-    def evaluated(self) -> "TrainState":
-        """The net that is evaluated: that of the moving average where there is one."""
-        params, norm_state = self.average or (self.params, self.norm_state)
-        return self._replace(params=params, norm_state=norm_state, average=())
 
     @property
     def variables(self) -> dict[str, Any]:
         """What `CNN.apply` takes to evaluate the net."""
-        net = self.evaluated
-        return {"params": net.params, **net.norm_state}
+        return {"params": self.params, **self.norm_state}
 
 
 def derive_key(seed: int | jax.Array, purpose: Purpose, *numbers: int | jax.Array) -> jax.Array:
@@ -114,8 +104,7 @@ def init_state(program: Program, seed: int | jax.Array) -> TrainState:
     variables = dict(program.model.init(derive_key(seed, "init"), jnp.zeros((1, 32, 32, 3))))
     params = variables.pop("params")
     standard = jnp.asarray(standard_of(program.mean, program.deviation))
-    average = (params, variables) if program.weight_average else ()
-    return TrainState(params, variables, program.optimizer(0.0).init(params), standard, average)
+    return TrainState(params, variables, program.optimizer(0.0).init(params), standard)
 
 
 def crop_and_flip(
@@ -158,20 +147,16 @@ def train_step(
     if axis is not None:
         batch_size, first_image = count * lax.axis_size(axis), count * lax.axis_index(axis)
 
-    def forward(params, norm_state, images, first_image):
-        """Logits as in training, and the norms' new state."""
+    def objective(params, images, labels, first_image):
+        """These images' share of the mean cross-entropy; correct predictions and norm state."""
         with layers.part_of_batch(first_image, axis):
-            return net.apply(
-                {"params": params, **norm_state},
+            logits, norm_state = net.apply(
+                {"params": params, **state.norm_state},
                 standardize(state, images),
                 train=True,
                 rngs={"dropout": key},
-                mutable=list(norm_state),
+                mutable=list(state.norm_state),
             )
-
-    def objective(params, images, labels, first_image):
-        """These images' share of the mean cross-entropy; correct predictions and norm state."""
-        logits, norm_state = forward(params, state.norm_state, images, first_image)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         if smooth := program.label_smoothing:
             everywhere = jax.nn.logsumexp(logits, -1) - logits.mean(-1)
@@ -212,13 +197,7 @@ def train_step(
     optimizer = program.optimizer(learning_rate)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    average = state.average
-    if kept := program.weight_average:
-        average, state_of_average = average
-        average = jax.tree.map(lambda old, new: kept * old + (1 - kept) * new, average, params)
-        # What norms keep has to be of the net that is evaluated, so this batch goes through it too.
-        average = average, forward(average, state_of_average, images, first_image)[1]
-    return TrainState(params, norm_state, opt_state, state.standard, average), loss, correct
+    return TrainState(params, norm_state, opt_state, state.standard), loss, correct
 
 
 def micro_batch_size(net: CNN, state: TrainState, count: int) -> int:

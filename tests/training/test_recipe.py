@@ -25,7 +25,6 @@ TUNED = Config(
     epochs=2,
     batch_size=14,
     label_smoothing=0.1,
-    weight_average=0.5,
 )
 """70 images in batches of 14: none is ragged, and fewer programs are compiled."""
 
@@ -90,7 +89,7 @@ def test_a_compiled_epoch_trains_on_the_images_that_its_keys_choose(tiny):
 
 def test_a_step_is_pytorchs_sgd_with_nesterov_and_decay_of_kernels_alone(tiny):
     """Three steps by hand: v = 0.9 v + g, p -= rate (g + 0.9 v)."""
-    config = dataclasses.replace(TUNED, label_smoothing=0.0, weight_average=0.0)
+    config = dataclasses.replace(TUNED, label_smoothing=0.0)
     program = program_of(config, tiny, "group")
     images, labels = jnp.asarray(tiny.train_images[:8]), jnp.asarray(tiny.train_labels[:8])
     state, key = train.init_state(program, 1), train.derive_key(1, "dropout", 1, 0)
@@ -114,12 +113,12 @@ def test_a_step_is_pytorchs_sgd_with_nesterov_and_decay_of_kernels_alone(tiny):
         np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
-def test_labels_are_smoothed_and_parameters_averaged(tiny):
+def test_labels_are_smoothed(tiny):
     program = program_of(dataclasses.replace(TUNED, augment="none"), tiny, "group")
     images, labels = jnp.asarray(tiny.train_images[:8]), jnp.asarray(tiny.train_labels[:8])
     before, key = train.init_state(program, 1), train.derive_key(1, "dropout", 1, 0)
     step = jax.jit(train.train_step, static_argnums=0)
-    after, loss, _ = step(program, before, images, labels, key, 0.1)
+    _, loss, _ = step(program, before, images, labels, key, 0.1)
 
     @jax.jit
     def smoothed():
@@ -129,30 +128,6 @@ def test_labels_are_smoothed_and_parameters_averaged(tiny):
         return optax.softmax_cross_entropy(logits, smooth).mean()
 
     np.testing.assert_allclose(loss, smoothed(), rtol=1e-6)
-    for average, old, new in zip(
-        *map(jax.tree.leaves, jax.device_get((after.average, before.params, after.params))),
-        strict=True,
-    ):
-        np.testing.assert_allclose(average, (old + new) / 2, atol=1e-6)
-    assert after.variables == {"params": after.average[0]}
-
-
-def test_running_averages_are_those_of_the_averaged_parameters(tiny):
-    """Two steps, after which they are what Flax makes of the averaged nets' own activations."""
-    program = program_of(dataclasses.replace(TUNED, norm="batch", augment="none"), tiny, "batch")
-    images, labels = jnp.asarray(tiny.train_images[:8]), jnp.asarray(tiny.train_labels[:8])
-    state, key = train.init_state(program, 1), train.derive_key(1, "dropout", 1, 0)
-    step = jax.jit(train.train_step, static_argnums=0)
-    model, wanted = program.model.clone(fast=False), state.norm_state
-    for _ in range(2):
-        state, _, _ = step(program, state, images, labels, key, 0.1)
-        variables = {"params": state.average[0], **wanted}
-        inputs = train.standardize(state, images)
-        _, wanted = model.apply(variables, inputs, train=True, mutable=["batch_stats"])
-    assert set(state.variables) == {"params", "batch_stats"}
-    chex.assert_trees_all_close(state.variables["batch_stats"], wanted["batch_stats"], rtol=1e-4)
-    with pytest.raises(AssertionError):  # these are of the parameters themselves
-        chex.assert_trees_all_close(state.norm_state, wanted, rtol=1e-4)
 
 
 def test_one_cycle_goes_up_and_down_in_straight_lines_and_constant_stays():
