@@ -5,7 +5,7 @@ import dataclasses
 import datetime
 import os
 import shlex
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 from cyclopts import App, Group, Parameter
 
 from jaxnorm import cli
-from jaxnorm.config import SWEPT, Config, UserError, counted, product
+from jaxnorm.config import SWEPT, Config, UserError, product
 
 if TYPE_CHECKING:
     from jaxnorm.analysis.results import Run
     from jaxnorm.data.datasets import Dataset
     from jaxnorm.storage.sweep import Sweep
-    from jaxnorm.training.mesh import MeshShape
 
     Finish = Callable[[Sweep, list[Run], bool], None]
     """What is done with a trained sweep, its runs' records, and whether to be quiet."""
@@ -63,18 +62,11 @@ class Options:
         This process is one of a job of several, which Slurm, Open MPI, Kubernetes, a cloud TPU or
         JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe. Process 0 writes
         the results.
-    plan
-        Say what would train together, in how much memory and how long, and exit; of a run to
-        resume, what is not finished.
-    preallocate
-        Have JAX take most of a GPU's memory at once; otherwise it takes what it needs.
     deterministic
         On an accelerator, ask XLA for operations that give the same bits again, where it has them;
         slower. On a CPU they do anyway.
     skip_self_check
         Train without checking first that this installation computes rightly; the run says so.
-    no_compilation_cache
-        Compile anew; otherwise compiled code is kept in the user's cache for the next start.
     tensorboard
         Write each epoch's losses and accuracies for TensorBoard, too, in the run directory's
         tensorboard/.
@@ -91,11 +83,8 @@ class Options:
     resume: Path | None = None
     mesh: str | None = None
     distributed: bool = False
-    plan: bool = False
-    preallocate: bool = False
     deterministic: bool = False
     skip_self_check: bool = False
-    no_compilation_cache: bool = False
     tensorboard: bool = False
     quiet: bool = False
     summary: bool = False
@@ -176,8 +165,7 @@ def _prepare_jax(options: Options) -> Options:
     """
     # XLA logs as errors, each time it loads, that its own tuning hints are no processor features.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if not options.preallocate:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if options.resume:
         from jaxnorm.storage.sweep import Sweep
 
@@ -187,7 +175,7 @@ def _prepare_jax(options: Options) -> Options:
     if options.deterministic:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
-    if not options.no_compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         import jax
 
         from jaxnorm.data.cache import default_cache_dir, machine_name, private_directory
@@ -234,9 +222,6 @@ def _train(requested: list[Config], options: Options, finish: "Finish") -> int:
     for config in configs:
         trainer.check(config, dataset)
     finished = {tuple(net) for net in task["finished"]}
-    if options.plan:
-        _print_plan(configs, options, dataset, mesh, finished)
-        return 0
     new = process_0 and not options.resume
     multihost.in_every_process(lambda: RunDirectory.create(out) if new else None)
     if process_0 and not options.quiet:
@@ -254,8 +239,6 @@ def _train(requested: list[Config], options: Options, finish: "Finish") -> int:
             raise
     with cli.advising(_how_to_resume(out, options)):
         sweep = Sweep.create(out, configs, _command()) if new else Sweep(out, configs)
-        if len(configs) > 1 and not options.resume and not options.quiet:
-            _print_plan(configs, options, dataset, mesh)
         callback: Any = cli.Terminal(
             configs, options.quiet, process_0, board if process_0 else None
         )
@@ -375,41 +358,6 @@ def _how_to_resume(out: Path | None, options: Options) -> str:
     if options.distributed:
         command.append("--distributed")
     return f"what is complete is kept; resume it with: {shlex.join(command)}"
-
-
-def _print_plan(
-    configs: Sequence[Config],
-    options: Options,
-    dataset: "Dataset",
-    mesh: "MeshShape | None",
-    finished: Collection[tuple] = (),
-) -> None:
-    """Estimates and prints what training takes, of the nets that are not finished."""
-    import jax
-
-    from jaxnorm.analysis.tables import Table
-    from jaxnorm.runs import multihost
-    from jaxnorm.runs.estimate import COLUMNS, duration, estimate
-
-    nets = sum(len(config.nets) for config in configs) - len(finished)
-    speaks = multihost.is_process_0()
-    doing = f"planning {counted(nets, 'net')}: compiling, and a few steps"
-    if speaks:
-        print(doing if nets else "every net is finished: nothing is left to train")
-    if not nets:
-        return
-    with _bar(options) as bar:
-        estimates = estimate(configs, dataset, mesh, bar.at, finished)
-    training = duration(sum(part.training for part in estimates))
-    rest = duration(sum(part.rest for part in estimates))
-    size = dataset.train_images.nbytes + dataset.test_images.nbytes
-    note = (
-        f"{counted(nets, 'net')} on {counted(jax.device_count(), 'device')}: about {training} of "
-        f"training and {rest} of evaluation and writing. Times are of all nets at once; memory is "
-        f"a device's, with the data's {size / 1e6:,.0f} MB."
-    )
-    if speaks:
-        print(Table("The plan", COLUMNS, [part.row for part in estimates], note).plain())
 
 
 def _print_summary(config: Config, options: Options) -> None:

@@ -104,7 +104,6 @@ FLAGS = [
     "quiet",
     "summary",
     "skip-self-check",
-    "no-compilation-cache",
     "bogus",
 ]
 PLAIN = [

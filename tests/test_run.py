@@ -40,8 +40,6 @@ def test_help_names_every_setting_and_loads_no_jax():
         "resume",
         "mesh",
         "distributed",
-        "plan",
-        "preallocate",
         "precision",
         "deterministic",
         "skip-self-check",

@@ -9,7 +9,7 @@ from helpers import SMALL, call
 from jaxnorm import run
 from jaxnorm.analysis import sweeps
 from jaxnorm.analysis.results import Run
-from jaxnorm.runs import estimate, runner, signals
+from jaxnorm.runs import runner, signals
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.sweep import Sweep
 from jaxnorm.training import probes, selfcheck, trainer
@@ -83,21 +83,14 @@ def test_how_to_resume_names_where_the_data_is():
     assert hint.endswith("python -m jaxnorm.run --resume 'a run' --data-dir 'my data'")
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "flags"),
-    [(selfcheck, "with_noise", FLAGS[:-3] + FLAGS[-2:]), (estimate, "groups", (*FLAGS, "--plan"))],
-    ids=["self-check", "plan"],
-)
-def test_a_signal_stops_what_comes_before_training(
-    inside, tiny_by_name, capsys, monkeypatch, module, name, flags
-):
-    original = getattr(module, name)
+def test_a_signal_stops_the_self_check(inside, tiny_by_name, capsys, monkeypatch):
+    original, flags = selfcheck.with_noise, FLAGS[:-3] + FLAGS[-2:]
 
     def signalled(*arguments):
         signal.raise_signal(signal.SIGTERM)
         return original(*arguments)
 
-    monkeypatch.setattr(module, name, signalled)
+    monkeypatch.setattr(selfcheck, "with_noise", signalled)
     monkeypatch.setattr(trainer.Nets, "train_chunk", lambda *_: pytest.fail("trained"))
     assert call(*flags, "--batch-size", "35", "--out", "new") == 143
     assert capsys.readouterr().err == "error: terminated\n"
@@ -124,51 +117,38 @@ def test_a_signal_while_a_net_is_measured_loses_no_epoch(inside, tiny_by_name, c
     assert directory.measured(net)
 
 
-def test_a_sweep_is_planned_trained_and_resumed(inside, tiny_by_name, capsys, monkeypatch):
+def test_a_sweep_is_trained_and_resumed(inside, tiny_by_name, capsys, monkeypatch):
     original, calls = runner.save_epoch, []
 
     def fails_once(directory, *rest):
-        if directory.path.parent.name == "s":  # and not the plan's own
-            calls.append(1)
-            if len(calls) == 3:
-                raise signals.Stopped(2)
+        calls.append(1)
+        if len(calls) == 3:
+            raise signals.Stopped(2)
         original(directory, *rest)
 
     monkeypatch.setattr(runner, "save_epoch", fails_once)
     assert call(*FLAGS, *SWEPT, "--out", "s") == 130
     captured = capsys.readouterr()
-    assert "planning 4 nets" in captured.out
-    rows = [line.split() for line in captured.out.splitlines()]
-    assert ["layer", "35", "2", "2", "seed=2,batch=1"] in [row[:5] for row in rows]
-    assert "4 nets on 2 devices: about" in captured.out
     assert "resume it with: python -m jaxnorm.run --resume s" in captured.err
     for given in (["35"], ["35", "7"]):
         assert call("--resume", "s", "--batch-size", *given) == 2
         wrong = f"--batch-size {' '.join(given)} conflicts with the run to resume, which has 35 70"
         assert wrong in capsys.readouterr().err
     assert call("--resume", "s", "--skip-self-check", "--batch-size", "35", "70") == 0
-    captured = capsys.readouterr()
-    assert "resuming after 2 of 8 epochs" in captured.out
-    assert "planning" not in captured.out
+    assert "resuming after 2 of 8 epochs" in capsys.readouterr().out
     table = (inside / "s" / "sweep.md").read_text()
     for directory in Sweep.open("s").directories:
         config, last = directory.info().config, directory.epochs()[-1]
         row = f"| {config.batch_size} | {config.learning_rate:g} | {last.test_accuracy:.2%} |"
         assert row in table
     assert len(calls) == 9
-    assert call("--resume", "s", "--seeds", "2", "--plan") == 0
-    assert "4 nets on 2 devices: about" in capsys.readouterr().out  # not the four that are finished
-    assert call("--resume", "s", "--plan") == 0
-    assert capsys.readouterr().out.startswith("every net is finished")
     assert not list((inside / "s").glob("*.png"))  # two settings differ
 
 
 def test_a_sweep_of_batch_sizes_is_drawn(inside, tiny_by_name, capsys):
     swept = ("--batch-size", "70", "35", "--linear-scaling", "--seeds", "2", "--quiet")
     assert call(*FLAGS, *swept, "--out", "s") == 0
-    printed = capsys.readouterr()
-    assert "The learning rate is multiplied by batch / 128." in printed.out
-    assert "planning" not in printed.out
+    assert "The learning rate is multiplied by batch / 128." in capsys.readouterr().out
     runs = [Run(directory) for directory in Sweep.open("s").directories]
     assert (inside / "s" / "batch-size.png").read_bytes().startswith(b"\x89PNG")
     ((name, figure),) = sweeps.draw(runs)
@@ -190,15 +170,3 @@ def test_a_sweep_in_which_no_net_of_a_run_stays_finite_ends_with_its_table(
     assert "learning rate 1e+30: the training loss of layer norm, seed 1, is nan" in printed.err
     assert "| 35 | 1e+30 | none (0 of 1) |" in (inside / "s" / "sweep.md").read_text()
     assert (inside / "s" / "learning-rate.png").exists()
-
-
-def test_a_plan_alone_trains_nothing(inside, tiny_by_name, capsys):
-    assert call(*FLAGS, *SWEPT, "--seeds", "2", "--plan", "--mesh", "seed=1,batch=1") == 0
-    printed = capsys.readouterr().out
-    rows = [line.split() for line in printed.splitlines() if line.split()[0] == "layer"]
-    assert [row[:5] for row in rows] == [
-        ["layer", "35", "4", "1", "seed=1,batch=1"],
-        ["layer", "70", "4", "1", "seed=1,batch=1"],
-    ]
-    assert [row[5:8] for row in rows] == [["4", "x", "4"], ["4", "x", "2"]]
-    assert list(inside.iterdir()) == []
