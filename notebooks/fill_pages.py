@@ -33,7 +33,7 @@ RUNS = ("original", "matched", "tuned", "tuned-pixel")
 SWEEPS, TUNINGS = ("batch-size",), ("tuning", "tuning-pixel")
 SHOWN = (tables.differences, tables.values, tables.evaluation, tables.calibration)
 SHOWN += (tables.corruptions,)
-BENCHMARKS = ("speed", "scaling", "seeds")
+BENCHMARKS = ("speed", "scaling")
 MARKED = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -108,9 +108,7 @@ def speed(values: Mapping[str, Any]) -> Table:
     """A written benchmark as a table, a row a comparison, and what it was measured on."""
     comparisons = values["comparisons"]
     against = any("ratio" in comparison for comparison in comparisons)
-    together = any("jaxnorm-vmap" in comparison["sides"] for comparison in comparisons)
-    head = ["net", "batch", "seeds", "ours, ms", "share of ceiling"]
-    head += ["seeds in one program, ms"] if together else []
+    head = ["net", "batch", "ours, ms", "share of ceiling"]
     head += ["PyTorch's best, ms", "ours is times as fast"] if against else []
     head += ["first step, cold / warm, s", "peak MB"]
     rows, rounds, versions = [], [], {}
@@ -126,12 +124,9 @@ def speed(values: Mapping[str, Any]) -> Table:
         row = [
             f"{comparison['arch']} {comparison['norm']}{task}",
             str(comparison["batch_size"]),
-            str(comparison["seeds"]),
         ]
         row += [f"{ours['milliseconds']:.1f}", f"{ours['share_of_ceiling']:.0%}"]
         peak = f"{ours['peak_megabytes']:.0f}"
-        if together:
-            row.append(f"{sides['jaxnorm-vmap']['milliseconds']:.1f}")
         if against and ratio:
             best = sides[ratio["against"]]
             low, high = ratio["10th_and_90th_percentile"]

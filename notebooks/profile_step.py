@@ -43,7 +43,7 @@ def profile(job: Job) -> Profile:
     from jaxnorm.training.mesh import use_all_cores
 
     use_all_cores()
-    program, (call,), (state,), _ = jax_setup(job)
+    program, state, call = jax_setup(job)
     rest = (*call, 0, 0, STEPS)
     text = train_nets.lower(program, state, *rest).compile().as_text()
     for _ in range(2):

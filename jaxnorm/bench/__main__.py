@@ -52,13 +52,10 @@ class Options:
         The nets to time; the residual one by the tuned recipe, crops and flips included.
     batch_size
         The batch sizes to time.
-    seeds
-        How many nets to train, a step of each.
     task
         "train" steps, "evaluate" 10,000 images, or both.
     peers
-        The sides to time; "jaxnorm-vmap" trains its seeds in one program, "flax" is our net from
-        Flax's plain operators.
+        The sides to time.
     seconds
         Seconds to spend on each net and batch size, once all sides are warm.
     out
@@ -68,7 +65,6 @@ class Options:
     norm: tuple[Literal["batch", "group", "layer"], ...] = ("batch", "group", "layer")
     arch: tuple[Literal["original", "matched", "residual"], ...] = ("original",)
     batch_size: Annotated[tuple[int, ...], cli.WHOLE] = (128,)
-    seeds: Annotated[tuple[int, ...], cli.WHOLE] = (1,)
     task: tuple[Literal["train", "evaluate"], ...] = ("train",)
     peers: tuple[Peer, ...] = ("jaxnorm", "torch", "torch-compile")
     seconds: float = 60.0
@@ -81,8 +77,6 @@ class Options:
             raise UserError(f"seconds={self.seconds:g} is wrong: it must be above 0")
         if not all(1 <= size <= IMAGES for size in self.batch_size):
             raise UserError(f"batch_size= must be from 1 to {IMAGES}")
-        if not all(1 <= count <= 1000 for count in self.seeds):
-            raise UserError("seeds= must be from 1 to 1000")
 
 
 class Worker:
@@ -146,10 +140,10 @@ def main(
     print(f"{machine['processor']}: ", end="")
     print(f"{ceiling / 1e9:.0f} GFLOP/s in a 2048 x 2048 matrix product", flush=True)
     comparisons = []
-    for task, arch, norm, size, seeds in itertools.product(
-        options.task, options.arch, options.norm, options.batch_size, options.seeds
+    for task, arch, norm, size in itertools.product(
+        options.task, options.arch, options.norm, options.batch_size
     ):
-        job = Job("jaxnorm", norm, arch, size, task=task, seeds=seeds)
+        job = Job("jaxnorm", norm, arch, size, task=task)
         comparisons.append(summarize(compare(options, job), ceiling))
         print(render(comparisons[-1]), flush=True)
         if options.out:
@@ -230,8 +224,7 @@ def _take_turn(side: Worker, counts: dict[str, int]) -> None:
 
 
 def step_flops(job: Job) -> float:
-    """Floating-point operations of the convolutions in a training step of all seeds, or in an
-    evaluation.
+    """Floating-point operations of the convolutions in a training step, or in an evaluation.
 
     A step is the outputs and both gradients, the first layer's input gradient left out.
     """
@@ -242,14 +235,14 @@ def step_flops(job: Job) -> float:
     forward = [2 * row.shape[0] * row.shape[1] * row.kernel for row in rows]
     if job.task == "evaluate":
         return float(IMAGES * sum(forward))
-    return float(job.seeds * job.batch_size * (3 * sum(forward) - forward[0]))
+    return float(job.batch_size * (3 * sum(forward) - forward[0]))
 
 
 def summarize(workers: Sequence[Worker], ceiling: float) -> dict:
     """A comparison as it is written: each side, and our ratio to PyTorch's fastest variant."""
     ours = next(worker for worker in workers if worker.job.peer == "jaxnorm")
     job, flops = ours.job, step_flops(ours.job)
-    images = job.batch_size * job.seeds if job.task == "train" else IMAGES
+    images = job.batch_size if job.task == "train" else IMAGES
     sides, medians = {}, {}
     for worker in (worker for worker in workers if not worker.failed):
         median = medians[worker.job.name] = statistics.median(worker.samples)
@@ -262,7 +255,7 @@ def summarize(workers: Sequence[Worker], ceiling: float) -> dict:
             **worker.ready,
             "samples_milliseconds": [sample * 1e3 for sample in worker.samples],
         }
-    names = ("norm", "arch", "batch_size", "task", "seeds")
+    names = ("norm", "arch", "batch_size", "task")
     failed = {worker.job.name: worker.failed for worker in workers if worker.failed}
     result: dict[str, Any] = {name: getattr(job, name) for name in names}
     result |= {"gflop": flops / 1e9, "sides": sides, "failed": failed}
@@ -287,7 +280,6 @@ def render(comparison: dict) -> str:
 
     unit = "step" if comparison["task"] == "train" else "10,000 images"
     title = f"\n{comparison['arch']} {comparison['norm']}, batch {comparison['batch_size']}"
-    title += f", {comparison['seeds']} seeds" if comparison["seeds"] > 1 else ""
     columns = {
         "ms": ("milliseconds", ".1f"),
         "images/s": ("images_per_second", ",.0f"),

@@ -6,7 +6,6 @@ the seconds that they took. Both sides hold the same images as uint8 in memory, 
 batches, crop and mirror them where the recipe does, standardize them, and make the same step.
 """
 
-import dataclasses
 import json
 import os
 import resource
@@ -23,7 +22,7 @@ from jaxnorm.config import Config
 
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 IMAGES = 10_000
-Peer = Literal["jaxnorm", "jaxnorm-vmap", "flax", "torch", "torch-compile"]
+Peer = Literal["jaxnorm", "torch", "torch-compile"]
 Stepper = Callable[[int], None]
 """Makes a number of steps, and returns when they are done."""
 
@@ -32,10 +31,8 @@ Stepper = Callable[[int], None]
 class Job:
     """What a process is to time.
 
-    peer: "jaxnorm"; "jaxnorm-vmap", which trains its seeds in one program instead of one by one;
-    "flax" (our net from Flax's plain operators); "torch" or "torch-compile". layout: of PyTorch's
-    images. seeds: nets to train, a step of each. spawned: when the process was started, in seconds
-    since 1970.
+    peer: "jaxnorm", "torch" or "torch-compile". layout: of PyTorch's images. spawned: when the
+    process was started, in seconds since 1970.
     """
 
     peer: Peer
@@ -44,7 +41,6 @@ class Job:
     batch_size: int
     layout: Literal["contiguous", "channels_last"] = "contiguous"
     task: Literal["train", "evaluate"] = "train"
-    seeds: int = 1
     compilation_cache: str | None = None
     spawned: float = 0.0
 
@@ -73,9 +69,9 @@ def config_of(job: Job) -> Config:
     return Config(job.norm, job.arch, batch_size=job.batch_size, recipe=recipe)
 
 
-def jax_setup(job: Job) -> tuple[Any, list[tuple], Any, Any]:
-    """The program; for every call of `train_nets` that a step of all seeds takes, its arrays
-    (images, labels, batches, keys, learning rates, decays); states; and the images and labels.
+def jax_setup(job: Job) -> tuple[Any, Any, tuple]:
+    """Returns the program, the initial state, and the arrays that `train_nets` takes after it:
+    images, labels, batches, keys, learning rates, weight decays.
     """
     import jax
 
@@ -85,25 +81,16 @@ def jax_setup(job: Job) -> tuple[Any, list[tuple], Any, Any]:
     from jaxnorm.training.step import init_state
 
     config = config_of(job)
-    mesh = meshes.choose(1, job.batch_size) if job.peer == "jaxnorm" else meshes.ONE
+    mesh = meshes.choose(1, job.batch_size)
     dataset = SimpleNamespace(class_names=range(10), mean=MEAN, deviation=DEVIATION)
     program = program_of(config, dataset, job.norm, mesh)
-    model = program.model.clone(fast=job.peer != "flax")
-    program = dataclasses.replace(program, model=model)
+    batches = batches_of(job.batch_size)[None]
+    rates = np.full(batches.shape[:2], config.rate(job.norm), np.float32)
+    decays = np.full(1, config.weight_decay, np.float32)
+    state = jax.tree.map(lambda leaf: leaf[None], jax.device_get(init_state(program, 0)))
+    state, batches, rates, decays = meshes.place(mesh, (state, batches, rates, decays), by_net=True)
     images, labels = meshes.place(mesh, draw_data())
-    together = job.seeds if job.peer == "jaxnorm-vmap" else 1
-    calls, states = [], []
-    for first in range(0, job.seeds, together):
-        seeds = range(first, first + together)
-        batches = np.stack([batches_of(job.batch_size)] * together)
-        rates = np.full(batches.shape[:2], config.rate(job.norm), np.float32)
-        decays = np.full(together, config.weight_decay, np.float32)
-        keys = jax.numpy.stack([epoch_keys(seed, 1) for seed in seeds])
-        nets = [jax.device_get(init_state(program, seed)) for seed in seeds]
-        states.append(meshes.place(mesh, jax.tree.map(lambda *a: np.stack(a), *nets), by_net=True))
-        batches, rates, decays = meshes.place(mesh, (batches, rates, decays), by_net=True)
-        calls.append((images, labels, batches, keys, rates, decays))
-    return program, calls, states, (images, labels)
+    return program, state, (images, labels, batches, epoch_keys(0, 1)[None], rates, decays)
 
 
 def jax_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
@@ -118,19 +105,19 @@ def jax_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
     if job.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", job.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    program, calls, states, (images, labels) = jax_setup(job)
+    program, state, arrays = jax_setup(job)
 
     def steps(count: int) -> None:
+        nonlocal state
         while count > 0:
             stop = min(count, IMAGES // job.batch_size)
-            for i, call in enumerate(calls):
-                states[i], done = epoch.train_nets(program, states[i], *call, 0, 0, stop)
+            state, done = epoch.train_nets(program, state, *arrays, 0, 0, stop)
             count -= stop
         jax.block_until_ready(done.losses)
 
     def evaluations(count: int) -> None:
         for _ in range(count):
-            jax.block_until_ready(epoch.evaluate_nets(program, states[0], images, labels))
+            jax.block_until_ready(epoch.evaluate_nets(program, state, *arrays[:2]))
 
     device = f"{jax.devices()[0].device_kind} x{program.mesh.devices}"
     about = {"jax": jax.__version__, "device": device}
