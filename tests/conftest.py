@@ -11,10 +11,9 @@ os.environ["TFDS_DATA_DIR"] = str(_SCRATCH / "tfds")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the processes of one session compile for each other
     from jaxnorm.data.cache import machine_name
 
-    # Kept for the next run of pytest; by `mutate.py` from one fault to the next.
-    kept = os.environ.get("JAXNORM_TEST_COMPILED")
+    # Kept for the next run of pytest.
     cache = Path(__file__).resolve().parents[1] / ".pytest_cache" / "compiled" / machine_name()
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = kept or str(cache)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
