@@ -27,6 +27,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import cyclopts
 import jax
 import jax.numpy as jnp
+import numpy as np
 from cyclopts import Parameter
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
@@ -35,6 +36,7 @@ from jaxnorm.analysis.tables import Table
 from jaxnorm.model import ops
 from jaxnorm.model.cnn import CNN
 from jaxnorm.training import epoch as epochs
+from jaxnorm.training.mesh import ONE
 from jaxnorm.training.step import Program, init_state
 
 H100 = """
@@ -116,22 +118,22 @@ def compile_programs(
     """The bytes of temporary memory of training and evaluation, and `step_account`; raises where
     XLA refuses a program.
     """
-    program = Program(CNN(norm, "matched", precision=precision), 0.9, (0.5,) * 3, (0.25,) * 3)
+    program = Program(model=CNN(norm, "matched", precision=precision))
 
     def shaped(shape, dtype):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    state = init_state.eval_shape(program, 0)
+    state = init_state.eval_shape(program, 0, np.zeros((2, 3), np.float32))
     states = jax.tree.map(lambda leaf: shaped((nets, *leaf.shape), leaf.dtype), state)
     images, labels = shaped((IMAGES, 32, 32, 3), jnp.uint8), shaped((IMAGES,), jnp.int32)
     batches, step = shaped((nets, STEPS, batch_size), jnp.int32), shaped((), jnp.int32)
     keys = shaped((nets, 2), jax.eval_shape(jax.random.key, 0).dtype)
     rates, decays = shaped((nets, STEPS), jnp.float32), shaped((nets,), jnp.float32)
-    training = (program, states, images, labels, batches, keys, rates, decays, *[step] * 3)
+    training = (program, ONE, states, images, labels, batches, keys, rates, decays, *[step] * 3)
     test = (shaped((TEST, 32, 32, 3), jnp.uint8), shaped((TEST,), jnp.int32))
     compiled = [
         epochs.train_nets.lower(*training).compile(),
-        epochs.evaluate_nets.lower(program, states, *test).compile(),
+        epochs.evaluate_nets.lower(program, ONE, states, *test).compile(),
     ]
     for executable in compiled:
         assert "f64" not in (executable.as_text() or "")

@@ -43,19 +43,19 @@ def profile(job: Job) -> Profile:
     from jaxnorm.training.mesh import use_all_cores
 
     use_all_cores()
-    program, state, call = jax_setup(job)
+    program, mesh, state, call = jax_setup(job)
     rest = (*call, 0, 0, STEPS)
-    text = train_nets.lower(program, state, *rest).compile().as_text()
+    text = train_nets.lower(program, mesh, state, *rest).compile().as_text()
     for _ in range(2):
         clock = time.perf_counter()
-        state, done = train_nets(program, state, *rest)
+        state, done = train_nets(program, mesh, state, *rest)
         jax.block_until_ready(done)
         seconds = time.perf_counter() - clock
     origins = {name: origin_of(line) for name, line in instructions_of(text or "").items()}
     operators: collections.Counter[tuple[str, str, str]] = collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            jax.block_until_ready(train_nets(program, state, *rest))
+            jax.block_until_ready(train_nets(program, mesh, state, *rest))
         (trace,) = Path(folder).rglob("*.xplane.pb")
         for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
             for line in plane.lines:

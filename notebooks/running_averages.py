@@ -12,7 +12,6 @@ same without dropout, which gains what dropout cost.
 
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from jaxnorm.data.datasets import Dataset
 from jaxnorm.runs.environment import processor
 from jaxnorm.runs.runner import load_state
 from jaxnorm.storage.directory import RunDirectory
-from jaxnorm.training.mesh import ONE
 from jaxnorm.training.probes import precise_statistics
 from jaxnorm.training.step import Program, TrainState, derive_key
 from jaxnorm.training.trainer import predict
@@ -43,7 +41,6 @@ def accuracies(
     program: Program, state: TrainState, dataset: Dataset, key: jax.Array
 ) -> dict[str, float]:
     """The test accuracy by running averages, and by statistics computed anew in both ways."""
-    program = replace(program, mesh=ONE)
     state = jax.tree.map(jnp.asarray, state)
     count = min(BATCH, len(dataset.train_labels))
     whole = dataset.train_images[: len(dataset.train_labels) // count * count]

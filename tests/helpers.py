@@ -16,7 +16,7 @@ from jaxnorm.storage.sweep import Sweep
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training.mesh import ONE
-from jaxnorm.training.step import Program
+from jaxnorm.training.step import Program, init_state, standard_of
 
 SMALL = ("--dataset", "tiny", "--epochs", "1", "--batch-size", "35", "--norm", "layer")
 SMALL += ("--arch", "three-layers")
@@ -40,10 +40,15 @@ def call(*arguments) -> int:
     return cli.run(run_command.app, [str(argument) for argument in arguments])
 
 
-def program_of(norm, dataset, arch="three-layers", dropout=0.1, mesh=ONE, **fields):
+def program_of(norm, dataset, arch="three-layers", dropout=0.1, **fields):
     """A program of a net of `nets`, which compiles soon."""
     net = CNN(norm, arch, len(dataset.class_names), dropout=dropout, **fields)
-    return Program(net, 0.9, dataset.mean, dataset.deviation, mesh)
+    return Program(model=net)
+
+
+def init(program, dataset, seed):
+    """The initial state of a net."""
+    return init_state(program, seed, standard_of(dataset.mean, dataset.deviation))
 
 
 def stacked(tree):
@@ -56,16 +61,16 @@ def first(tree):
     return jax.tree.map(lambda leaf: leaf[0], tree)
 
 
-def train_chunk(program, state, images, labels, chunk, keys, rate=0.01):
+def train_chunk(program, state, images, labels, chunk, keys, rate=0.01, mesh=ONE):
     """Trains one net on a chunk: the state, f32[S] losses and the correct predictions; `rate` is of
     all its steps, or f32[S].
     """
     state, images, labels = jax.device_get((state, images, labels))
-    states = meshes.place(program.mesh, jax.tree.map(lambda a: np.asarray(a)[None], state), True)
-    images, labels = meshes.place(program.mesh, (images, labels))
+    states = meshes.place(mesh, jax.tree.map(lambda a: np.asarray(a)[None], state), True)
+    images, labels = meshes.place(mesh, (images, labels))
     rates, decays = jnp.broadcast_to(rate, (1, chunk.batches.shape[1])), jnp.zeros(1)
     states, steps = epochs.train_nets(
-        program, states, images, labels, chunk.batches, keys, rates, decays, *chunk[1:]
+        program, mesh, states, images, labels, chunk.batches, keys, rates, decays, *chunk[1:]
     )
     states, steps = meshes.fetch((states, steps))
     return first(states), steps.losses[0], int(steps.correct[0])
@@ -75,7 +80,7 @@ def train_epoch(program, state, images, labels, seed, epoch, batch_size, rate=0.
     """Trains one net on every image once: the state, all losses and the correct predictions."""
     rows = jnp.arange(labels.shape[0], dtype=jnp.int32)[None]
     seeds = jnp.array([seed], jnp.uint32)
-    cut, keys = epochs.epoch_chunks(program.mesh, seeds, epoch, rows, batch_size, chunks)
+    cut, keys = epochs.epoch_chunks(ONE, seeds, epoch, rows, batch_size, chunks)
     losses, correct = [], 0
     for chunk in cut:
         state, done, of_chunk = train_chunk(program, state, images, labels, chunk, keys, rate)
@@ -86,15 +91,14 @@ def train_epoch(program, state, images, labels, seed, epoch, batch_size, rate=0.
 
 def evaluate(program, state, images, labels):
     """Evaluates one net."""
-    return first(epochs.evaluate_nets(program, stacked(state), images, labels))
+    return first(epochs.evaluate_nets(program, ONE, stacked(state), images, labels))
 
 
-def predict_logits(program, state, images):
+def predict_logits(program, state, images, mesh=ONE):
     """Logits of one net."""
-    states = meshes.place(program.mesh, jax.tree.map(lambda a: np.asarray(a)[None], state), True)
-    return meshes.fetch(epochs.predict_logits(program, states, meshes.place(program.mesh, images)))[
-        0
-    ]
+    states = meshes.place(mesh, jax.tree.map(lambda a: np.asarray(a)[None], state), True)
+    images = meshes.place(mesh, images)
+    return meshes.fetch(epochs.predict_logits(program, mesh, states, images))[0]
 
 
 def run(config, dataset, path, callback=None, mesh=None, **about):

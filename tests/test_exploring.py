@@ -4,6 +4,7 @@ import chex
 import exploring
 import numpy as np
 import pytest
+from helpers import init
 
 from jaxnorm.model.cnn import CNN
 from jaxnorm.training import step
@@ -11,8 +12,8 @@ from jaxnorm.training import step
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_only_batch_norm_lets_one_images_loss_depend_on_another(tiny, norm):
-    program = step.Program(CNN(norm, "every-kind", 4), 0.9, tiny.mean, tiny.deviation)
-    state = step.init_state(program, 1)
+    program = step.Program(model=CNN(norm, "every-kind", 4))
+    state = init(program, tiny, 1)
     images, labels = tiny.train_images[:4], tiny.train_labels[:4]
     gradients = exploring.example_gradients(program, state, images, labels)
     chex.assert_shape(gradients, (4, 4))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Evil
+from helpers import Evil, init
 from matplotlib.figure import Figure
 
 from jaxnorm import cli, report, run
@@ -231,8 +231,8 @@ def test_a_new_table_number_and_figure_reach_every_page(sweep, monkeypatch, caps
 
 def test_weight_decay_finds_the_kernels_among_parameters_of_any_kind(tiny):
     norm = "own_norm:PairNorm"
-    program = groups.program_of(Config(norm, NET, "tiny", 1, 35), tiny, norm)
-    start, key = step.init_state(program, 1), step.derive_key(1, "dropout", 1, 0)
+    program = groups.program_of(Config(norm, NET, "tiny", 1, 35), norm, 4)
+    start, key = init(program, tiny, 1), step.derive_key(1, "dropout", 1, 0)
     data = jnp.asarray(tiny.train_images[:8]), jnp.asarray(tiny.train_labels[:8]), key
     one = jax.jit(step.train_step, static_argnums=0)
     plain, decayed = (one(program, start, *data, 0.1, decay)[0].params for decay in (0.0, 0.5))

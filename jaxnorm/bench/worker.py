@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -69,28 +68,27 @@ def config_of(job: Job) -> Config:
     return Config(job.norm, job.arch, batch_size=job.batch_size, recipe=recipe)
 
 
-def jax_setup(job: Job) -> tuple[Any, Any, tuple]:
-    """Returns the program, the initial state, and the arrays that `train_nets` takes after it:
-    images, labels, batches, keys, learning rates, weight decays.
+def jax_setup(job: Job) -> tuple[Any, Any, Any, tuple]:
+    """Returns the program, its mesh, the initial state, and the arrays that `train_nets` takes
+    after it: images, labels, batches, keys, learning rates, weight decays.
     """
     import jax
 
     from jaxnorm.training import mesh as meshes
     from jaxnorm.training.epoch import epoch_keys
     from jaxnorm.training.groups import program_of
-    from jaxnorm.training.step import init_state
+    from jaxnorm.training.step import init_state, standard_of
 
     config = config_of(job)
     mesh = meshes.choose(1, job.batch_size)
-    dataset = SimpleNamespace(class_names=range(10), mean=MEAN, deviation=DEVIATION)
-    program = program_of(config, dataset, job.norm, mesh)
+    program, standard = program_of(config, job.norm, 10), standard_of(MEAN, DEVIATION)
     batches = batches_of(job.batch_size)[None]
     rates = np.full(batches.shape[:2], config.rate(job.norm), np.float32)
     decays = np.full(1, config.weight_decay, np.float32)
-    state = jax.tree.map(lambda leaf: leaf[None], jax.device_get(init_state(program, 0)))
+    state = jax.tree.map(lambda leaf: leaf[None], jax.device_get(init_state(program, 0, standard)))
     state, batches, rates, decays = meshes.place(mesh, (state, batches, rates, decays), by_net=True)
     images, labels = meshes.place(mesh, draw_data())
-    return program, state, (images, labels, batches, epoch_keys(0, 1)[None], rates, decays)
+    return program, mesh, state, (images, labels, batches, epoch_keys(0, 1)[None], rates, decays)
 
 
 def jax_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
@@ -105,21 +103,21 @@ def jax_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
     if job.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", job.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    program, state, arrays = jax_setup(job)
+    program, mesh, state, arrays = jax_setup(job)
 
     def steps(count: int) -> None:
         nonlocal state
         while count > 0:
             stop = min(count, IMAGES // job.batch_size)
-            state, done = epoch.train_nets(program, state, *arrays, 0, 0, stop)
+            state, done = epoch.train_nets(program, mesh, state, *arrays, 0, 0, stop)
             count -= stop
         jax.block_until_ready(done.losses)
 
     def evaluations(count: int) -> None:
         for _ in range(count):
-            jax.block_until_ready(epoch.evaluate_nets(program, state, *arrays[:2]))
+            jax.block_until_ready(epoch.evaluate_nets(program, mesh, state, *arrays[:2]))
 
-    device = f"{jax.devices()[0].device_kind} x{program.mesh.devices}"
+    device = f"{jax.devices()[0].device_kind} x{mesh.devices}"
     about = {"jax": jax.__version__, "device": device}
     return (steps if job.task == "train" else evaluations), about
 

@@ -115,6 +115,7 @@ class CNN(nn.Module):
 
     In training it needs `rngs={"dropout": key}`, unless `dropout` is 0, and
     `mutable=["batch_stats"]` for batch norm. `fast` layers have the same values as Flax's own.
+    `axis_name` is the mesh axis along which devices share a batch, if they do.
     """
 
     norm: str = "batch"
@@ -125,10 +126,17 @@ class CNN(nn.Module):
     precision: Precision = "float32"
     weight_standardization: bool = False
     fast: bool = True
+    axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Logits f32[N, num_classes] of f32[N, 32, 32, 3]."""
+    def __call__(
+        self, images: jax.Array, train: bool = False, first_image: int | jax.Array = 0
+    ) -> jax.Array:
+        """Returns logits f32[N, num_classes] of f32[N, 32, 32, 3].
+
+        `first_image` is the number in its batch of the first image here, which decides its dropout
+        mask.
+        """
         chex.assert_shape(images, (None, 32, 32, 3))
         chex.assert_type(images, jnp.float32)
         L = layers if self.fast else layers.plain
@@ -142,7 +150,7 @@ class CNN(nn.Module):
                     x = self.conv(layer, (3, 3), dtype)(x)
                     x = self.normalization(train, f"{layer.name}_norm")(x.astype(jnp.float32))
                     x = x + inputs[-2] if layer.kind == "residual" else x
-                    x = L.dropout_relu(x.astype(dtype), self.dropout, key, number)
+                    x = L.dropout_relu(x.astype(dtype), self.dropout, key, number, first_image)
                 case "squeeze":
                     x = L.relu(self.conv(layer, (1, 1), dtype)(x))
                 case "pool":
@@ -164,7 +172,7 @@ class CNN(nn.Module):
             case "batch":  # running averages keep 0.9 of the old value; PyTorch calls it 0.1
                 return L.BatchNorm(
                     use_running_average=not train, momentum=MOMENTUM, epsilon=EPSILON,
-                    use_fast_variance=False, name=name,
+                    use_fast_variance=False, axis_name=self.axis_name, name=name,
                 )  # fmt: skip
             case "group":
                 return L.GroupNorm(self.groups, epsilon=EPSILON, use_fast_variance=False, name=name)

@@ -4,14 +4,12 @@ Each class is Flax's own with another `__call__`; `plain` holds the same layers 
 own operators, the standard that the fast ones are compared with. Images are f32[N, H, W, C].
 """
 
-import contextlib
 import dataclasses
 import importlib
 import math
-from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,31 +19,6 @@ from jaxnorm.config import UserError
 from jaxnorm.model import dropout, ops, pooling
 
 BUILT_IN = ("batch", "group", "layer", "pixel", "instance", "rms", "none")
-
-
-class Part(NamedTuple):
-    """Which part of a batch a net is applied to: the number of its first image, and the mesh axis
-    along which devices share the batch, if they do.
-    """
-
-    first_image: int | jax.Array = 0
-    axis_name: str | None = None
-
-
-_WHOLE = Part()
-_part: ContextVar[Part] = ContextVar("part", default=_WHOLE)
-
-
-@contextlib.contextmanager
-def part_of_batch(first_image: int | jax.Array, axis_name: str | None = None) -> Iterator[None]:
-    """Nets applied inside see a part of a batch: dropout masks and batch norm's statistics are
-    those of the whole batch.
-    """
-    token = _part.set(Part(first_image, axis_name))
-    try:
-        yield
-    finally:
-        _part.reset(token)
 
 
 class UnbiasedBatchNorm(nn.BatchNorm):
@@ -59,7 +32,8 @@ class UnbiasedBatchNorm(nn.BatchNorm):
         old = self.get_variable("batch_stats", "var") if updates else 0.0
         outputs = super().__call__(x)
         if updates:
-            count = math.prod(x.shape[:-1])
+            devices = jax.lax.axis_size(self.axis_name) if self.axis_name else 1
+            count = devices * math.prod(x.shape[:-1])
             kept = self.momentum * old
             biased = self.get_variable("batch_stats", "var") - kept
             self.put_variable("batch_stats", "var", kept + biased * (count / max(count - 1, 1)))
@@ -74,7 +48,7 @@ class BatchNorm(UnbiasedBatchNorm):
         """Normalizes, and in training updates the running averages."""
         if self.use_running_average or self.is_initializing():
             return super().__call__(x)
-        channels, axis_name = x.shape[-1:], _part.get().axis_name
+        channels, axis_name = x.shape[-1:], self.axis_name
         mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
         variance = self.variable("batch_stats", "var", jnp.ones, channels)
         scale = self.param("scale", self.scale_init, channels)
@@ -191,19 +165,23 @@ def max_pool(x: jax.Array, window_shape: Sequence[int], strides: Sequence[int]) 
 global_max, relu = pooling.global_max, ops.relu
 
 
-def dropout_relu(x: jax.Array, rate: float, key: jax.Array | None, layer: int) -> jax.Array:
-    """Dropout and then ReLU; ReLU alone without a key. The mask depends on the key and the layer's
-    number alone (`dropout.keep_mask`).
+def dropout_relu(
+    x: jax.Array, rate: float, key: jax.Array | None, layer: int, first_image: int | jax.Array = 0
+) -> jax.Array:
+    """Applies dropout and then ReLU; ReLU alone without a key. The mask depends on the key, the
+    layer's number and the image's number in its batch alone (`dropout.keep_mask`).
     """
     if key is None:
         return relu(x)
-    mask = dropout.keep_mask(key, layer, x.shape, rate, _part.get().first_image)
+    mask = dropout.keep_mask(key, layer, x.shape, rate, first_image)
     return dropout.dropout_relu(x, mask, rate)
 
 
-def _plain_dropout_relu(x: jax.Array, rate: float, key: jax.Array | None, layer: int) -> jax.Array:
+def _plain_dropout_relu(
+    x: jax.Array, rate: float, key: jax.Array | None, layer: int, first_image: int | jax.Array = 0
+) -> jax.Array:
     if key is not None:
-        mask = dropout.keep_mask(key, layer, x.shape, rate, _part.get().first_image)
+        mask = dropout.keep_mask(key, layer, x.shape, rate, first_image)
         x = jnp.where(mask, x / (1 - rate), 0)
     return nn.relu(x)
 

@@ -103,9 +103,10 @@ def _progress_of(
 
 def checkpoint_shapes(info: RunInfo, net: Net) -> dict:
     """A tree like what a net's checkpoint holds."""
-    program, count = program_of(info.config, info.dataset, net[0]), info.dataset.test_count
-    shapes = init_state.eval_shape(program, net[1])
+    classes, count = len(info.dataset.class_names), info.dataset.test_count
+    program = program_of(info.config, net[0], classes)
+    shapes = init_state.eval_shape(program, net[1], np.zeros((2, 3), np.float32))
     state: TrainState = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    logits = np.zeros((count, len(info.dataset.class_names)), np.float32)
+    logits = np.zeros((count, classes), np.float32)
     labels, losses = np.zeros(count, np.int32), np.zeros(0, np.float32)
     return {"state": state, "losses": losses, "logits": logits, "labels": labels}

@@ -152,7 +152,7 @@ def measure_net(
 ) -> None:
     """Writes the probes of a net after its last epoch."""
     info, net = directory.info(), done.record.net
-    program = groups.program_of(info.config, info.dataset, net[0])
+    program = groups.program_of(info.config, net[0], len(info.dataset.class_names))
     arguments = program, done.state, dataset, done.logits, net[1]
     measured = probes.measure(*arguments, callback.on_measuring)
     directory.write_net("probes", net, epoch=np.array(done.record.epoch, np.int32), **measured)
@@ -190,7 +190,8 @@ def load_state(path: Path | str, norm: str, seed: int) -> tuple[Program, TrainSt
         values = checkpoint.restore(directory, net, complete, checkpoint_shapes(info, net))
     except checkpoint.Damaged as error:
         raise UserError(str(error)) from None
-    return groups.program_of(info.config, info.dataset, norm), values["state"]
+    program = groups.program_of(info.config, norm, len(info.dataset.class_names))
+    return program, values["state"]
 
 
 def load_model(path: Path | str, norm: str, seed: int) -> Any:

@@ -110,9 +110,10 @@ def epoch_chunks(
     return ([*cut, Chunk(ragged, count, 0, 1)] if ragged.shape[2] else cut), keys
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def train_nets(
     program: Program,
+    mesh: MeshShape,
     states: TrainState,  # every array with a leading axis K, a multiple of the mesh's rows
     images: jax.Array,  # u8[N, 32, 32, 3]
     labels: jax.Array,  # i32[N]
@@ -132,8 +133,8 @@ def train_nets(
     chex.assert_equal_shape_prefix([batches, learning_rates], 2)
     chex.assert_rank(batches, 3)
     chex.assert_type([labels, batches], jnp.int32)
-    share = batches.shape[2] // program.mesh.batch
-    shared = program.mesh.batch > 1 and batches.shape[2] % program.mesh.batch == 0
+    share = batches.shape[2] // mesh.batch
+    shared = mesh.batch > 1 and batches.shape[2] % mesh.batch == 0
 
     def train_net(images, labels, first_step, start, stop, state, batches, keys, rates, decay):
         """What each device does for one net."""
@@ -158,7 +159,7 @@ def train_nets(
         return lax.fori_loop(start, stop, train_batch, (state, *nothing))
 
     state, losses, correct = _for_each_net(
-        program.mesh,
+        mesh,
         train_net,
         (images, labels, first_step, start, stop),
         (states, batches, keys, learning_rates, weight_decays),
@@ -217,7 +218,7 @@ def evaluation_batch(net: CNN) -> int:
     return ops.micro_batch_of(EVALUATION_BATCH, max(activation_bytes(net)))
 
 
-def _logits(program: Program, images: jax.Array, state: TrainState) -> jax.Array:
+def _logits(program: Program, mesh: MeshShape, images: jax.Array, state: TrainState) -> jax.Array:
     """What each device does for one net: its share of the images, and all logits of the row."""
 
     def of_batch(batch):
@@ -231,7 +232,7 @@ def _logits(program: Program, images: jax.Array, state: TrainState) -> jax.Array
         logits = lax.map(of_batch, filled.reshape(-1, size, *images.shape[1:]))
         return logits.reshape(len(filled), -1)[: len(images)]
 
-    count, devices = images.shape[0], program.mesh.batch
+    count, devices = images.shape[0], mesh.batch
     if count == 0:
         return jnp.zeros((0, program.model.num_classes))
     share, parts = count // devices, []
@@ -244,20 +245,22 @@ def _logits(program: Program, images: jax.Array, state: TrainState) -> jax.Array
     return jnp.concatenate(parts)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
 def predict_logits(
     program: Program,
+    mesh: MeshShape,
     states: TrainState,  # every array with a leading axis K
     images: jax.Array,  # u8[N, 32, 32, 3]
 ) -> jax.Array:  # f32[K, N, classes]
     """Logits of any number of images, with running averages and without dropout."""
     per_net = (states._replace(opt_state=()),)
-    return _for_each_net(program.mesh, partial(_logits, program), (images,), per_net)
+    return _for_each_net(mesh, partial(_logits, program, mesh), (images,), per_net)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
 def evaluate_nets(
     program: Program,
+    mesh: MeshShape,
     states: TrainState,  # every array with a leading axis K
     images: jax.Array,  # u8[N, 32, 32, 3]
     labels: jax.Array,  # i32[N]
@@ -272,9 +275,9 @@ def evaluate_nets(
         """One net."""
         if rows:
             images, labels = images[rows[0]], labels[rows[0]]
-        logits, count = _logits(program, images, state), labels.shape[0]
+        logits, count = _logits(program, mesh, images, state), labels.shape[0]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return Evaluation(logits, losses.sum() / count, (logits.argmax(-1) == labels).sum() / count)
 
     per_net = (states._replace(opt_state=()), *([] if rows is None else [rows]))
-    return _for_each_net(program.mesh, of_net, (images, labels), per_net)
+    return _for_each_net(mesh, of_net, (images, labels), per_net)

@@ -1,6 +1,5 @@
 """Which nets train together in one program, and all that they train on."""
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Container, Iterator, Sequence
@@ -17,7 +16,7 @@ from jaxnorm.model.summary import net_of
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training.epoch import Chunk, Evaluation, Steps
-from jaxnorm.training.mesh import ONE, MeshShape
+from jaxnorm.training.mesh import MeshShape
 from jaxnorm.training.step import Program, TrainState, init_state, standard_of
 
 CHUNKS = 20
@@ -28,17 +27,14 @@ SweptNet = tuple[int, str, int]
 """A net of a sweep: the number of its run, its norm and its seed."""
 
 
-def program_of(config: Config, dataset: Any, norm: str, mesh: MeshShape = ONE) -> Program:
-    """The program that trains a norm's nets; `dataset` is a `Dataset` or a `DatasetInfo`."""
+def program_of(config: Config, norm: str, num_classes: int) -> Program:
+    """Returns the program that trains a norm's nets."""
     return Program(
-        net_of(config, norm, len(dataset.class_names)),
-        config.momentum,
-        tuple(dataset.mean),
-        tuple(dataset.deviation),
-        mesh,
-        config.nesterov,
-        config.augment != "none",
-        config.label_smoothing,
+        model=net_of(config, norm, num_classes),
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        augments=config.augment != "none",
+        label_smoothing=config.label_smoothing,
     )
 
 
@@ -113,7 +109,8 @@ def groups(
     for same in alike.values():
         first = same[0][1]
         shape, norms = mesh_for(configs, first, mesh), first.norms
-        programs = [program_of(first, dataset, norm, shape) for norm in norms]
+        classes = len(dataset.class_names)
+        programs = [program_of(first, norm, classes) for norm in norms]
         at_once = min(epochs.nets_at_once(program, first.batch_size) for program in programs)
         nets = [(i, seed) for i, config in same for seed in config.seed_numbers]
         count = math.ceil(len(nets) / (at_once * shape.seed))
@@ -131,7 +128,7 @@ class Nets:
 
     def __init__(self, configs: Sequence[Config], dataset: Dataset, group: Group) -> None:
         self.group, self.config = group, configs[group.nets[0][0]]
-        self.program = program_of(self.config, dataset, group.norm, group.mesh)
+        self.program = program_of(self.config, group.norm, len(dataset.class_names))
         data = (dataset.train_images, dataset.train_labels)
         self.images, self.labels = meshes.place(group.mesh, data)
         test = (dataset.test_images, dataset.test_labels)
@@ -155,12 +152,13 @@ class Nets:
 
     def states(self, start: Sequence[TrainState | None]) -> TrainState:
         """Stacks the states of the group's nets, the initial one for None, on the mesh."""
-        alone, states = dataclasses.replace(self.program, mesh=ONE), []
+        states = []
         for state, (_, _, seed), standard in zip(
             start, self.group.nets, self.standards, strict=False
         ):
-            initial = jax.device_get(init_state(alone, seed)) if state is None else state
-            states.append(initial._replace(standard=standard))
+            if state is None:
+                state = jax.device_get(init_state(self.program, seed, standard))
+            states.append(state)
         states += [states[-1]] * (self.group.size - len(states))
         return self.place(jax.tree.map(lambda *leaves: np.stack(leaves), *states))
 
@@ -177,7 +175,7 @@ class Nets:
         keys, rates = of_epoch
         rates = self.place(rates[:, chunk.first_step : chunk.first_step + batches.shape[1]])
         data = (self.images, self.labels, batches)
-        return self.program, state, *data, keys, rates, self.decays, *bounds
+        return self.program, self.group.mesh, state, *data, keys, rates, self.decays, *bounds
 
     def train_chunk(
         self, state: TrainState, chunk: Chunk, of_epoch: tuple
@@ -187,8 +185,12 @@ class Nets:
 
     def evaluate(self, state: TrainState) -> tuple[Evaluation, Evaluation | None]:
         """On the test images and, if any are, on the held-out ones; in NumPy's arrays."""
-        test = epochs.evaluate_nets(self.program, state, self.test_images, self.test_labels)
+        test = epochs.evaluate_nets(
+            self.program, self.group.mesh, state, self.test_images, self.test_labels
+        )
         if not self.config.validation:
             return meshes.fetch(test), None
         data = (self.images, self.labels, self.held_out)
-        return meshes.fetch((test, epochs.evaluate_nets(self.program, state, *data)))
+        return meshes.fetch(
+            (test, epochs.evaluate_nets(self.program, self.group.mesh, state, *data))
+        )

@@ -7,7 +7,6 @@ entry in its result. All that it calls look at the net as it is in training, wit
 the batch, but without dropout, so that what differs between two norms is the norm.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -184,11 +183,10 @@ def measure(
     called with how many of five parts are done.
     """
     progress(0, 5)
-    program = dataclasses.replace(program, mesh=ONE)
     state = jax.tree.map(jnp.asarray, jax.device_get(state))
     images = jnp.asarray(dataset.train_images[:LOOKED_AT])
     labels = jnp.asarray(dataset.train_labels[:LOOKED_AT])
-    initial = init_state(program, seed)._replace(standard=state.standard)
+    initial = init_state(program, seed, state.standard)
     nets = state, initial
     seen, seen_before = jax.device_get([activations(program, net, images) for net in nets])
     progress(1, 5)
@@ -246,7 +244,7 @@ def measure(
 def _accuracy(program: Program, state: TrainState, images: np.ndarray, labels: np.ndarray) -> float:
     """As in evaluation."""
     states = jax.tree.map(lambda leaf: leaf[None], state)
-    logits = np.asarray(predict_logits(program, states, jnp.asarray(images)))[0]
+    logits = np.asarray(predict_logits(program, ONE, states, jnp.asarray(images)))[0]
     return float((logits.argmax(1) == labels).mean())
 
 

@@ -22,7 +22,7 @@ from jaxnorm.data.download import Progress
 from jaxnorm.model.cnn import MOMENTUM
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training.groups import Group, Nets, compiled_settings, groups
-from jaxnorm.training.mesh import ONE, MeshShape
+from jaxnorm.training.mesh import MeshShape
 from jaxnorm.training.step import (
     Program,
     TrainState,
@@ -121,7 +121,7 @@ def _check_group(
     nets = Nets(configs, dataset, dataclasses.replace(group, nets=group.nets[:1]))
     initial = jax.tree.map(lambda leaf: leaf[0], meshes.fetch(nets.states([None])))
     model = nets.program.model.clone(fast=False, precision="float32")
-    plain = dataclasses.replace(nets.program, model=model, mesh=ONE)
+    plain = dataclasses.replace(nets.program, model=model)
     plain_step = jax.jit(partial(train_step, plain), compiler_options=_ONCE)
     allowed = ALLOWED[nets.program.model.precision]
     for chunk_index in (0, -1):  # the first full batch, and the ragged one

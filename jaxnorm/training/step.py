@@ -20,33 +20,40 @@ from jax import lax
 from jaxnorm.model import layers, ops
 from jaxnorm.model.cnn import CNN
 from jaxnorm.model.summary import activation_bytes
-from jaxnorm.training.mesh import ONE, MeshShape
 
 _PURPOSES = {"init": 0, "order": 1, "dropout": 2, "augment": 3}
 _KERNEL = jax.tree_util.DictKey("kernel")
 Purpose = Literal["init", "order", "dropout", "augment"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Program:
-    """What a compiled step depends on besides its arrays; hashable, so that JAX traces it once.
+    """The model and the optimizer's settings: what a compiled step depends on besides its arrays.
 
-    `mean` and `deviation`, of each channel of images scaled to [0, 1], are what an initial state
-    standardizes with.
+    It can be hashed, so that JAX traces a step once for each program.
     """
 
     model: CNN
-    momentum: float
-    mean: tuple[float, float, float]
-    deviation: tuple[float, float, float]
-    mesh: MeshShape = ONE
+    momentum: float = 0.9
     nesterov: bool = False
     augments: bool = False
     label_smoothing: float = 0.0
 
-    def optimizer(self, learning_rate: float | jax.Array) -> optax.GradientTransformation:
-        """SGD with momentum; its state is one array for each parameter."""
-        return optax.sgd(learning_rate, self.momentum, self.nesterov)
+    def optimizer(
+        self, learning_rate: float | jax.Array, weight_decay: float | jax.Array = 0.0
+    ) -> optax.GradientTransformation:
+        """Returns SGD with momentum, which first adds `weight_decay` * kernel to the gradient of
+        each kernel; its state is one array for each parameter.
+        """
+        return optax.chain(
+            optax.add_decayed_weights(jnp.asarray(weight_decay), mask=_is_kernel),
+            optax.sgd(learning_rate, self.momentum, self.nesterov),
+        )
+
+
+def _is_kernel(params: Any) -> Any:
+    """Marks the kernels, whatever kind of tree a norm's parameters are."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _KERNEL in path, params)
 
 
 class TrainState(NamedTuple):
@@ -96,15 +103,18 @@ def standardize(
 
 # Runs once, and XLA's optimizer takes four seconds over the random bits, for the same values.
 @partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
-def init_state(program: Program, seed: int | jax.Array) -> TrainState:
-    """The state before the first step.
+def init_state(
+    program: Program,
+    seed: int | jax.Array,
+    standard: jax.Array | np.ndarray,  # f32[2, 3], see `standard_of`
+) -> TrainState:
+    """Returns the state before the first step.
 
     Kernels depend on the seed and the layer's name alone, not on the norm.
     """
     variables = dict(program.model.init(derive_key(seed, "init"), jnp.zeros((1, 32, 32, 3))))
     params = variables.pop("params")
-    standard = jnp.asarray(standard_of(program.mean, program.deviation))
-    return TrainState(params, variables, program.optimizer(0.0).init(params), standard)
+    return TrainState(params, variables, program.optimizer(0.0).init(params), jnp.asarray(standard))
 
 
 def crop_and_flip(
@@ -135,69 +145,68 @@ def train_step(
     weight_decay: float | jax.Array = 0.0,
     axis: str | None = None,
 ) -> tuple[TrainState, jax.Array, jax.Array]:
-    """One step of SGD on the mean cross-entropy of a batch.
+    """Makes one step of SGD on the mean cross-entropy of a batch.
 
     Returns the new state, the loss f32[] before it, and the number of correct predictions i32[].
     With `axis`, the images are this device's part of a batch that all devices along that mesh axis
     share.
     """
     chex.assert_equal_shape_prefix([images, labels], 1)
-    net, count = program.model, labels.shape[0]
+    net, count = program.model.clone(axis_name=axis), labels.shape[0]
     batch_size, first_image = count, jnp.zeros((), jnp.int32)
     if axis is not None:
         batch_size, first_image = count * lax.axis_size(axis), count * lax.axis_index(axis)
 
-    def objective(params, images, labels, first_image):
-        """These images' share of the mean cross-entropy; correct predictions and norm state."""
-        with layers.part_of_batch(first_image, axis):
-            logits, norm_state = net.apply(
-                {"params": params, **state.norm_state},
-                standardize(state, images),
-                train=True,
-                rngs={"dropout": key},
-                mutable=list(state.norm_state),
-            )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        if smooth := program.label_smoothing:
-            everywhere = jax.nn.logsumexp(logits, -1) - logits.mean(-1)
-            losses = (1 - smooth) * losses + smooth * everywhere
+    def loss_of(params, images, labels, first_image):
+        """Their share of the batch's mean loss; correct predictions, and the norms' new state."""
+        logits, norm_state = net.apply(
+            {"params": params, **state.norm_state},
+            standardize(state, images),
+            train=True,
+            first_image=first_image,
+            rngs={"dropout": key},
+            mutable=list(state.norm_state),
+        )
+        losses = cross_entropy(logits, labels, program.label_smoothing)
         correct = (logits.argmax(-1) == labels).sum(dtype=jnp.int32)
         return losses.sum() / batch_size, (correct, norm_state)
 
-    differentiate = jax.value_and_grad(objective, has_aux=True)
     micro_batch = micro_batch_size(net, state, count)
+    differentiate = partial(jax.value_and_grad(loss_of, has_aux=True), state.params)
     if micro_batch == count:
-        (loss, (correct, norm_state)), gradients = differentiate(
-            state.params, images, labels, first_image
-        )
+        (loss, (correct, norm_state)), gradients = differentiate(images, labels, first_image)
         total = loss, correct, gradients
-    else:
+    else:  # of norms that keep no state: images know nothing of each other
         norm_state = state.norm_state
 
         def add_micro_batch(i, total):
-            """Adds what the images of one micro-batch give; they know nothing of the others."""
             start = i * micro_batch
             part = (lax.dynamic_slice_in_dim(a, start, micro_batch) for a in (images, labels))
-            (loss, (correct, _)), gradients = differentiate(
-                state.params, *part, first_image + start
-            )
+            (loss, (correct, _)), gradients = differentiate(*part, first_image + start)
             return jax.tree.map(jnp.add, total, (loss, correct, gradients))
 
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        nothing = (jnp.zeros(()), jnp.zeros((), jnp.int32), zeros)
-        total = lax.fori_loop(0, count // micro_batch, add_micro_batch, nothing)
+        zeros = jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, state.params)
+        total = lax.fori_loop(0, count // micro_batch, add_micro_batch, zeros)
+
     loss, correct, gradients = total if axis is None else lax.psum(total, axis)
-    gradients = jax.tree_util.tree_map_with_path(
-        lambda path, gradient, value: (
-            gradient + weight_decay * value if _KERNEL in path else gradient
-        ),
-        gradients,
-        state.params,
-    )
-    optimizer = program.optimizer(learning_rate)
+    optimizer = program.optimizer(learning_rate, weight_decay)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return TrainState(params, norm_state, opt_state, state.standard), loss, correct
+
+
+def cross_entropy(
+    logits: jax.Array,  # f32[N, classes]
+    labels: jax.Array,  # i32[N]
+    smoothing: float,
+) -> jax.Array:  # f32[N]
+    """Returns the cross-entropy of each image; `smoothing` of its label is spread over all
+    classes (Szegedy et al., "Rethinking the Inception Architecture", 2016).
+    """
+    if not smoothing:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    smooth = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+    return optax.softmax_cross_entropy(logits, smooth)
 
 
 def micro_batch_size(net: CNN, state: TrainState, count: int) -> int:

@@ -124,7 +124,7 @@ def fit(
     for (norm, seed), done in history.items():
         if len(done) == config.epochs:
             records, losses = [epoch.record for epoch in done], [epoch.losses for epoch in done]
-            program, last = program_of(config, dataset, norm), done[-1]
+            program, last = program_of(config, norm, len(dataset.class_names)), done[-1]
             results = (records, np.concatenate(losses), last.logits, last.state, program)
             fits[norm, seed] = Fit(norm, seed, counts[norm], *results)
     return fits
@@ -137,9 +137,8 @@ def predict(program: Program, state: TrainState, images: Any) -> jax.Array:
         raise ValueError(
             f"predict takes images u8[N, 32, 32, 3], not {images.dtype}{list(images.shape)}"
         )
-    program = dataclasses.replace(program, mesh=ONE)
     states = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], state)
-    return jax.nn.softmax(epochs.predict_logits(program, states, jnp.asarray(images))[0])
+    return jax.nn.softmax(epochs.predict_logits(program, ONE, states, jnp.asarray(images))[0])
 
 
 def check(config: Config, dataset: Dataset) -> dict[str, int]:
@@ -213,7 +212,7 @@ def _shared(
     if epoch == 0:
         return None
     if state is None:
-        shapes = init_state.eval_shape(nets.program, 0)
+        shapes = init_state.eval_shape(nets.program, 0, nets.standards[0])
         state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     return share(jax.tree.map(np.asarray, state))
 

@@ -50,8 +50,8 @@ def test_three_steps_equal_pytorch(net, plain, stored):
         weight_standardization=standardized,
         fast=not plain,
     )
-    program = train.Program(model, 0.9, tuple(golden.MEAN), tuple(golden.DEVIATION))
-    empty = train.init_state(program, 0)
+    program = train.Program(model=model)
+    empty = train.init_state(program, 0, train.standard_of(golden.MEAN, golden.DEVIATION))
     params = nested(golden.draw_parameters(net))
     assert jax.tree.structure(params) == jax.tree.structure(empty.params)
     state = empty._replace(params=params)
@@ -82,7 +82,7 @@ def test_three_steps_equal_pytorch(net, plain, stored):
         )
         losses.append(loss)
         if i == 0:
-            gradients = state.opt_state[0].trace  # momentum's first value
+            gradients = state.opt_state[1][0].trace  # momentum's first value
     np.testing.assert_allclose(losses, wanted["losses"], rtol=1e-4)
     for kind, tree in (("gradient", gradients), ("parameter", state.params)):
         ours = {

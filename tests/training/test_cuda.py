@@ -29,14 +29,14 @@ def lowered(tiny, norm, precision, nets, monkeypatch):
     (chunk, *_), keys = made.chunks(1)
     states = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((nets, *leaf.shape), leaf.dtype),
-        init_state.eval_shape(made.program, 0),
+        init_state.eval_shape(made.program, 0, made.standards[0]),
     )
     arguments = made.arguments(states, chunk, keys)
     images, labels = jnp.asarray(tiny.test_images), jnp.asarray(tiny.test_labels)
     traced = [
         epochs.train_nets.trace(*arguments),
-        epochs.evaluate_nets.trace(made.program, states, images, labels),
-        init_state.trace(made.program, np.uint32(1)),
+        epochs.evaluate_nets.trace(made.program, ONE, states, images, labels),
+        init_state.trace(made.program, np.uint32(1), made.standards[0]),
     ]
     return [program.lower(lowering_platforms=("cuda",)).as_text() for program in traced]
 

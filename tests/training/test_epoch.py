@@ -1,6 +1,5 @@
 """Epochs of one net and many: order, the ragged batch, exact evaluation, and that it learns."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import chex
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from close import assert_gradients_close
-from helpers import SOON, evaluate, predict_logits, program_of, train_chunk, train_epoch
+from helpers import SOON, evaluate, init, predict_logits, program_of, train_chunk, train_epoch
 
 from jaxnorm.config import ALL
 from jaxnorm.model.cnn import CNN
@@ -63,19 +62,15 @@ def step_by_step(program, arrays, seed, epoch, count, state):
 
 def test_an_epoch_equals_its_steps_one_by_one_and_holds_the_ragged_batch(tiny, arrays):
     program = program_of("batch", tiny)
-    wanted_state, losses, correct = step_by_step(
-        program, arrays, 3, 2, 70, train.init_state(program, 3)
-    )
-    state, epoch_losses, hits = train_epoch(
-        program, train.init_state(program, 3), *arrays, 3, 2, BATCH
-    )
+    wanted_state, losses, correct = step_by_step(program, arrays, 3, 2, 70, init(program, tiny, 3))
+    state, epoch_losses, hits = train_epoch(program, init(program, tiny, 3), *arrays, 3, 2, BATCH)
     chex.assert_shape(epoch_losses, (5,))
     np.testing.assert_allclose(epoch_losses, losses, rtol=1e-2)
     assert abs(hits - correct) <= 1
     assert_gradients_close(state.params, wanted_state.params, typical=1e-3)
     assert_gradients_close(state.norm_state, wanted_state.norm_state, typical=1e-3)
     moved = jax.tree.map(
-        lambda a, b: float(jnp.abs(a - b).max()), state.params, train.init_state(program, 3).params
+        lambda a, b: float(jnp.abs(a - b).max()), state.params, init(program, tiny, 3).params
     )
     assert min(jax.tree.leaves(moved)) > 0
 
@@ -87,7 +82,7 @@ def test_each_step_has_a_learning_rate_of_its_own(tiny, arrays):
     )
     params = []
     for stop in (1, 2, 3):
-        initial, rates = train.init_state(program, 3), jnp.array([0.05, 0, 0.05, 0])
+        initial, rates = init(program, tiny, 3), jnp.array([0.05, 0, 0.05, 0])
         state, _, _ = train_chunk(program, initial, *arrays, chunk._replace(stop=stop), keys, rates)
         params.append(state.params)
     chex.assert_trees_all_equal(params[0], params[1])
@@ -97,10 +92,9 @@ def test_each_step_has_a_learning_rate_of_its_own(tiny, arrays):
 
 def test_images_that_devices_cannot_share_evenly_are_all_predicted(tiny):
     images = jnp.asarray(tiny.test_images[:7])
-    alone = program_of("layer", tiny)
-    shared = dataclasses.replace(alone, mesh=MeshShape(batch=2))
-    state = train.init_state(alone, 3)
-    logits = [predict_logits(program, state, images) for program in (alone, shared)]
+    program = program_of("layer", tiny)
+    state = init(program, tiny, 3)
+    logits = [predict_logits(program, state, images, mesh) for mesh in (ONE, MeshShape(batch=2))]
     np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-6)
     assert abs(logits[0][0] - logits[0][6]).max() > 1e-3
 
@@ -118,7 +112,7 @@ def test_half_of_an_accelerators_memory_is_for_seeds(tiny, monkeypatch):
 
 def test_an_epoch_in_chunks_is_the_same_bits_and_no_second_trace(tiny, arrays):
     program = program_of("batch", tiny)
-    initial = train.init_state(program, 3)
+    initial = init(program, tiny, 3)
     whole, losses, _ = train_epoch(program, initial, *arrays, 3, 1, BATCH)
     traced = epochs.train_nets._cache_size()
     state, epoch_losses, _ = train_epoch(program, initial, *arrays, 3, 1, BATCH, chunks=3)
@@ -132,7 +126,7 @@ def test_an_epoch_in_chunks_is_the_same_bits_and_no_second_trace(tiny, arrays):
 def test_evaluation_is_exact_for_any_number_of_images(tiny, count):
     """Each image once, each alone, divided once: against one image at a time in NumPy."""
     program = program_of("batch", tiny)
-    state = train.init_state(program, 1)
+    state = init(program, tiny, 1)
     rows = np.arange(count) % 22
     images, labels = jnp.asarray(tiny.test_images[rows]), jnp.asarray(tiny.test_labels[rows])
     result = evaluate(program, state, images, labels)
@@ -154,14 +148,14 @@ def test_a_norm_of_ones_own_is_evaluated_on_large_batches():
 
 def test_no_images_give_no_logits(tiny):
     program = program_of("batch", tiny)
-    state = train.init_state(program, 1)
+    state = init(program, tiny, 1)
     empty = jnp.zeros((0, 32, 32, 3), jnp.uint8)
     chex.assert_shape(predict_logits(program, state, empty), (0, 4))
 
 
 def test_evaluation_has_no_dropout_and_moves_nothing(tiny):
     program = program_of("batch", tiny, dropout=0.9)
-    state = train.init_state(program, 1)
+    state = init(program, tiny, 1)
     before = jax.tree.map(np.array, state)
     arrays = jnp.asarray(tiny.test_images), jnp.asarray(tiny.test_labels)
     first, second = (evaluate(program, state, *arrays) for _ in range(2))
@@ -184,7 +178,7 @@ def test_a_tiny_set_is_learned(tiny, arrays, norm, arch):
     At 0.005 it does under three of 0 to 5, and rounding decides under which.
     """
     program = program_of(norm, tiny, arch)
-    state, plain, new = train.init_state(program, 0), [], []
+    state, plain, new = init(program, tiny, 0), [], []
     test = jnp.asarray(tiny.test_images), jnp.asarray(tiny.test_labels)
     for epoch in range(1, 41):
         state, _, _ = train_epoch(program, state, *arrays, 0, epoch, 10, rate=0.001)

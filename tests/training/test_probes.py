@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import running_averages
-from helpers import SOON, predict_logits
+from helpers import SOON, init, predict_logits
 
 from jaxnorm.analysis.inside import ACTIVATIONS, BATCHES, CORRUPTED, DEPTH, GRADIENTS
 from jaxnorm.analysis.tables import EVALUATED
@@ -17,15 +17,14 @@ from jaxnorm.model.cnn import CNN
 from jaxnorm.runs import runner
 from jaxnorm.training import probes
 from jaxnorm.training import step as train
-from jaxnorm.training.mesh import ONE
 
 PROBES = ACTIVATIONS | GRADIENTS | BATCHES | DEPTH | CORRUPTED | EVALUATED
 
 
 def net(norm, tiny, arch="three-layers"):
     model = CNN(norm, arch, 4)
-    program = train.Program(model, 0.9, tiny.mean, tiny.deviation)
-    state = train.init_state(program, 1)
+    program = train.Program(model=model)
+    state = init(program, tiny, 1)
     return program, state
 
 
@@ -167,7 +166,6 @@ def test_similarity_is_the_mean_cosine_of_two_images():
 def test_a_run_records_what_its_nets_do(tiny_run, tiny):
     measured = tiny_run.probes(("batch", 3), PROBES)
     program, state = runner.load_state(tiny_run.path, "batch", 3)
-    program = dataclasses.replace(program, mesh=ONE)
     assert list(measured["layers"]) == ["C1"]
     assert list(measured["kernels"]) == ["C1", "c11"]
     assert list(measured["sizes"]) == [4, 16]  # no more than the 22 test images
@@ -179,7 +177,7 @@ def test_a_run_records_what_its_nets_do(tiny_run, tiny):
     assert measured["tested"] == 16  # what every batch size divides
     correct = (tiny_run.predictions(("batch", 3))[0].argmax(1) == tiny.test_labels)[:16]
     assert measured["running_accuracy"] == pytest.approx(correct.mean())
-    initial = train.init_state(program, 3)._replace(standard=state.standard)
+    initial = init(program, tiny, 3)
     for row, net_state in zip(measured["similarities"], (initial, state), strict=True):
         (_, after) = probes.activations(program, net_state, tiny.train_images)["C1"]
         assert row[0] == pytest.approx(probes.similarity(np.asarray(after)), rel=1e-4)

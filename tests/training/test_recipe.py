@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import SOON, difference, run, train_epoch
+from helpers import SOON, difference, init, run, train_epoch
 
 from jaxnorm.config import Config
 from jaxnorm.training import epoch as epochs
@@ -65,8 +65,8 @@ def test_a_compiled_epoch_trains_on_the_images_that_its_keys_choose(tiny):
     """Step by step: an update in place that is read after it is written (openxla/xla#49176) would
     differ.
     """
-    program = program_of(TUNED, tiny, "group")
-    initial = train.init_state(program, 3)
+    program = program_of(TUNED, "group", 4)
+    initial = init(program, tiny, 3)
     state, losses, _ = train_epoch(
         program, initial, tiny.train_images, tiny.train_labels, 3, 1, 14, rate=0.1
     )
@@ -90,9 +90,9 @@ def test_a_compiled_epoch_trains_on_the_images_that_its_keys_choose(tiny):
 def test_a_step_is_pytorchs_sgd_with_nesterov_and_decay_of_kernels_alone(tiny):
     """Three steps by hand: v = 0.9 v + g, p -= rate (g + 0.9 v)."""
     config = dataclasses.replace(TUNED, label_smoothing=0.0)
-    program = program_of(config, tiny, "group")
+    program = program_of(config, "group", 4)
     images, labels = jnp.asarray(tiny.train_images[:8]), jnp.asarray(tiny.train_labels[:8])
-    state, key = train.init_state(program, 1), train.derive_key(1, "dropout", 1, 0)
+    state, key = init(program, tiny, 1), train.derive_key(1, "dropout", 1, 0)
 
     def loss(params):
         logits = program.model.apply({"params": params}, train.standardize(state, images))
@@ -114,9 +114,9 @@ def test_a_step_is_pytorchs_sgd_with_nesterov_and_decay_of_kernels_alone(tiny):
 
 
 def test_labels_are_smoothed(tiny):
-    program = program_of(dataclasses.replace(TUNED, augment="none"), tiny, "group")
+    program = program_of(dataclasses.replace(TUNED, augment="none"), "group", 4)
     images, labels = jnp.asarray(tiny.train_images[:8]), jnp.asarray(tiny.train_labels[:8])
-    before, key = train.init_state(program, 1), train.derive_key(1, "dropout", 1, 0)
+    before, key = init(program, tiny, 1), train.derive_key(1, "dropout", 1, 0)
     step = jax.jit(train.train_step, static_argnums=0)
     _, loss, _ = step(program, before, images, labels, key, 0.1)
 
