@@ -3,8 +3,8 @@ what they leave resumes to the bits of an unbroken run.
 
 `pytest -m slow` takes one try of each kind, on a run of one net of three layers; `pytest -m faults`
 takes all of them, on a run of two of the study's nets with batch statistics; with `--record-faults
-FILE` it writes a line for each, from which the table in `notebooks/trust.md` is made. Every child
-runs on one core of its own, so that tries can run side by side.
+FILE` it writes a line for each, from which the table of `notebooks/pages/trust.md` is made. Every
+child runs on one core of its own, so that tries can run side by side.
 """
 
 import fcntl

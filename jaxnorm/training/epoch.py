@@ -206,7 +206,7 @@ def nets_at_once(program: Program, batch_size: int) -> int:
 
 def net_bytes(net: CNN, batch_size: int) -> int:
     """The memory that training or evaluating a net takes besides the data: some six arrays of the
-    size of each layer's output, by XLA's own account (`notebooks/compile_for_cuda.py`).
+    size of each layer's output, by XLA's own account (`notebooks/tools/compile_for_cuda.py`).
     """
     return 6 * max(batch_size, EVALUATION_BATCH) * sum(activation_bytes(net))
 

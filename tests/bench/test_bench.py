@@ -5,11 +5,8 @@ import os
 import signal
 import subprocess
 
-import chex
 import end_to_end
 import fill_pages
-import fused_stage
-import jax
 import numpy as np
 import profile_step as profiling
 import pytest
@@ -18,7 +15,6 @@ from jaxnorm import cli
 from jaxnorm.bench import __main__ as bench
 from jaxnorm.bench import worker as peers
 from jaxnorm.bench.worker import IMAGES, Job, batches_of, draw_data
-from jaxnorm.model import ops
 from jaxnorm.model.summary import count_parameters, net_of
 
 
@@ -161,19 +157,6 @@ def test_profiles_are_a_column_a_norm_with_their_sums():
         ["all operators", "7.5", "3.0"],
         ["a step on the clock", "80.0", "70.0"],
     ]
-
-
-@pytest.mark.slow
-def test_the_fused_stage_has_the_gradients_of_the_packages_own(monkeypatch):
-    monkeypatch.setattr(ops, "MICRO_BATCH_BYTES", 4 * 4 * 8 * 8 * 6)  # four images
-    random = np.random.default_rng(0)
-    shapes = ((16, 8, 8, 6), (6,), (6,), (3, 3, 6, 6))
-    arguments = [random.normal(size=shape).astype(np.float32) for shape in shapes]
-    forms = (fused_stage.one_after_the_other, fused_stage.fused)
-    (plain, back), (fused, fused_back) = (jax.vjp(form, *arguments) for form in forms)
-    chex.assert_trees_all_close(plain, fused, rtol=1e-5, atol=1e-5)
-    cotangent = random.normal(size=plain.shape).astype(np.float32)
-    chex.assert_trees_all_close(back(cotangent), fused_back(cotangent), rtol=1e-4, atol=1e-4)
 
 
 def test_both_sides_take_the_same_batches():

@@ -1,6 +1,6 @@
 """What batch norm's running averages cost it under a constant learning rate: lag, or dropout?
 
-    python notebooks/running_averages.py runs/RUN --out running-averages.json
+    python notebooks/tools/running_averages.py runs/RUN --out running-averages.json
 
 A running average lags behind parameters that move. It is also collected in training, where dropout
 adds to the variances, which evaluation without dropout then divides by (Li et al., "Understanding

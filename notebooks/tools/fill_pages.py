@@ -1,6 +1,6 @@
-"""Fills README.md and the pages beside this file from results, so that no number is typed by hand.
+"""Fills README.md and the pages from the results, so that no number is typed by hand.
 
-    python notebooks/fill_pages.py
+    python notebooks/tools/fill_pages.py
 
 Writes what stands between `<!-- table NAME -->` and `<!-- end -->`. NAME is a run's own name in
 `results/`, that and "finding" or a table's name, "tuned and pixel", "tuning winners" or "tuning
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import end_to_end
-import fused_stage
 import profile_step
 import running_averages
 from answer import RESULTS, Answer, runs_of
@@ -27,8 +26,8 @@ from jaxnorm.analysis.results import Run, differences
 from jaxnorm.analysis.tables import Table, points
 from jaxnorm.storage.directory import RunDirectory
 
-HERE = Path(__file__).resolve().parent
-PAGES = [HERE.parent / "README.md", *sorted(HERE.glob("*.md"))]
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "notebooks" / "pages").glob("*.md"))]
 RUNS = ("original", "matched", "tuned", "tuned-pixel")
 SWEEPS, TUNINGS = ("batch-size",), ("tuning", "tuning-pixel")
 SHOWN = (tables.differences, tables.values, tables.evaluation, tables.calibration)
@@ -59,7 +58,7 @@ def texts() -> dict[str, str]:
     by_name["tuning trials"] = sweeps.every_trial(tunings()).markdown()
     for name in BENCHMARKS:
         by_name[name] = speed(json.loads((RESULTS / f"{name}.json").read_text())).markdown()
-    scripts = {"end-to-end": end_to_end, "profile": profile_step, "fused": fused_stage}
+    scripts = {"end-to-end": end_to_end, "profile": profile_step}
     scripts["running-averages"] = running_averages
     for name, script in scripts.items():
         by_name[name] = script.table(json.loads((RESULTS / f"{name}.json").read_text())).markdown()

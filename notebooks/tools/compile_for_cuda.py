@@ -2,7 +2,7 @@
 training step launches, reads and writes.
 
     pip install 'jax-cuda12-plugin==0.10.1' 'jax-cuda12-pjrt==0.10.1'
-    python notebooks/compile_for_cuda.py --norm batch group layer --precision float32
+    python notebooks/tools/compile_for_cuda.py --norm batch group layer --precision float32
 
 It needs the CUDA plugin's wheels, of the version of JAX. Beside the account of a norm's programs
 stands what `nets_at_once` takes for it: six arrays of the size of each layer's output for a net.

@@ -17,7 +17,7 @@ from jaxnorm.analysis.tables import MINUS, Table, listed, points
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.sweep import Sweep
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 REFERENCE, COMPARED = 64, (4, 256)
 """The batch sizes that the third sentence compares."""
 

@@ -2,7 +2,7 @@
 start of its process to its end, in turns of five seconds.
 
     pip install '.[bench]'
-    python notebooks/end_to_end.py --out end-to-end.json     # 20 minutes
+    python notebooks/tools/end_to_end.py --out end-to-end.json     # 20 minutes
 
 Ours is `python -m jaxnorm.run --norm all`: start-up, self-check, compilation without anything
 compiled before, training, evaluation after every epoch, checkpoints, measurements inside the nets,

@@ -1,7 +1,7 @@
 """Where a training step's time goes, by layer and operator.
 
-    python notebooks/profile_step.py --norm group
-    python notebooks/profile_step.py --arch residual --norm batch group --out profile.json
+    python notebooks/tools/profile_step.py --norm group
+    python notebooks/tools/profile_step.py --arch residual --norm batch group --out profile.json
 
 XLA names its operators after the lines of our program that they came from; JAX's profiler times
 them. On a CPU operators run side by side, so that their times can add up to more than a step's.
