@@ -180,7 +180,8 @@ def _prepare_jax(options: Options) -> Options:
 
         from jaxnorm.data.cache import default_cache_dir, machine_name, private_directory
 
-        directory = private_directory(default_cache_dir() / "compiled" / machine_name())
+        cache = default_cache_dir()
+        directory = cache and private_directory(cache / "compiled" / machine_name())
         if directory is not None:
             jax.config.update("jax_compilation_cache_dir", str(directory))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -9,15 +9,33 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 
+from jaxnorm.config import UserError
+
 
 def default_data_dir() -> Path:
-    """Where TFDS keeps its datasets: TFDS_DATA_DIR, or ~/tensorflow_datasets."""
-    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    """Where TFDS keeps its datasets: TFDS_DATA_DIR, or ~/tensorflow_datasets. Raises `UserError` if
+    that needs a home directory and the user has none.
+    """
+    path = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    try:
+        if not path.startswith("~") or os.environ.get("HOME") != "":
+            return Path(path).expanduser()
+    except RuntimeError:  # HOME is unset, and the system does not know the user
+        pass
+    raise UserError(
+        "there is no home directory to look for datasets in (HOME is not set): give data_dir="
+    )
 
 
-def default_cache_dir() -> Path:
-    """Where decoded images, downloads and compiled code are kept, by the system's own custom."""
-    return Path(platformdirs.user_cache_dir("jaxnorm", appauthor=False))
+def default_cache_dir() -> Path | None:
+    """Where decoded images, downloads and compiled code are kept, by the system's own custom; None
+    if the user has no home directory.
+    """
+    try:
+        path = Path(platformdirs.user_cache_dir("jaxnorm", appauthor=False))
+    except RuntimeError:
+        return None
+    return path if path.is_absolute() else None  # older versions of platformdirs leave the ~
 
 
 def private_directory(path: Path) -> Path | None:

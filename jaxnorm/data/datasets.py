@@ -88,18 +88,18 @@ def load(
     data_dir: where TFDS datasets lie. archive: an official CIFAR-10 archive, a path or an address,
     to import first. Raises `UserError`.
     """
-    directory = Path(data_dir).expanduser() if data_dir else default_data_dir()
-    cache = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     if archive and name != "cifar10":
         raise UserError(f"archive= holds CIFAR-10, not {name}: leave out one of the two")
     if name in SOURCES:
         return SOURCES[name]()
     if name.endswith(".npz"):
         return _from_file(Path(name).expanduser())
+    directory = Path(data_dir).expanduser() if data_dir else default_data_dir()
+    cache = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     if name != "cifar10":
         decoded = prepared.read(name, prepared.find(name, directory), cache, progress)
         return _dataset(name, *decoded, "a prepared TFDS directory", None)
-    downloads = cache / "downloads"
+    downloads = cache and cache / "downloads"
     folder = cifar10.find_or_import(directory, archive, allow_unverified, downloads, progress)
     decoded = prepared.read(name, folder, cache, progress)
     (_, labels, _, test_labels), class_names, _ = decoded

@@ -34,8 +34,10 @@ def find(name: str, directory: Path) -> Path:
     )
 
 
-def read(name: str, folder: Path, cache: Path, progress: Progress) -> Decoded:
-    """Reads a prepared dataset, through the cache; raises `UserError`."""
+def read(name: str, folder: Path, cache: Path | None, progress: Progress) -> Decoded:
+    """Reads a prepared dataset, through the cache if there is one; raises `UserError`."""
+    if cache is None:
+        return decode(name, folder, progress)
     cached = cache / "decoded" / f"{files_fingerprint(folder)}.npys"
     if (decoded := read_arrays(cached)) is None:
         decoded = decode(name, folder, progress)

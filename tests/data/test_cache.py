@@ -1,8 +1,12 @@
 """Directories: the system's own customs, and privacy."""
 
 import os
+import pwd
 from pathlib import Path
 
+import pytest
+
+from jaxnorm.config import UserError
 from jaxnorm.data import cache as places
 
 
@@ -13,6 +17,20 @@ def test_the_environment_decides_where_data_and_caches_lie(monkeypatch):
     assert places.default_data_dir() == Path.home() / "tensorflow_datasets"
     monkeypatch.setenv("XDG_CACHE_HOME", "/some/cache")
     assert places.default_cache_dir() == Path("/some/cache/jaxnorm")
+
+
+@pytest.mark.parametrize("home", ["", None])
+def test_without_a_home_only_what_needs_one_is_refused(monkeypatch, home):
+    for name in ("TFDS_DATA_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}["no such user"])
+    assert places.default_cache_dir() is None
+    with pytest.raises(UserError, match=r"no home directory.*data_dir="):
+        places.default_data_dir()
+    monkeypatch.setenv("TFDS_DATA_DIR", "/data")
+    assert places.default_data_dir() == Path("/data")
 
 
 def test_a_private_directory_is_made_private_or_not_used(scratch, monkeypatch):
