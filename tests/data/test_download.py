@@ -3,14 +3,17 @@
 import hashlib
 import http.server
 import os
+import re
 import threading
 
 import pytest
+import requests
 
 from jaxnorm.config import UserError
 from jaxnorm.data import download
 
 CONTENT = bytes(range(256)) * 20_000
+CHECKSUM = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -23,7 +26,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if server.mode == "silent":
             server.given_up.wait(60)
             return
-        if server.mode == "missing":
+        if server.mode == "missing" or "missing" in self.path:
             self.send_error(404, "Not Found")
             return
         asked = self.headers.get("Range")
@@ -38,7 +41,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}")
         else:
             self.send_response(200)
-        self.send_header("Content-Length", str(len(CONTENT) - start))
+        length = "abc" if server.mode == "no length" else str(len(CONTENT) - start)
+        self.send_header("Content-Length", length)
         self.end_headers()
         stop = len(CONTENT) // 2 if server.mode == "cut" else len(CONTENT)
         self.wfile.write(CONTENT[start:stop])
@@ -52,7 +56,7 @@ def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.mode, server.asked, server.given_up = "well", [], threading.Event()
         server.address = f"http://127.0.0.1:{server.server_port}/some%20dir/a.tar.gz"
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server
         server.shutdown()
@@ -64,7 +68,7 @@ def test_a_download_is_whole_shows_progress_and_is_not_made_twice(scratch, serve
     path = download.fetch(server.address, scratch / "d", lambda *at: seen.append(at))
     assert path.read_bytes() == CONTENT
     assert path.name == "a.tar.gz"
-    assert seen[-1] == ("downloading", len(CONTENT), len(CONTENT))
+    assert seen[-1] == ("downloading from 127.0.0.1", len(CONTENT), len(CONTENT))
     assert len(seen) > 3
     download.fetch(server.address, scratch / "d", lambda *at: None)
     assert len(server.asked) == 1
@@ -117,6 +121,141 @@ def test_a_full_disk_is_one_line(scratch, server, monkeypatch):
         download.fetch(server.address, scratch, lambda *at: None)
 
 
-def test_an_address_without_a_file_is_refused(scratch):
-    with pytest.raises(UserError, match="names no file"):
-        download.fetch("http://127.0.0.1:9/", scratch, lambda *at: None)
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("http://127.0.0.1:9/", "names no file"),
+        ("http://127.0.0.1:9/a/..", "names no file"),
+        ("http://[::1/x", r"archive=http://\[::1/x is not an address: Invalid IPv6"),
+        ("http://127.0.0.1:99999/x", "cannot be asked"),
+        ("http://\udce9/x", "cannot be asked"),
+    ],
+)
+def test_what_is_no_address_of_a_file_is_refused_in_one_line(scratch, address, why):
+    with pytest.raises(UserError, match=why) as error:
+        download.fetch(address, scratch, lambda *at: None)
+    assert "\n" not in str(error.value)
+
+
+def test_a_length_that_is_no_number_counts_as_none(scratch, server):
+    server.mode = "no length"
+    assert download.fetch(server.address, scratch, lambda *at: None).read_bytes() == CONTENT
+
+
+def test_certificates_that_are_not_there_are_named(scratch, monkeypatch):
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/no/such.pem")
+    with pytest.raises(UserError, match=r"invalid path: /no/such\.pem \(REQUESTS_CA_BUNDLE"):
+        download.fetch("https://127.0.0.1:9/a", scratch, lambda *at: None)
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (
+            requests.exceptions.SSLError(
+                "HTTPSConnectionPool(host='h', port=443): Max retries exceeded (Caused by SSLError("
+                "SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify "
+                "failed: self-signed certificate (_ssl.c:1006)')))"
+            ),
+            "be trusted (certificate verify failed: self-signed certificate)",
+        ),
+        (requests.ConnectTimeout(), "no answer within 8 seconds"),
+        (requests.ConnectionError(), "no route to it (ConnectionError)"),
+        (ValueError("Invalid\nport"), "cannot be asked (ValueError: Invalid port)"),
+    ],
+)
+def test_why_a_host_cannot_be_asked_is_told_truly(scratch, monkeypatch, raised, told):
+    def get(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(requests, "get", get)
+    with pytest.raises(UserError, match=re.escape(told)):
+        download.fetch("https://h/a", scratch, lambda *at: None)
+
+
+def test_without_a_home_a_download_says_that_it_has_no_place():
+    with pytest.raises(UserError, match="no home directory"):
+        download.fetch("http://127.0.0.1:9/a", None, lambda *at: None)
+
+
+@pytest.fixture
+def several(server, monkeypatch):
+    """Downloads with `fetch_known` from paths of the server, each of so many bytes per second by a
+    clock of its own; returns the path that gave the file, and the paths that were asked.
+    """
+    now, asked = [0.0], []
+    monkeypatch.setattr(download, "clock", lambda: now[0])
+    real = download._open
+
+    def opened(url, have, *rest):
+        asked.append((url.split("/")[-2], have > 0))
+        return real(url, have, *rest)
+
+    monkeypatch.setattr(download, "_open", opened)
+
+    def get(directory, rates, checksum=CHECKSUM):
+        asked.clear()
+        before = [0]
+
+        def progress(_, done, total):
+            now[0] += max(0, done - before[0]) / rates[asked[-1][0]]
+            before[0] = done
+
+        start = server.address.removesuffix("some%20dir/a.tar.gz")
+        addresses = {f"{start}{name}/a.tar.gz": checksum for name in rates}
+        path = download.fetch_known(addresses, directory, progress)
+        assert path.read_bytes() == CONTENT
+        return list(asked)
+
+    return get
+
+
+SLOW, FAST = 75_000, 1_000_000
+
+
+def test_a_slow_address_is_left_for_the_next(scratch, several):
+    assert several(scratch, {"slow": SLOW, "fast": FAST}) == [("slow", False), ("fast", False)]
+
+
+def test_if_all_addresses_are_slow_the_fastest_is_resumed(scratch, several):
+    asked = several(scratch, {"slow": SLOW, "better": 2 * SLOW, "slowest": SLOW / 2})
+    assert [name for name, _ in asked] == ["slow", "better", "slowest", "better"]
+    assert asked[-1] == ("better", True)
+
+
+def test_a_fast_address_is_kept(scratch, several):
+    assert several(scratch, {"fast": FAST, "slow": SLOW}) == [("fast", False)]
+
+
+def test_an_address_without_its_file_is_left_for_the_next(scratch, several):
+    asked = several(scratch, {"missing": FAST, "fast": FAST})
+    assert asked == [("missing", False), ("fast", False)]
+
+
+def test_the_address_of_which_most_is_there_comes_first(scratch, several, server):
+    server.mode = "cut"
+    with pytest.raises(UserError, match="the same command resumes"):
+        several(scratch, {"b": FAST})
+    server.mode = "well"
+    assert several(scratch, {"a": FAST, "b": FAST}) == [("b", True)]
+    assert several(scratch, {"a": FAST, "b": FAST}) == []
+
+
+def test_a_file_of_another_checksum_is_not_kept_and_every_failure_is_named(scratch, several):
+    with pytest.raises(UserError, match=r"other/a\.tar\.gz: its file has an.*; .*answered 404"):
+        several(scratch, {"other": FAST, "missing": FAST}, checksum="0" * 64)
+    assert not list(scratch.rglob("a.tar.gz"))
+
+
+def test_silent_hosts_share_the_time_that_the_user_waits(scratch, server, several, monkeypatch):
+    monkeypatch.setattr(download, "ROUTE_SECONDS", 0.4)
+    waited = []
+    join = threading.Thread.join
+    monkeypatch.setattr(
+        threading.Thread, "join", lambda self, *of: waited.extend(of) or join(self, *of)
+    )
+    server.mode = "silent"
+    with pytest.raises(UserError, match=r"no answer within.*no answer within"):
+        several(scratch, {"a": FAST, "b": FAST})
+    assert waited == [0.2, 0.2]
+    server.given_up.set()
