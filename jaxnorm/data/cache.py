@@ -1,5 +1,6 @@
 """Where data sets and the user's own cache lie, and decoded arrays in that cache."""
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -53,6 +54,13 @@ def private_directory(path: Path) -> Path | None:
     except OSError:
         return None
     return path
+
+
+def make_private(folder: Path) -> None:
+    """Lets nobody but the user read or change a folder and the files in it, whatever the umask."""
+    for path in (folder, *folder.iterdir()):
+        with contextlib.suppress(OSError):  # of a file system that has no permissions
+            path.chmod(0o700 if path.is_dir() else 0o600)
 
 
 def owned(path: Path) -> bool:

