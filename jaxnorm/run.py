@@ -44,8 +44,8 @@ class Options:
     data_dir
         Directory of TFDS datasets. Default: TFDS_DATA_DIR or ~/tensorflow_datasets.
     archive
-        Official CIFAR-10 archive, binary or Python, a path or an address: imported into the data
-        directory first.
+        Official CIFAR-10 archive, binary or Python, a path or an address, or the folder that the
+        Python one was unpacked to: imported into the data directory first.
     allow_unverified
         Use an archive whose SHA-256 is not an official one; the run and its figures then say
         "unverified data".

@@ -86,7 +86,7 @@ def load(
     name: "cifar10", "digits", a prepared TFDS dataset, or an .npz file with `train_images` and
     `test_images` u8[N, 32, 32, 3], `train_labels`, `test_labels` and `class_names`.
     data_dir: where TFDS datasets lie. archive: an official CIFAR-10 archive, a path or an address,
-    to import first. Raises `UserError`.
+    or the folder that the Python one was unpacked to, to import first. Raises `UserError`.
     """
     if archive and name != "cifar10":
         raise UserError(f"archive= holds CIFAR-10, not {name}: leave out one of the two")
