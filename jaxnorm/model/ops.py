@@ -367,9 +367,11 @@ def _statistics(inputs: jax.Array, over: Over) -> Statistics:
     squares = jnp.square(centered)
     if not (over.centered and _in_cache(over)):
         return Statistics(mean, _pool(_by_channel(over, squares)[0], over) / count)
-    # What rounding left of the mean comes at no cost, and corrects the variance.
+    # What rounding left of the mean comes at no cost, and corrects the variance; and the mean too
+    # where values would be off by more than a thousandth of a deviation.
     rest, variance = (_pool(sums, over) / count for sums in _by_channel(over, centered, squares))
-    return Statistics(mean, variance - jnp.square(rest))
+    mean = jnp.where(jnp.square(rest) > 1e-6 * variance, mean + rest, mean)
+    return Statistics(mean, jnp.maximum(variance - jnp.square(rest), 0))
 
 
 def _normalize_plainly(

@@ -202,6 +202,24 @@ def test_normalize_is_right_at_the_nets_own_sizes(norm, shape):
         assert error < 3e-6 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("norm", ["group", "layer", "instance"])
+@pytest.mark.parametrize("shape", [(4, 28, 28, 32), (6, 5, 7, 8)])
+@pytest.mark.parametrize(
+    ("offset", "deviation", "atol"), [(1e8, 0, 0), (123_456.7, 0, 0), (1e5, 1, 5e-3)]
+)
+def test_normalize_corrects_values_as_well_as_variances(norm, shape, offset, deviation, atol):
+    """At a mean of 1e5 float32 holds every 0.008th number, so that a value is off by up to 0.004;
+    of constants nothing is left.
+    """
+    over = ops.Over(False, {"group": 4, "layer": 1, "instance": shape[-1]}[norm])
+    inputs, ones = offset + deviation * normal(*shape), jnp.ones(shape[-1])
+    outputs = jax.jit(lambda x: ops.normalize(x, ones, 0 * ones, over)[0])(inputs)
+    x = np.asarray(inputs, np.float64).reshape(*shape[:3], over.groups, -1)
+    centered = x - x.mean((1, 2, 4), keepdims=True)
+    wanted = centered / np.sqrt(np.square(centered).mean((1, 2, 4), keepdims=True) + 1e-5)
+    np.testing.assert_allclose(outputs, wanted.reshape(shape), atol=atol)
+
+
 def test_normalize_tells_the_statistics_it_used():
     inputs, ones = normal(6, 5, 7, 8) * 2 + 1, jnp.ones(8)
     _, statistics = ops.normalize(inputs, ones, 0 * ones, ops.Over(True, 8))
