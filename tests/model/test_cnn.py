@@ -174,6 +174,22 @@ def test_each_norm_and_its_gradients_equal_the_closed_form(norm, arch, spread):
         np.testing.assert_allclose(to_params["bias"], wanted[3], atol=1e-4)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("norm", [*ALL_NORMS, "pixel"])
+def test_no_variance_is_a_difference_of_squares(norm, fast):
+    """At a mean of 2,000 and a deviation of 1 the squares are rounded to a quarter."""
+    x = (2_000 + RNG.normal(size=(6, 5, 4, 16))).astype(np.float32)
+    module = CNN(norm, "matched", fast=fast).normalization(True)
+    outputs, _ = module.init_with_output(jax.random.key(0), x)
+    if norm == "pixel":
+        exact = x.astype(np.float64)
+        centered = exact - exact.mean(-1, keepdims=True)
+        wanted = centered / np.sqrt(np.square(centered).mean(-1, keepdims=True) + 1e-5)
+    else:
+        wanted = closed_form(norm, x, np.ones(16), 0, x, 4)[0]
+    np.testing.assert_allclose(outputs, wanted, atol=2e-3)
+
+
 def outputs_of(norm, x, groups=4, arch="matched"):
     module = normalization(norm, arch, groups, True, None)
     return jax.jit(module.init_with_output)(jax.random.key(0), x)[0]
