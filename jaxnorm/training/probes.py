@@ -151,10 +151,15 @@ def corrupt(
 def similarity(
     activations: np.ndarray,  # f32[N, H, W, C]
 ) -> float:
-    """The mean cosine between what ReLU makes of the activations of two different images."""
+    """The mean cosine between what ReLU makes of the activations of two different images, of which
+    it left any; 1 where there are no two such images, for then no two are told apart.
+    """
     flat = np.maximum(activations, 0).reshape(len(activations), -1)
-    units = flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-12)
-    count = len(units)
+    lengths = np.linalg.norm(flat, axis=1, keepdims=True)
+    alive = lengths[:, 0] > 0
+    units, count = flat[alive] / lengths[alive], int(alive.sum())
+    if count < 2:
+        return 1.0
     return float((np.square(units.sum(0)).sum() - count) / (count * (count - 1)))
 
 

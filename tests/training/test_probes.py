@@ -161,6 +161,10 @@ def test_similarity_is_the_mean_cosine_of_two_images():
     cosine = 1 / 2**0.5
     value = probes.similarity(np.stack([one, negative, other]))
     assert value == pytest.approx((1 + 2 * cosine) / 3)
+    dead = -np.ones_like(one)
+    value = probes.similarity(np.stack([dead, one, dead, negative, other]))
+    assert value == pytest.approx((1 + 2 * cosine) / 3)
+    assert probes.similarity(np.stack([dead, one, dead])) == 1
 
 
 def test_a_run_records_what_its_nets_do(tiny_run, tiny):
