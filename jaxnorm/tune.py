@@ -57,11 +57,20 @@ class Trials:
     def draw(self, seed: int) -> list[float]:
         """The learning rates, to three digits: the logarithm of each is drawn uniformly from its
         own part of the range, so that few trials leave no hole.
+
+        Raises `UserError` where some come out the same.
         """
         within = np.random.default_rng(seed).uniform(size=self.trials)
         places = (np.arange(self.trials) + within) / self.trials
         rates = self.lowest * (self.highest / self.lowest) ** places
-        return list(dict.fromkeys(float(f"{rate:.3g}") for rate in rates))
+        different = list(dict.fromkeys(float(f"{rate:.3g}") for rate in rates))
+        if len(different) < self.trials:
+            raise UserError(
+                f"trials={self.trials} has {len(different)} different learning rates of three "
+                f"digits between lowest={self.lowest:g} and highest={self.highest:g}: ask for "
+                "fewer, or for a wider range"
+            )
+        return different
 
 
 @app.default

@@ -79,6 +79,11 @@ def test_a_tenth_of_the_training_images_is_held_out(flags, count, monkeypatch):
         (("--learning-rate", "0.1"), "--learning-rate"),
         (("--weight-decay", "0", "0.001"), "--weight-decay 0.0 0.001: a tuning takes one value"),
         (("--resume", "t", "--trials=12"), "--trials conflicts with --resume"),
+        (
+            ("--trials", "50", "--lowest", "0.1", "--highest", "0.101"),
+            "--trials 50 has 2 different learning rates of three digits between --lowest 0.1",
+        ),
+        (("--trials", "1000"), "different learning rates of three digits"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, capsys):
