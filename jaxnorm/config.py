@@ -233,11 +233,29 @@ class Config:
         """The norm and seed of every net to train, all norms of a seed before the next seed."""
         return [(norm, seed) for seed in self.seed_numbers for norm in self.norms]
 
-    def rate(self, norm: str) -> float:
-        """The learning rate of a norm, scaled where that is asked for."""
+    def unscaled_rate(self, norm: str) -> float:
+        """The learning rate of a norm before linear scaling, as a flag gives it."""
         rate = self.learning_rate
-        rate = rate.get(norm, OTHER_RATE) if isinstance(rate, dict) else rate
-        return rate * self.batch_size / 128 if self.linear_scaling else rate
+        return rate.get(norm, OTHER_RATE) if isinstance(rate, dict) else rate
+
+    def rate(self, norm: str) -> float:
+        """The learning rate that a norm trains with, scaled if that is asked for."""
+        scale = self.batch_size / self.usual_batch if self.linear_scaling else 1
+        return self.unscaled_rate(norm) * scale
+
+    @property
+    def usual_batch(self) -> int:
+        """The batch size that the recipe's learning rate is for: linear scaling multiplies by
+        batch_size / usual_batch.
+        """
+        recipes = DIGITS if self.dataset == "digits" else RECIPES
+        return recipes[self.recipe]["batch_size"]
+
+    @property
+    def untuned(self) -> list[str]:
+        """The norms that train at `OTHER_RATE`, where the recipe has a tuned rate for others."""
+        rates = self.learning_rate
+        return [n for n in self.norms if n not in rates] if isinstance(rates, dict) else []
 
     @property
     def rate_text(self) -> str:

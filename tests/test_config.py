@@ -177,6 +177,16 @@ def test_a_recipe_sets_what_is_not_asked_for_and_each_setting_exists_alone():
     assert Config(recipe="tuned", learning_rate=0.3).rate("group") == 0.3
     scaled = Config(recipe="tuned", batch_size=16, linear_scaling=True)
     assert scaled.rate("batch") == tuned.rate("batch") / 8
+    digits = {"dataset": "digits", "linear_scaling": True}
+    assert [Config(**digits, batch_size=size).rate("batch") for size in (32, 64)] == [0.05, 0.1]
+
+
+def test_norms_of_which_a_recipe_tuned_no_rate_are_known():
+    norm = "batch,instance,rms,mine:Norm"
+    assert Config(norm, "matched", recipe="tuned").untuned == ["instance", "rms", "mine:Norm"]
+    assert Config(recipe="tuned").untuned == []
+    assert Config(norm, "matched", recipe="tuned", learning_rate=0.1).untuned == []
+    assert Config(norm, "matched").untuned == []
     assert Config(recipe="tuned", dropout=0.2).dropout == 0.2
     assert Config(augment="crop-flip").arch == "original"
     assert Config(recipe="tuned", dataset="digits").batch_size == 32

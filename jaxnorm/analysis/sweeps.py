@@ -45,7 +45,7 @@ def results(runs: Sequence[Run]) -> Table:
         f"{MEAN if first.seeds > 1 else ''}; {first.arch} nets, {runs[0].info.dataset.caption}."
     )
     if first.linear_scaling:
-        note += " The learning rate is multiplied by batch / 128."
+        note += f" The learning rate is multiplied by batch / {first.usual_batch}."
     head = ["batch", "learning rate", *(name.replace("_", " ") for name in others), *first.norms]
     return Table("The sweep", head, rows, note + lost)
 
@@ -77,15 +77,16 @@ def draw(runs: Sequence[Run]) -> Named:
 
 
 def trials(runs: Sequence[Run]) -> dict[str, list[tuple[float, float]]]:
-    """The learning rate of each trial of a tuning, ascending, and the mean accuracy on held-out
-    images at its end, by norm; 0 where no net's loss stayed finite. Norms may be tuned apart.
+    """The learning rate of each trial of a tuning, ascending and before linear scaling, and the
+    mean accuracy on held-out images at its end, by norm; 0 where no net's loss stayed finite. Norms
+    may be tuned apart.
     """
     trials_of: dict[str, list[tuple[float, float]]] = {}
-    for run in sorted(runs, key=lambda run: run.info.config.rate("")):
+    for run in sorted(runs, key=lambda run: run.info.config.unscaled_rate("")):
         for norm in run.info.config.norms:
             nets = run.summaries.get(norm, {}).values()
             ends = [net.validation for net in nets if net.validation is not None]
-            trial = (run.info.config.rate(norm), sum(ends) / len(ends) if ends else 0.0)
+            trial = (run.info.config.unscaled_rate(norm), sum(ends) / len(ends) if ends else 0.0)
             trials_of.setdefault(norm, []).append(trial)
     return trials_of
 
