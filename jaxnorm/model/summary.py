@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxnorm.config import Config, UserError
-from jaxnorm.model import layers
+from jaxnorm.model import arithmetic, layers
 from jaxnorm.model.cnn import CNN
 
 CAP = 50_000
@@ -42,6 +42,7 @@ def net_of(config: Config, norm: str, num_classes: int) -> CNN:
 
 
 @_kept  # tracing a net takes a sixth of a second, and a run asks many times
+@arithmetic.standard()
 def parameter_shapes(net: CNN) -> dict[str, Any]:
     """The shapes of a net's parameters by layer name; raises `UserError` for no such net."""
     try:

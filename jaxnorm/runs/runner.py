@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxnorm.config import Config, Net, UserError
 from jaxnorm.data.datasets import Dataset
+from jaxnorm.model import arithmetic
 from jaxnorm.runs import environment, multihost
 from jaxnorm.runs.resume import checkpoint_shapes, find_progress, in_order
 from jaxnorm.storage import checkpoint
@@ -27,6 +28,7 @@ from jaxnorm.training.step import Program, TrainState
 from jaxnorm.training.trainer import Callback, NetProgress, Trained
 
 
+@arithmetic.standard()
 def run(
     sweep: Sweep,
     dataset: Dataset,
@@ -176,6 +178,7 @@ def measure_rest(directory: RunDirectory, dataset: Dataset, callback: Callback) 
             measure_net(directory, done, dataset, callback)
 
 
+@arithmetic.standard()
 def load_state(path: Path | str, norm: str, seed: int) -> tuple[Program, TrainState]:
     """The program and the state of a net of a run after its newest complete epoch.
 

@@ -19,6 +19,7 @@ import numpy as np
 from jaxnorm.config import Config, Precision
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.data.download import Progress
+from jaxnorm.model import arithmetic
 from jaxnorm.model.cnn import MOMENTUM
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training.groups import Group, Nets, compiled_settings, groups
@@ -59,6 +60,7 @@ class WrongNumbers(ArithmeticError):
     """This installation computes wrongly: what disagreed, and by how much."""
 
 
+@arithmetic.standard()
 def self_check(
     configs: Sequence[Config],
     dataset: Dataset,

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxnorm.config import Config, Net, UserError
 from jaxnorm.data.datasets import Dataset
+from jaxnorm.model import arithmetic
 from jaxnorm.model.summary import check_nets
 from jaxnorm.storage.schema import Epoch
 from jaxnorm.training import epoch as epochs
@@ -104,6 +105,7 @@ class Fit:
         return predict(self.program, self.state, images)
 
 
+@arithmetic.standard()
 def fit(
     config: Config,
     dataset: Dataset,
@@ -130,6 +132,7 @@ def fit(
     return fits
 
 
+@arithmetic.standard()
 def predict(program: Program, state: TrainState, images: Any) -> jax.Array:
     """Probabilities f32[N, classes] of u8[N, 32, 32, 3] images; ValueError for any other."""
     images = images if hasattr(images, "dtype") else np.asarray(images)

@@ -2,9 +2,32 @@
 
 import time
 
+import jax
+import numpy as np
+
 from jaxnorm.config import Config
+from jaxnorm.model import summary
+from jaxnorm.model.cnn import CNN
 from jaxnorm.training import trainer
 from jaxnorm.training.mesh import MeshShape
+
+SETTINGS = {"arch": "three-layers", "dataset": "tiny", "epochs": 1, "batch_size": 35}
+
+
+def test_the_same_seed_gives_the_same_numbers_under_any_defaults_of_jax(tiny):
+    """What JAX_ENABLE_X64, JAX_THREEFRY_PARTITIONABLE and JAX_DEFAULT_MATMUL_PRECISION set."""
+    config = Config("layer", **SETTINGS)
+    wanted = trainer.fit(config, tiny)["layer", 1]
+    with (
+        jax.enable_x64(True),
+        jax.threefry_partitionable(False),
+        jax.default_matmul_precision("BF16_BF16_F32"),
+    ):
+        fit = trainer.fit(config, tiny)["layer", 1]
+        probabilities = fit.predict(tiny.test_images)
+        assert summary.count_parameters(CNN("own_norm:OwnNorm", "three-layers", 5)) == 132
+    np.testing.assert_array_equal(fit.step_losses, wanted.step_losses)
+    np.testing.assert_array_equal(probabilities, wanted.predict(tiny.test_images))
 
 
 def test_nets_that_train_together_share_its_time(tiny):
