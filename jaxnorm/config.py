@@ -134,8 +134,8 @@ class Config:
     learning_rate
         Of SGD; the peak of a schedule. Tuned: each norm's own.
     linear_scaling
-        Multiply the learning rate by BATCH_SIZE / 128 (Goyal et al., "Accurate, Large Minibatch
-        SGD", 2017).
+        Multiply the learning rate by BATCH_SIZE / 128, for digits by BATCH_SIZE / 32 (Goyal et
+        al., "Accurate, Large Minibatch SGD", 2017).
     recipe
         "study", or "tuned", which treats every norm well: the defaults of the settings below that
         name none.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm.config import Config, Net, UserError
+from jaxnorm.config import RECIPES, Config, Net, UserError
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.model import arithmetic
 from jaxnorm.model.summary import check_nets
@@ -179,6 +179,8 @@ def train(
     """
     progress, failed, total = progress or {}, [], sum(len(config.nets) for config in configs)
     finished = {net for net, done in progress.items() if done.epochs == configs[net[0]].epochs}
+    if (untuned := configs[0].untuned) and len(finished) < total:
+        callback.on_warning(_untuned_text(configs[0], untuned))
     for group in groups(configs, dataset, mesh, finished):
         at = {net: progress.get(net, NetProgress()) for net in group.nets}
         last_epoch, remaining = configs[group.nets[0][0]].epochs, list(group.nets)
@@ -206,6 +208,16 @@ def train(
                     )
     if failed and len(failed) == total:
         raise failed[0]
+
+
+def _untuned_text(config: Config, norms: Sequence[str]) -> str:
+    """Says at what learning rate these norms train, beside others whose rates were tuned."""
+    return (
+        f"the {config.recipe} recipe has no learning rate for {' and '.join(norms)} norm: "
+        f"{config.rate(norms[0]):g} is taken, which was not tuned as those of "
+        f"{', '.join(RECIPES[config.recipe]['learning_rate'])} were; python -m jaxnorm.tune "
+        f"--recipe {config.recipe} --norm {','.join(norms)} finds a good one"
+    )
 
 
 def _shared(

@@ -4,12 +4,14 @@ import time
 
 import jax
 import numpy as np
+import pytest
 
 from jaxnorm.config import Config
 from jaxnorm.model import summary
 from jaxnorm.model.cnn import CNN
 from jaxnorm.training import trainer
 from jaxnorm.training.mesh import MeshShape
+from jaxnorm.training.trainer import Callback
 
 SETTINGS = {"arch": "three-layers", "dataset": "tiny", "epochs": 1, "batch_size": 35}
 
@@ -28,6 +30,25 @@ def test_the_same_seed_gives_the_same_numbers_under_any_defaults_of_jax(tiny):
         assert summary.count_parameters(CNN("own_norm:OwnNorm", "three-layers", 5)) == 132
     np.testing.assert_array_equal(fit.step_losses, wanted.step_losses)
     np.testing.assert_array_equal(probabilities, wanted.predict(tiny.test_images))
+
+
+def test_an_untuned_learning_rate_beside_tuned_ones_is_said(tiny):
+    heard = []
+
+    class Stops(Callback):
+        def on_warning(self, text):
+            heard.append(text)
+
+        def on_start(self, norm, seeds, steps):
+            raise KeyboardInterrupt
+
+    for settings in ({"recipe": "tuned"}, {"recipe": "tuned", "learning_rate": 0.1}, {}):
+        config = Config("batch,rms,own_norm:OwnNorm", **{**SETTINGS, **settings})
+        with pytest.raises(KeyboardInterrupt):
+            next(trainer.train([config], tiny, Stops()))
+    (text,) = heard
+    assert "no learning rate for rms and own_norm:OwnNorm norm: 0.1 is taken, which was not" in text
+    assert "python -m jaxnorm.tune --recipe tuned --norm rms,own_norm:OwnNorm" in text
 
 
 def test_nets_that_train_together_share_its_time(tiny):
