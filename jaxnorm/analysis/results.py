@@ -15,11 +15,14 @@ GRID = 10
 """Images in a grid of mistakes: 5 columns, 2 rows."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """One run's records, read once."""
 
     directory: RunDirectory
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.directory.path)!r})"
 
     @cached_property
     def info(self) -> RunInfo:

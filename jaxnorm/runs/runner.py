@@ -6,10 +6,11 @@ which makes it complete.
 
 import contextlib
 import dataclasses
-import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxnorm.config import Config, Net, UserError
@@ -197,10 +198,15 @@ def load_state(path: Path | str, norm: str, seed: int) -> tuple[Program, TrainSt
     return program, values["state"]
 
 
-def load_model(path: Path | str, norm: str, seed: int) -> Any:
+def load_model(path: Path | str, norm: str, seed: int) -> Callable[[Any], jax.Array]:
     """The trained net of a run: a pure `predict(images u8[N, 32, 32, 3]) -> probabilities f32[N,
     classes]`.
 
     Raises `UserError` where the run has no checkpoint of that norm and seed.
     """
-    return functools.partial(trainer.predict, *load_state(path, norm, seed))
+    program, state = load_state(path, norm, seed)
+
+    def predict(images: Any) -> jax.Array:
+        return trainer.predict(program, state, images)
+
+    return predict

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm.config import RECIPES, Config, Net, UserError
+from jaxnorm.config import RECIPES, Config, Net, UserError, counted
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.model import arithmetic
 from jaxnorm.model.summary import check_nets
@@ -87,7 +87,7 @@ class Trained(NamedTuple):
         return self.run, self.record.norm, self.record.seed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fit:
     """One trained net, in memory."""
 
@@ -99,6 +99,13 @@ class Fit:
     logits: np.ndarray  # f32[M, classes], of the test set after the last epoch
     state: TrainState
     program: Program
+
+    def __repr__(self) -> str:
+        last = self.epochs[-1]
+        return (
+            f"Fit({self.norm} norm, seed {self.seed}: test accuracy {last.test_accuracy:.2%} after "
+            f"{counted(last.epoch, 'epoch')})"
+        )
 
     def predict(self, images: jax.Array | np.ndarray) -> jax.Array:
         """Probabilities f32[N, classes] of u8[N, 32, 32, 3] images; ValueError for any other."""

@@ -30,6 +30,8 @@ def test_the_same_seed_gives_the_same_numbers_under_any_defaults_of_jax(tiny):
         assert summary.count_parameters(CNN("own_norm:OwnNorm", "three-layers", 5)) == 132
     np.testing.assert_array_equal(fit.step_losses, wanted.step_losses)
     np.testing.assert_array_equal(probabilities, wanted.predict(tiny.test_images))
+    accuracy = f"{fit.epochs[-1].test_accuracy:.2%}"
+    assert repr(fit) == f"Fit(layer norm, seed 1: test accuracy {accuracy} after 1 epoch)"
 
 
 def test_an_untuned_learning_rate_beside_tuned_ones_is_said(tiny):
