@@ -39,7 +39,7 @@ class InheritedNorm(nn.BatchNorm):
 
 
 class FlatNorm(nn.Module):
-    """Returns another shape, which no norm may."""
+    """Returns another shape, which no norm may, as none of the following may do what it does."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -73,3 +73,128 @@ class PairNorm(nn.Module):
         shape = (1, 1, 1, channels)
         scale, bias = self.param("pair", lambda key: (jnp.ones(shape), jnp.zeros(shape)))
         return (x - x.mean(-1, keepdims=True)) @ kernel * scale + bias
+
+
+class TwiceTheChannels(nn.Module):
+    """The convolution after it would take any number of them."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.concatenate([x, x], -1)
+
+
+class HalfTheRows(nn.Module):
+    """The mean after it would take any number of them."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x[:, ::2]
+
+
+class HalfPrecision(nn.Module):
+    """Its output has another dtype."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x.astype(jnp.bfloat16)
+
+
+class DropsTheBatch(nn.Module):
+    """Of one image it does not."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x.mean(0, keepdims=True)
+
+
+class StateOfTheBatch(nn.Module):
+    """Its state is as long as the batch."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        means = self.variable("stats", "means", jnp.zeros, x.shape[:1])
+        if self.is_mutable_collection("stats"):
+            means.value = x.mean((1, 2, 3))
+        return x
+
+
+class Sows(nn.Module):
+    """Its state grows with each step."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.sow("stats", "largest", x.max())
+        return x
+
+
+class IntegerParameter(nn.Module):
+    """It has no gradient."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x * self.param("scale", lambda key: jnp.ones((), jnp.int32))
+
+
+class KeyAsState(nn.Module):
+    """A checkpoint holds arrays of numbers alone."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.variable("noise", "key", lambda: jax.random.key(0))
+        return x
+
+
+class OneImage(nn.Module):
+    """Takes no more than one."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x.reshape(1, *x.shape[1:])
+
+
+class NoGradient(nn.Module):
+    """Stops at a condition, through which JAX differentiates forward alone."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jax.lax.while_loop(lambda x: (x > 1).any(), lambda x: x / 2, x)
+
+
+class TrainField(nn.Module):
+    """Nothing sets the field."""
+
+    train: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.BatchNorm(not self.train)(x)
+
+
+class DeterministicArgument(nn.Module):
+    """Nothing gives the argument."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool = False) -> jax.Array:
+        return nn.Dropout(0.1, deterministic=deterministic)(x)
+
+
+class SowsAside(nn.Module):
+    """Sows for those who look, which no net keeps."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.sow("intermediates", "largest", x.max())
+        return x
+
+
+class Counts(nn.Module):
+    """Its state is a whole number."""
+
+    use_running_average: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        count = self.variable("steps", "count", lambda: jnp.zeros((), jnp.int32))
+        if not self.use_running_average and not self.is_initializing():
+            count.value += 1
+        return x

@@ -18,6 +18,7 @@ from jaxnorm.analysis import figures, tables
 from jaxnorm.analysis.results import Run
 from jaxnorm.config import Config
 from jaxnorm.data import datasets
+from jaxnorm.model import summary
 from jaxnorm.model.cnn import CNN
 from jaxnorm.runs import runner
 from jaxnorm.storage.directory import RunDirectory
@@ -106,20 +107,45 @@ def test_a_norm_may_wrap_or_inherit_from_flaxs_batch_norm(tiny_by_name, scratch)
         assert measured["precise_accuracy"] == measured["running_accuracy"]
 
 
-def test_a_wrong_norm_is_one_line_that_says_what_is_expected(scratch, capsys):
-    for norm, message in (
-        ("own_norm:FlatNorm", "must map f32[N, H, W, C] to the same shape"),
+SHAPE = "it must map f32[N, H, W, C] to the same shape"
+
+
+@pytest.mark.parametrize(
+    ("norm", "message"),
+    [
+        ("own_norm:FlatNorm", f"makes float32[1, 3600] of float32[1, 30, 30, 4]: {SHAPE}"),
+        ("own_norm:TwiceTheChannels", SHAPE),
+        ("own_norm:HalfTheRows", SHAPE),
+        ("own_norm:HalfPrecision", "makes bfloat16[1, 30, 30, 4] of float32[1, 30, 30, 4]"),
+        ("own_norm:DropsTheBatch", f"of float32[2, 30, 30, 4]: {SHAPE}"),
+        ("own_norm:OneImage", f"{SHAPE}, for any N (TypeError: cannot reshape"),
+        (
+            "own_norm:StateOfTheBatch",
+            "C1_norm/means from float32[1] to float32[2]: a variable must",
+        ),
+        ("own_norm:Sows", "to float32[]: a variable must keep its shape and dtype"),
+        ("own_norm:IntegerParameter", "parameter C1_norm/scale int32[]: it must be float32"),
+        ("own_norm:KeyAsState", "keeps a random key, noise/C1_norm/key"),
+        ("own_norm:NoGradient", "cannot be applied and differentiated"),
+        ("own_norm:TrainField", "has train, which is never set: give it a field use_running_av"),
+        ("own_norm:DeterministicArgument", "has deterministic, which is never set"),
         ("own_norm:NoisyNorm", 'needs PRNG for "dropout"'),
         ("own_norm:Missing", "cannot be imported"),
         ("own_norm:nn", "is no flax.linen.Module"),
-        ("missing_module:Norm", "cannot be imported"),
+        ("missing_module:Norm", "start Python in the folder of its module"),
         ("weight", "choose batch, group, layer, pixel, instance, rms, none"),
-    ):
-        flags = ("--norm", norm, "--arch", "matched", "--dataset", "digits", "--out", scratch / "x")
-        assert call(run.app, *flags) == 2
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.count("\n") == 1
+    ],
+)
+def test_a_wrong_norm_is_one_line_that_says_what_is_expected(norm, message, scratch, capsys):
+    assert call(run.app, "--norm", norm, "--arch", NET, "--out", scratch / "x") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("norm", ["OwnNorm", "WrappedNorm", "PairNorm", "SowsAside", "Counts"])
+def test_a_right_norm_passes(norm):
+    assert summary.count_parameters(CNN(f"own_norm:{norm}", NET))
 
 
 def test_a_norm_that_is_not_finite_is_not_taken_for_a_wrong_machine(own_data, scratch, capsys):

@@ -147,8 +147,9 @@ class CNN(nn.Module):
             inputs.append(x)
             match layer.kind:
                 case "block" | "residual":
-                    x = self.conv(layer, (3, 3), dtype)(x)
-                    x = self.normalization(train, f"{layer.name}_norm")(x.astype(jnp.float32))
+                    x = self.conv(layer, (3, 3), dtype)(x).astype(jnp.float32)
+                    norm = self.normalization(train, f"{layer.name}_norm")
+                    x = layers.same_type(norm(x), x, self.norm)
                     x = x + inputs[-2] if layer.kind == "residual" else x
                     x = L.dropout_relu(x.astype(dtype), self.dropout, key, number, first_image)
                 case "squeeze":

@@ -6,6 +6,7 @@ own operators, the standard that the fast ones are compared with. Images are f32
 
 import dataclasses
 import importlib
+import inspect
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -19,6 +20,8 @@ from jaxnorm.config import UserError
 from jaxnorm.model import dropout, ops, pooling
 
 BUILT_IN = ("batch", "group", "layer", "pixel", "instance", "rms", "none")
+_OTHER_MODES = {"train", "training", "is_training", "deterministic"}
+"""What other libraries call whether a net is trained or evaluated."""
 
 
 class UnbiasedBatchNorm(nn.BatchNorm):
@@ -208,12 +211,27 @@ def _normalize(module: Any, x: jax.Array, over: ops.Over) -> jax.Array:
     return ops.normalize(x, scale, bias, over)[0]
 
 
-def custom_norm(path: str, train: bool, name: str | None) -> nn.Module:
-    """A norm of the user's own, "package.module:Class": a Flax module from f32[N, H, W, C] to the
-    same shape. A field `use_running_average`, also an inherited one, is set to False in training
-    and to True in evaluation.
+def same_type(outputs: Any, inputs: jax.Array, norm: str) -> jax.Array:
+    """Returns the outputs of a norm; raises `UserError` unless they have the shape and the dtype of
+    its inputs. The layers after it would take other numbers of channels and of images too.
+    """
+    got, wanted = type_text(outputs), type_text(inputs)
+    if got != wanted:
+        raise UserError(
+            f"norm={norm} makes {got} of {wanted}: it must map f32[N, H, W, C] to the same shape"
+        )
+    return outputs
 
-    Raises `UserError` where there is no such module.
+
+def type_text(array: Any) -> str:
+    """The dtype and shape of an array, for a person: float32[2, 32, 32, 3]."""
+    is_array = hasattr(array, "dtype") and hasattr(array, "shape")
+    return f"{array.dtype}{list(array.shape)}" if is_array else f"a {type(array).__name__}"
+
+
+def custom_class(path: str) -> Any:
+    """The class of a norm of the user's own, "package.module:Class"; raises `UserError` where
+    there is none.
     """
     module_name, _, class_name = path.partition(":")
     if not class_name:
@@ -223,12 +241,35 @@ def custom_norm(path: str, train: bool, name: str | None) -> nn.Module:
         )
     try:
         kind = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"norm={path} cannot be imported: {error}") from None
+    except Exception as error:  # the user's module can fail in any way
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"norm={path} cannot be imported ({type(error).__name__}: {reason}): start Python in "
+            "the folder of its module, or add that folder to PYTHONPATH"
+        ) from None
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise UserError(f"norm={path} is no flax.linen.Module")
-    has_field = "use_running_average" in {field.name for field in dataclasses.fields(kind)}
-    return kind(**({"use_running_average": not train} if has_field else {}), name=name)
+    return kind
+
+
+def custom_norm(path: str, train: bool, name: str | None) -> nn.Module:
+    """A norm of the user's own: a Flax module from f32[N, H, W, C] to the same shape. A field
+    `use_running_average`, also an inherited one, is set to False in training and to True in
+    evaluation.
+
+    Raises `UserError` where there is no such module, and for a norm that asks in another way
+    whether it is trained.
+    """
+    kind = custom_class(path)
+    fields = {field.name for field in dataclasses.fields(kind)}
+    if "use_running_average" in fields:
+        return kind(use_running_average=not train, name=name)
+    if other := (fields | inspect.signature(kind.__call__).parameters.keys()) & _OTHER_MODES:
+        raise UserError(
+            f"norm={path} has {min(other)}, which is never set: give it a field "
+            "use_running_average instead, which is False in training and True in evaluation"
+        )
+    return kind(name=name)
 
 
 def is_custom(norm: str) -> bool:

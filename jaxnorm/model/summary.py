@@ -44,9 +44,15 @@ def net_of(config: Config, norm: str, num_classes: int) -> CNN:
 @_kept  # tracing a net takes a sixth of a second, and a run asks many times
 @arithmetic.standard()
 def parameter_shapes(net: CNN) -> dict[str, Any]:
-    """The shapes of a net's parameters by layer name; raises `UserError` for no such net."""
+    """The shapes of a net's parameters by layer name.
+
+    Raises `UserError` for no such net, and where a norm of the user's own is not what training
+    takes it for.
+    """
     try:
-        variables = jax.eval_shape(functools.partial(_variables, net), jax.random.key(0))
+        variables = jax.eval_shape(net.init, jax.random.key(0), _images(1))
+        if layers.is_custom(net.norm):
+            _check_custom(net, variables)
         return variables.get("params", {})
     except UserError:
         raise
@@ -55,22 +61,63 @@ def parameter_shapes(net: CNN) -> dict[str, Any]:
             raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"norm={net.norm} cannot be applied: it must map f32[N, H, W, C] to the same shape "
-            f"({type(error).__name__}: {reason})"
+            f"norm={net.norm} cannot be applied and differentiated: it must map f32[N, H, W, C] to "
+            f"the same shape, for any N ({type(error).__name__}: {reason})"
         ) from None
 
 
-def _variables(net: CNN, key: jax.Array) -> Any:
-    """The variables of a net, which is applied as in training and in evaluation where its norm is
-    the user's own.
+def _images(count: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((count, 32, 32, 3), jnp.float32)
+
+
+def _check_custom(net: CNN, variables: Any) -> None:
+    """Applies a net as in training and in evaluation, to two images and to three, and
+    differentiates it, all without computing anything. Raises `UserError` for a parameter that is
+    not float32, and for state that is a random key or changes its shape or dtype.
     """
-    images = jnp.zeros((1, 32, 32, 3))
-    variables = net.init(key, images)
-    if layers.is_custom(net.norm):
-        state = [name for name in variables if name != "params"]
-        net.apply(variables, images, train=True, rngs={"dropout": key}, mutable=state)
-        net.apply(variables, images)
-    return variables
+    state = dict(variables)
+    params, key = state.pop("params"), jax.random.key(0)
+    for name, kind in _types(params).items():
+        if not kind.startswith("float32["):
+            raise UserError(f"norm={net.norm} has a parameter {name} {kind}: it must be float32")
+    before = _types(state)
+    for name, kind in before.items():
+        if kind.startswith("key<"):
+            raise UserError(
+                f"norm={net.norm} keeps a random key, {name}: what it draws in training must come "
+                "from its make_rng('dropout')"
+            )
+
+    def objective(params: Any, state: Any, images: jax.Array, key: jax.Array) -> tuple:
+        logits, after = net.apply(
+            {"params": params, **state},
+            images,
+            train=True,
+            rngs={"dropout": key},
+            mutable=list(state),
+        )
+        return logits.sum(), after
+
+    for count in (2, 3):
+        arguments = params, state, _images(count), key
+        after = _types(jax.eval_shape(jax.grad(objective, has_aux=True), *arguments)[1])
+        if changed := sorted(dict(before.items() ^ after.items())):
+            name, nothing = changed[0], "nothing"
+            raise UserError(
+                f"norm={net.norm} changes its state {name} from {before.get(name, nothing)} to "
+                f"{after.get(name, nothing)}: a variable must keep its shape and dtype, however "
+                "many images there are, and no value may be sown"
+            )
+        jax.eval_shape(net.apply, variables, _images(count))
+
+
+def _types(tree: Any) -> dict[str, str]:
+    """The dtype and shape of each array of a tree, by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): layers.type_text(leaf)
+        for path, leaf in leaves
+    }
 
 
 def count_parameters(net: CNN) -> int:
