@@ -1,5 +1,7 @@
 """Where things go: one of each is added in its one place, and found in Markdown and HTML."""
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -13,15 +15,17 @@ import pytest
 from helpers import Evil, init
 from matplotlib.figure import Figure
 
+import jaxnorm
 from jaxnorm import cli, report, run
 from jaxnorm.analysis import figures, tables
 from jaxnorm.analysis.results import Run
-from jaxnorm.config import Config
+from jaxnorm.config import Config, UserError
 from jaxnorm.data import datasets
 from jaxnorm.model import summary
 from jaxnorm.model.cnn import CNN
-from jaxnorm.runs import runner
+from jaxnorm.runs import environment, runner
 from jaxnorm.storage.directory import RunDirectory
+from jaxnorm.storage.sweep import Sweep
 from jaxnorm.training import groups, step, trainer
 from jaxnorm.training.mesh import ONE
 
@@ -146,6 +150,75 @@ def test_a_wrong_norm_is_one_line_that_says_what_is_expected(norm, message, scra
 @pytest.mark.parametrize("norm", ["OwnNorm", "WrappedNorm", "PairNorm", "SowsAside", "Counts"])
 def test_a_right_norm_passes(norm):
     assert summary.count_parameters(CNN(f"own_norm:{norm}", NET))
+
+
+MINE = """
+import flax.linen as nn
+
+class Mine(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return doubled(x)
+
+def doubled(x):
+    return x * 2
+"""
+CHANGED = ("doubled(x)\n\n", "doubled(x) + 1\n\n")
+
+
+@pytest.fixture
+def run_of_mine(sweep, scratch, monkeypatch):
+    """A run of `Mine`, of a module that the test may change."""
+    monkeypatch.syspath_prepend(scratch)
+    (scratch / "mine.py").write_text(MINE)
+    yield sweep(accuracies={"mine:Mine": ((11, 16),)}, norm="mine:Mine", arch=NET, seeds=1)
+    sys.modules.pop("mine", None)
+
+
+def change_mine(scratch, old, new):
+    sys.modules.pop("mine", None)
+    (scratch / "mine.py").write_text(MINE.replace(old, new))
+
+
+def test_a_run_takes_no_other_norm_under_the_name_of_its_own(run_of_mine, tiny, scratch):
+    more = dataclasses.replace(run_of_mine.info().config, seeds=2)
+    before = run_of_mine.read_bytes("run.json")
+    change_mine(scratch, *CHANGED)
+    with pytest.raises(UserError, match="source has changed since; put it back, or start a new"):
+        runner.run(Sweep(run_of_mine.path, [more]), tiny)
+    assert run_of_mine.read_bytes("run.json") == before
+
+
+def test_a_model_of_another_norm_or_of_one_that_is_gone_is_not_loaded(run_of_mine, scratch):
+    change_mine(scratch, *CHANGED)
+    with pytest.raises(UserError, match="is not the norm that the run in"):
+        jaxnorm.load_model(run_of_mine.path, "mine:Mine", 1)
+    change_mine(scratch, "flax.linen", "")
+    with pytest.raises(UserError, match=r"cannot be imported \(SyntaxError"):
+        jaxnorm.load_model(run_of_mine.path, "mine:Mine", 1)
+    (scratch / "mine.py").unlink()
+    with pytest.raises(UserError, match="start Python in the folder of its module"):
+        jaxnorm.load_model(run_of_mine.path, "mine:Mine", 1)
+
+
+def test_another_function_that_a_norm_calls_is_warned_of(run_of_mine, tiny, scratch):
+    more, heard = dataclasses.replace(run_of_mine.info().config, seeds=2), []
+    callback = trainer.Callback()
+    callback.on_warning = heard.append
+    change_mine(scratch, "x * 2", "x * 2.5")
+    now = environment.describe(more, tiny, {"mine:Mine": 132}, "")
+    runner._begin(run_of_mine, now, callback)
+    assert [text for text in heard if "norm=mine:Mine computes something else" in text]
+
+
+def test_a_run_of_an_earlier_version_has_no_fingerprint_of_its_norm(run_of_mine, scratch):
+    values = json.loads(run_of_mine.read_bytes("run.json"))
+    assert len(values.pop("norm_sources")["mine:Mine"]) == 64
+    assert len(values.pop("norm_programs")["mine:Mine"]) == 64
+    run_of_mine.write_bytes("run.json", json.dumps(values).encode())
+    change_mine(scratch, *CHANGED)
+    assert run_of_mine.info().norm_sources == {}
+    runner.check_sources(run_of_mine.info(), run_of_mine.path, ["mine:Mine"])
 
 
 def test_a_norm_that_is_not_finite_is_not_taken_for_a_wrong_machine(own_data, scratch, capsys):

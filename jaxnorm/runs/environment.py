@@ -11,6 +11,8 @@ import jax
 
 from jaxnorm.config import Config
 from jaxnorm.data.datasets import Dataset
+from jaxnorm.model import fingerprint, layers
+from jaxnorm.model.summary import net_of
 from jaxnorm.storage.schema import DatasetInfo, Environment, RunInfo
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +38,18 @@ def describe(
     )
     promise = repeatable(jax.devices()[0].platform, deterministic)
     now = environment(command, mesh, self_check)
-    return RunInfo(config, parameters, data, now, promise, deterministic)
+    own = [norm for norm in config.norms if layers.is_custom(norm)]
+    nets = {norm: net_of(config, norm, len(dataset.class_names)) for norm in own}
+    return RunInfo(
+        config,
+        parameters,
+        data,
+        now,
+        promise,
+        deterministic,
+        norm_sources={norm: fingerprint.source(norm) for norm in own},
+        norm_programs={norm: fingerprint.program(net) for norm, net in nets.items()},
+    )
 
 
 def environment(command: str, mesh: str, self_check: str) -> Environment:

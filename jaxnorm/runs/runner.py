@@ -6,7 +6,7 @@ which makes it complete.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxnorm.config import Config, Net, UserError
 from jaxnorm.data.datasets import Dataset
-from jaxnorm.model import arithmetic
+from jaxnorm.model import arithmetic, fingerprint
 from jaxnorm.runs import environment, multihost
 from jaxnorm.runs.resume import checkpoint_shapes, find_progress, in_order
 from jaxnorm.storage import checkpoint
@@ -58,6 +58,7 @@ def run(
             for config, directory in zip(configs, sweep.directories, strict=True):
                 if directory.exists():
                     check_grown(directory.info().config, config, directory.path)
+                    check_sources(directory.info(), directory.path, config.norms)
             sweep.record_growth()
             begun = any(directory.exists() for directory in sweep.directories)
             for i, (config, directory) in enumerate(zip(configs, sweep.directories, strict=True)):
@@ -105,6 +106,13 @@ def _begin(directory: RunDirectory, now: RunInfo, callback: Callback) -> dict[Ne
     if all(net_progress.epochs == config.epochs for net_progress in progress.values()):
         return progress
     before, after = info.environment, now.environment
+    alike = all(before.versions.get(name) == after.versions[name] for name in ("jax", "flax"))
+    for norm, recorded in info.norm_programs.items():
+        if alike and now.norm_programs.get(norm) != recorded:
+            callback.on_warning(
+                f"norm={norm} computes something else than when the run in {directory.path} began, "
+                "though its class is the same: did what it calls change? If so, start a new run"
+            )
     if (before.code, before.device) != (after.code, after.device):
         callback.on_warning(
             "the run began with other code or on other devices (compare its run.json): it resumes, "
@@ -135,6 +143,19 @@ def check_grown(old: Config, new: Config, path: Path) -> None:
             raise UserError(
                 f"{field.name}={now} conflicts with the run in {path}, which has {before}: give "
                 f"that{more}, or start a new run"
+            )
+
+
+def check_sources(info: RunInfo, path: Path | str, norms: Sequence[str]) -> None:
+    """Raises `UserError` if one of these norms is the user's own and its source is not the one that
+    the run recorded; earlier versions recorded none.
+    """
+    for norm in norms:
+        recorded = info.norm_sources.get(norm)
+        if recorded and fingerprint.source(norm) != recorded:
+            raise UserError(
+                f"norm={norm} is not the norm that the run in {path} was trained with: its source "
+                "has changed since; put it back, or start a new run"
             )
 
 
@@ -187,6 +208,7 @@ def load_state(path: Path | str, norm: str, seed: int) -> tuple[Program, TrainSt
     """
     directory, net = RunDirectory(path), (norm, seed)
     info = directory.info()
+    check_sources(info, path, [norm])
     complete = sum(epoch.net == net for epoch in directory.epochs())
     if net not in info.config.nets or complete not in checkpoint.epochs(directory, net):
         raise UserError(f"{path} has no checkpoint of {norm} norm, seed {seed}")
@@ -202,7 +224,8 @@ def load_model(path: Path | str, norm: str, seed: int) -> Callable[[Any], jax.Ar
     """The trained net of a run: a pure `predict(images u8[N, 32, 32, 3]) -> probabilities f32[N,
     classes]`.
 
-    Raises `UserError` where the run has no checkpoint of that norm and seed.
+    Raises `UserError` where the run has no checkpoint of that norm and seed, and where a norm of
+    the user's own is not found or has changed.
     """
     program, state = load_state(path, norm, seed)
 

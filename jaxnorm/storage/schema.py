@@ -121,7 +121,8 @@ class RunInfo:
 
     `parameters` are of each norm's net; `repeatable` says what the same command gives again;
     `deterministic` whether the accelerator was asked for operations that repeat; `resumed` has an
-    entry for each time that the run was resumed.
+    entry for each time that the run was resumed. Of norms of the user's own `norm_sources` and
+    `norm_programs` have a SHA-256 each (see `model.fingerprint`), in runs since they are recorded.
     """
 
     config: Config
@@ -131,6 +132,8 @@ class RunInfo:
     repeatable: str = "not known"
     deterministic: bool = False
     resumed: list[Environment] = Field(default_factory=list)
+    norm_sources: dict[str, str] = Field(default_factory=dict)
+    norm_programs: dict[str, str] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not set(self.config.norms) <= self.parameters.keys():
