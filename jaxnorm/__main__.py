@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.metadata
-import os
 import sys
 
 from jaxnorm import cli
@@ -31,7 +30,7 @@ def main() -> None:
     elif name in ("--help", "-h"):
         print(USAGE)
     elif name in COMMANDS:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does: the user's own norm may lie here
+        sys.path.insert(0, "")  # as `python -m` does: the user's own norm may lie here
         cli.leave(cli.run(importlib.import_module(COMMANDS[name]).app, arguments))
     else:
         print(f"error: there is no command {name!r}: choose {', '.join(COMMANDS)}", file=sys.stderr)

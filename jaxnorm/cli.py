@@ -79,6 +79,10 @@ def run(app: App, arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")
     options = {"exit_on_error": False, "print_error": False, "result_action": "return_value"}
     try:
+        os.getcwd()
+    except FileNotFoundError:
+        return _fail("the working directory is gone: change to one that exists", MISTAKE)
+    try:
         with signals.handled():
             return app(_arguments, **options) or 0
     except (UserError, CycloptsError) as error:

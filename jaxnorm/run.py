@@ -145,7 +145,10 @@ def start(configs: list[Config], options: Options, finish: "Finish") -> int:
             configs = _grown(configs, Sweep.open(options.resume).configs, options)
         _print_summary(configs[0], options)
         return 0
-    options = _prepare_jax(options)
+    try:
+        options = _prepare_jax(options)
+    except ValueError as error:
+        raise UserError(f"JAX does not take the environment: {error}") from None
     from jaxnorm.runs import multihost
     from jaxnorm.training import mesh
 
@@ -180,7 +183,7 @@ def _prepare_jax(options: Options) -> Options:
 
         from jaxnorm.data.cache import default_cache_dir, machine_name, private_directory
 
-        cache = default_cache_dir()
+        cache = default_cache_dir()  # None where the user has no home
         directory = cache and private_directory(cache / "compiled" / machine_name())
         if directory is not None:
             jax.config.update("jax_compilation_cache_dir", str(directory))

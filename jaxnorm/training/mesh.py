@@ -22,6 +22,8 @@ from jaxnorm.config import UserError
 
 SEED, BATCH = "seed", "batch"
 """The axes of the mesh."""
+_CHOOSING = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_NUM_CPU_DEVICES")
+"""The environment variables that choose JAX's devices."""
 SHARE = 16
 """The fewest images of a batch that are worth a device."""
 
@@ -123,14 +125,16 @@ def use_all_cores() -> None:
 
 
 def check_devices() -> None:
-    """Raises `UserError` where JAX cannot start the devices that `JAX_PLATFORMS` names."""
+    """Raises `UserError` where JAX cannot start the devices that the environment asks for."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
-        named = os.environ.get("JAX_PLATFORMS", "")
         reason = " ".join(str(error).split())[:200] or "JAX has no plugin for them"
+        names = [name for name in _CHOOSING if os.environ.get(name)]
+        asked = " and ".join(f"{name}={os.environ[name]!r}" for name in names)
+        way_on = f"unset {' and '.join(names)}" if names else "set JAX_PLATFORMS=cpu"
         raise UserError(
-            f"JAX cannot start the devices of JAX_PLATFORMS={named!r} ({reason}): unset it, or "
+            f"JAX cannot start the devices of {asked or 'this machine'} ({reason}): {way_on}, or "
             "install what they need, such as '.[cuda]'"
         ) from None
 

@@ -150,20 +150,26 @@ def test_a_mesh_that_cannot_be_had_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"),
+    ("name", "error", "reason"),
     [
-        (RuntimeError("Unable to initialize\nbackend 'x'"), "Unable to initialize backend 'x'"),
-        (AssertionError(), "JAX has no plugin for them"),  # what JAX_PLATFORMS=cuda gives without
+        ("PLATFORMS", RuntimeError("Unable to\ninitialize 'x'"), "Unable to initialize 'x'"),
+        ("PLATFORMS", AssertionError(), "JAX has no plugin for them"),  # of cuda without its plugin
+        ("PLATFORM_NAME", RuntimeError("Unknown backend x"), "Unknown backend x"),
+        ("NUM_CPU_DEVICES", RuntimeError("Unable to initialize"), "Unable to initialize"),
     ],
 )
-def test_devices_that_do_not_start_are_refused_in_one_line(monkeypatch, error, reason):
+def test_devices_that_do_not_start_are_refused_in_one_line(monkeypatch, name, error, reason):
     def fail():
         raise error
 
     meshes.check_devices()
     monkeypatch.setattr(jax, "devices", fail)
-    monkeypatch.setenv("JAX_PLATFORMS", "x")
-    with pytest.raises(UserError, match=rf"^JAX cannot .* JAX_PLATFORMS='x' \({reason}\): unset"):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    with pytest.raises(UserError, match=r"of this machine \(.*\): set JAX_PLATFORMS=cpu"):
+        meshes.check_devices()
+    monkeypatch.setenv(f"JAX_{name}", "x")
+    refused = rf"^JAX cannot .* of JAX_{name}='x' \({reason}\): unset JAX_{name}, or"
+    with pytest.raises(UserError, match=refused):
         meshes.check_devices()
 
 
