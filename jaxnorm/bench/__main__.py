@@ -105,8 +105,12 @@ class Worker:
         self.failed: str | None = self.ready.pop("failed", None)
 
     def seconds_for(self, steps: int) -> float:
-        """The time of so many steps."""
+        """The seconds of some steps; raises `ChildProcessError` if the process has ended."""
         answer = self._ask(str(steps))
+        if "failed" in answer:
+            raise ChildProcessError(
+                f"{self.job.name} stopped between its turns: {answer['failed']}"
+            )
         self.peak_bytes = max(self.peak_bytes, answer["peak_bytes"])
         return answer["seconds"]
 

@@ -187,6 +187,20 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, capsys):
     assert error.count("\n") == 1
 
 
+def test_a_side_that_is_killed_between_its_turns_is_one_line(monkeypatch, capsys):
+    def killed(*_):
+        worker = side("torch", "contiguous", [])
+        worker._process = subprocess.Popen(["true"], stdin=-1, stdout=-1, text=True)
+        worker._process.wait()
+        return worker.seconds_for(3)
+
+    monkeypatch.setattr(bench, "measure_ceiling", lambda: 1e11)
+    monkeypatch.setattr(bench, "compare", killed)
+    assert call() == 1
+    error = capsys.readouterr().err
+    assert error == "error: torch contiguous stopped between its turns: the process ended with 0\n"
+
+
 def test_a_side_that_cannot_be_had_is_told(monkeypatch):
     """A job that no process can do: the worker says why, and the comparison says that."""
     worker = bench.Worker(Job("jaxnorm", "no such norm", "original", 128))
