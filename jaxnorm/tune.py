@@ -92,6 +92,7 @@ def main(
             raise UserError(f"{name}={' '.join(map(str, values))}: a tuning takes one value of it")
     held_out = OF_DIGITS if named["dataset"] == "digits" else HELD_OUT
     named["validation"] = named["validation"] or held_out
+    product(named, swept)  # raises for what cannot be trained with, before rates are drawn
     swept["learning_rate"] = trials.draw(named["seed"])
     return run.start(product(named, swept), options, run.report_tuning)
 

@@ -85,6 +85,7 @@ def test_a_tenth_of_the_training_images_is_held_out(flags, count, monkeypatch):
     [
         (("--trials", "0"), "--trials 0 is wrong"),
         (("--lowest", "2"), "--lowest 2"),
+        (("--seed", "-1"), "--seed -1 is wrong"),
         (("--learning-rate", "0.1"), "--learning-rate"),
         (("--weight-decay", "0", "0.001"), "--weight-decay 0.0 0.001: a tuning takes one value"),
         (("--resume", "t", "--trials=12"), "--trials conflicts with --resume"),
