@@ -55,18 +55,19 @@ def run(
         def begin() -> tuple[bool, list[int]]:
             """Readies the directories; whether any had begun, and the epochs of every net."""
             stack.enter_context(sweep.locked())
-            for config, directory in zip(configs, sweep.directories, strict=True):
-                if directory.exists():
-                    check_grown(directory.info().config, config, directory.path)
-                    check_sources(directory.info(), directory.path, config.norms)
-            sweep.record_growth()
             begun = any(directory.exists() for directory in sweep.directories)
+            infos: list[RunInfo | None] = []
             for i, (config, directory) in enumerate(zip(configs, sweep.directories, strict=True)):
                 shape = str(groups.mesh_for(configs, config, mesh))
                 arguments = (command, self_check, deterministic, shape)
                 now = environment.describe(config, dataset, counts[i], *arguments)
-                for net, net_progress in _begin(directory, now, callback).items():
-                    progress[i, *net] = net_progress
+                info, found = _begin(directory, now, callback)
+                infos.append(info)
+                progress.update({(i, *net): net_progress for net, net_progress in found.items()})
+            sweep.record_growth()  # once nothing can be refused any more
+            for info, directory in zip(infos, sweep.directories, strict=True):
+                if info is not None:
+                    directory.write_info(info)
             return begun, [progress[net].epochs for net in nets]
 
         begun, complete = multihost.from_process_0(begin)
@@ -88,14 +89,17 @@ def run(
             measure_rest(directory, dataset, callback)
 
 
-def _begin(directory: RunDirectory, now: RunInfo, callback: Callback) -> dict[Net, NetProgress]:
-    """Writes a new run's `run.json`, or finds how far a run is."""
+def _begin(
+    directory: RunDirectory, now: RunInfo, callback: Callback
+) -> tuple[RunInfo | None, dict[Net, NetProgress]]:
+    """The `run.json` to write, None if it stays as it is, and how far each net of the run is."""
     config = now.config
     if not directory.exists():
         RunDirectory.check_unused(directory.path)
-        directory.write_info(now)
-        return {net: NetProgress() for net in config.nets}
+        return now, {net: NetProgress() for net in config.nets}
     info = directory.info()
+    check_grown(info.config, config, directory.path)
+    check_sources(info, directory.path, config.norms)
     if now.dataset.fingerprint != info.dataset.fingerprint:
         raise UserError(
             f"the data found is not what {directory.path} was trained on: give its data_dir=, or "
@@ -104,7 +108,7 @@ def _begin(directory: RunDirectory, now: RunInfo, callback: Callback) -> dict[Ne
     directory.remove_half_written()
     progress = find_progress(directory, info, config, callback.on_warning)
     if all(net_progress.epochs == config.epochs for net_progress in progress.values()):
-        return progress
+        return None, progress
     before, after = info.environment, now.environment
     alike = all(before.versions.get(name) == after.versions[name] for name in ("jax", "flax"))
     for norm, recorded in info.norm_programs.items():
@@ -119,8 +123,7 @@ def _begin(directory: RunDirectory, now: RunInfo, callback: Callback) -> dict[Ne
             "but not bit for bit as it would have there"
         )
     resumed = [*info.resumed, after]
-    directory.write_info(dataclasses.replace(info, config=config, resumed=resumed))
-    return progress
+    return dataclasses.replace(info, config=config, resumed=resumed), progress
 
 
 def check_grown(old: Config, new: Config, path: Path) -> None:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from helpers import difference, run
 
-from jaxnorm.config import Config, UserError
+from jaxnorm.config import Config, UserError, product
 from jaxnorm.runs import runner
 from jaxnorm.storage import checkpoint
 from jaxnorm.storage.directory import RunDirectory
+from jaxnorm.storage.sweep import Sweep
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training.mesh import ONE, MeshShape
 from jaxnorm.training.trainer import Callback, NonFiniteLoss
@@ -395,3 +396,23 @@ def test_a_line_says_what_it_should(whole):
         *("train_seconds", "test_seconds", "crc32"),
     ]
     assert runner.load_state(whole.path, "layer", 4)[1].params
+
+
+def test_a_sweep_that_is_refused_is_left_as_it_was(tiny, scratch):
+    """Its first run could go on; the second has no checkpoint to go on from."""
+    configs = product(
+        {"norm": "layer", "arch": "three-layers", "dataset": "tiny", "epochs": 1},
+        {"batch_size": (35, 70)},
+    )
+    sweep = Sweep.create(scratch / "s", configs, "x")
+    runner.run(sweep, tiny)
+    shutil.rmtree(sweep.directories[1].path / "checkpoints")
+    files = [path for path in sweep.folder.path.rglob("*.json*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+    longer = [dataclasses.replace(config, epochs=2) for config in configs]
+    with pytest.raises(UserError, match="is finished and has no whole checkpoint"):
+        runner.run(Sweep(scratch / "s", longer), tiny)
+    assert {path: path.read_bytes() for path in files} == before
+    again = Sweep.open(scratch / "s")
+    assert again.configs == configs
+    runner.run(again, tiny)
