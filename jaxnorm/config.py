@@ -9,6 +9,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 import pydantic
@@ -69,6 +70,10 @@ class UserError(ValueError):
     """A mistake that the user can mend. Its text is one line: what is wrong and what to do."""
 
 
+class OtherFields(UserError):
+    """A record lacks a field, or has one more, as a record of another version does."""
+
+
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))
 def typed(kind: type[T]) -> type[T]:
     """A frozen dataclass that Pydantic checks by its type hints; raises `UserError`."""
@@ -98,9 +103,9 @@ def _raising_user_errors(function: Callable[..., Any]) -> Callable[..., Any]:
         message = first["msg"]
         match first["type"]:
             case "missing":
-                raise UserError(f"field {name} is missing")
+                raise OtherFields(f"field {name} is missing")
             case "unexpected_keyword_argument":
-                raise UserError(f"unknown field: {name}")
+                raise OtherFields(f"unknown field: {name}")
             case "value_error":
                 raise UserError(message.removeprefix("Value error, "))
         value = f"={str(first['input'])[:40]}" if name else ""
@@ -275,6 +280,20 @@ def differing(configs: Sequence[Config]) -> list[str]:
 def value_text(value: str | float) -> str:
     """A setting's value, for a person."""
     return value if isinstance(value, str) else f"{value:g}"
+
+
+def local_path(path: Path | str) -> Path:
+    """A path on this machine, its `~` or `~user` replaced by the home folder.
+
+    Raises `UserError` for an address, such as gs://bucket/run, and where there is no such home.
+    """
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(path)):
+        address = re.sub(":/+", "://", str(path), count=1)
+        raise UserError(f"{address} is an address: name a file or folder of this machine")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no such home folder, so give the whole path") from None
 
 
 def counted(number: int, noun: str) -> str:

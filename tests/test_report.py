@@ -1,5 +1,7 @@
 """The report command: reports, and several runs side by side."""
 
+import os
+
 import pytest
 
 from jaxnorm import cli, report
@@ -49,6 +51,14 @@ def test_several_runs_stand_side_by_side_and_a_damaged_one_is_named(
     printed = capsys.readouterr()
     assert f"--out {scratch} is a folder: name a file" in printed.err
     assert not printed.out
+
+
+def test_a_name_that_is_not_utf_8_is_reported(sweep, undrawn):
+    path = sweep(os.fsdecode(b"run\xff"), seeds=1).path
+    assert call(path) == 0
+    for name in ("report.md", "report.html"):
+        assert "run\\udcff" in (path / name).read_text()
+    assert call(path, path, "--out", path / "page.html") == 0
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,8 @@ def write(directory: RunDirectory, title: str | None = None) -> RunPart:
     Raises `UserError` where `run.json` cannot be read.
     """
     part = read(directory, title)
-    directory.write_bytes("report.md", markdown(part).encode())
-    directory.write_bytes("report.html", html([part]).encode())
+    directory.write_text("report.md", markdown(part))
+    directory.write_text("report.html", html([part]))
     return part
 
 
@@ -114,4 +114,4 @@ def html(parts: Sequence[RunPart], missing: Sequence[str] = ()) -> str:
 
 def write_together(path: Path, parts: Sequence[RunPart], missing: Sequence[str]) -> None:
     """Writes one page of several runs side by side."""
-    RunDirectory(path.parent).write_bytes(path.name, html(parts, missing).encode())
+    RunDirectory(path.parent).write_text(path.name, html(parts, missing))

@@ -7,9 +7,11 @@ come from anybody: links are refused, sizes are bounded, and every value is chec
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import os
+import re
 import stat
 import tempfile
 import zipfile
@@ -20,10 +22,11 @@ from typing import Any
 import filelock
 import numpy as np
 
-from jaxnorm.config import Net, UserError, from_json
+from jaxnorm.config import Net, OtherFields, UserError, from_json, local_path
 from jaxnorm.storage.schema import Epoch, RunInfo
 
 _LOCK, _TEMPORARY, _METRICS = ".lock", ".writing-", "metrics.jsonl"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _LARGEST = 2**28
 """The most bytes of a record, also of what a compressed one unpacks to."""
 Shapes = Mapping[str, str]
@@ -44,7 +47,7 @@ class RunDirectory:
     """Reads and writes the files of one run, or of the folder of a sweep."""
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+        self.path = local_path(path)
         self._lock = filelock.FileLock(self.path / _LOCK, timeout=0)
 
     @staticmethod
@@ -76,13 +79,20 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Keeps other processes from writing here; a process that has ended holds no lock.
 
-        Raises `UserError` where another process holds it, and OSError where there can be none.
+        Raises `UserError` if another process holds it, or if the file system has no locks.
         """
         self.path_of(_LOCK)
         try:
             self._lock.acquire()
         except filelock.Timeout:
             raise UserError(f"{self.path} is being written to by another process") from None
+        except (OSError, NotImplementedError) as error:
+            if getattr(error, "errno", errno.ENOLCK) not in _NO_LOCKS:
+                raise
+            raise UserError(
+                f"{self.path / _LOCK} cannot be locked, because its file system has no locks: keep "
+                "the run on another one, such as a local disk"
+            ) from None
         try:
             yield
         finally:
@@ -116,6 +126,11 @@ class RunDirectory:
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{self.path / name} is missing: {self.path} is not a run directory"
+            ) from None
+        except OtherFields as error:
+            raise UserError(
+                f"{self.path / name} cannot be read: an older or newer jaxnorm wrote it ({error}); "
+                'read it with the version that its "versions" or "git_revision" name'
             ) from None
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path / name} cannot be read: {error}") from None
@@ -210,12 +225,18 @@ class RunDirectory:
 
     def write_json(self, name: str, values: Any) -> None:
         """Writes a `typed` dataclass; `read_json` reads it back."""
-        text = json.dumps(dataclasses.asdict(values), indent=2) + "\n"
+        text = json.dumps(dataclasses.asdict(values), indent=2, ensure_ascii=False) + "\n"
+        # What stands for a byte of a path that is not UTF-8 would be written and could not be read.
+        text = re.sub("[\ud800-\udfff]", lambda match: rf"\\u{ord(match[0]):x}", text)
         self.write_bytes(name, text.encode())
 
     def write_info(self, info: RunInfo) -> None:
         """Writes `run.json`."""
         self.write_json("run.json", info)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes text; of a name in it that is not UTF-8, the bytes are written as \\udcff."""
+        self.write_bytes(name, text.encode(errors="backslashreplace"))
 
     def append_epoch(self, epoch: Epoch) -> None:
         """Adds a line to `metrics.jsonl` and waits until it is on disk."""

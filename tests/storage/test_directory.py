@@ -1,6 +1,7 @@
 """Run directories: written whole, read with care."""
 
 import dataclasses
+import errno
 import json
 import os
 
@@ -127,6 +128,63 @@ def test_run_json_with_a_wrong_dataset_field_is_refused(scratch, name):
         (run.path / "run.json").write_text(json.dumps({**good, "dataset": wrong}))
         with pytest.raises(UserError, match="dataset"):
             run.info()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"environment": None, "versions": {"jaxnorm": "0.1.0"}},  # as 0.1.0 wrote it
+        {"format": 3},
+        {"dataset": {**dataclasses.asdict(DATASET), "licence": "x"}},
+    ],
+)
+def test_a_record_of_another_version_says_so(scratch, change):
+    run = RunDirectory(scratch)
+    run.write_info(INFO)
+    values = json.loads((scratch / "run.json").read_text()) | change
+    values = {name: value for name, value in values.items() if value is not None}
+    (scratch / "run.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"an older or newer jaxnorm wrote it.*read it with"):
+        run.info()
+
+
+def test_a_wrong_value_is_no_matter_of_versions(scratch):
+    run = RunDirectory(scratch)
+    run.write_info(INFO)
+    content = (scratch / "run.json").read_text()
+    (scratch / "run.json").write_text(
+        content.replace('"deterministic": false', '"deterministic": 3')
+    )
+    with pytest.raises(UserError, match=r"deterministic=3 is wrong[^;]*$"):
+        run.info()
+
+
+@pytest.mark.parametrize("text", ["--out \udcff", "--out \N{SKULL}\udc80", "na\u00efve \u2028"])
+def test_whatever_a_record_is_given_can_be_read_again(scratch, text):
+    run = RunDirectory(scratch)
+    run.write_info(
+        dataclasses.replace(INFO, environment=dataclasses.replace(ENVIRONMENT, command=text))
+    )
+    wanted = text.encode(errors="backslashreplace").decode()
+    assert run.info().environment.command == wanted
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks"), NotImplementedError()])
+def test_a_file_system_without_locks_is_said(scratch, monkeypatch, error):
+    run = RunDirectory(scratch)
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(run._lock, "acquire", fail)
+    with (
+        pytest.raises(UserError, match=r"\.lock cannot be locked.*such as a local disk"),
+        run.locked(),
+    ):
+        pass
+    error = PermissionError(errno.EACCES, "Permission denied")
+    with pytest.raises(PermissionError), run.locked():
+        pass
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"[]", b"{}", b'{"config": 1}'])
