@@ -13,7 +13,7 @@ from typing import Any, NoReturn, get_origin
 
 from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, UnusedCliTokensError
 
-from jaxnorm.config import Config, UserError, differing, value_text
+from jaxnorm.config import Config, UserError, differing, local_path, value_text
 from jaxnorm.runs import signals
 
 MISTAKE, FAILED = 2, 1
@@ -35,6 +35,16 @@ def _whole(kind: Any, tokens: Sequence[Any]) -> Any:
 
 WHOLE = Parameter(converter=_whole)
 """Of a flag that takes whole numbers: without it 1.5 would be rounded."""
+
+
+def _path(kind: Any, tokens: Sequence[Any]) -> Any:
+    if kind is str and re.match("https?://", tokens[0].value):
+        return tokens[0].value
+    return kind(local_path(tokens[0].value))
+
+
+PATH = Parameter(converter=_path)
+"""Of a flag that takes a path of this machine; as a string, a web address too."""
 
 
 def arguments() -> list[str]:

@@ -26,8 +26,8 @@ app = App(
 
 @app.default
 def main(
-    *runs: Annotated[Path, Parameter(name="RUN")],
-    out: Path | None = None,
+    *runs: Annotated[Path, Parameter(name="RUN"), cli.PATH],
+    out: Annotated[Path | None, cli.PATH] = None,
 ) -> int:
     """Reports on each run.
 

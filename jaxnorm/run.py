@@ -76,11 +76,11 @@ class Options:
         Print the layer table of each net (with --resume, of each net of that run) and exit.
     """
 
-    data_dir: Path | None = None
-    archive: str | None = None
+    data_dir: Annotated[Path | None, cli.PATH] = None
+    archive: Annotated[str | None, cli.PATH] = None
     allow_unverified: bool = False
-    out: Path | None = None
-    resume: Path | None = None
+    out: Annotated[Path | None, cli.PATH] = None
+    resume: Annotated[Path | None, cli.PATH] = None
     mesh: str | None = None
     distributed: bool = False
     deterministic: bool = False

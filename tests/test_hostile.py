@@ -130,6 +130,7 @@ PLAIN = [
     "99999999999999999999",
 ]
 STRANGE = ["", " ", "'", '"', "<b>", "ä\u202e", "x" * 300, "no\nline", "a\0b"]
+STRANGE += ["~nobody-at-all/x", "gs://a/b", "\udcff"]
 WORDS = st.sampled_from(PLAIN + STRANGE) | st.text(max_size=10)
 TOKENS = st.lists(
     st.sampled_from(FLAGS).map("--{}".format)

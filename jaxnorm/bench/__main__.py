@@ -68,7 +68,7 @@ class Options:
     task: tuple[Literal["train", "evaluate"], ...] = ("train",)
     peers: tuple[Peer, ...] = ("jaxnorm", "torch", "torch-compile")
     seconds: float = 60.0
-    out: Path | None = None
+    out: Annotated[Path | None, cli.PATH] = None
 
     def __post_init__(self) -> None:
         if "jaxnorm" not in self.peers:
