@@ -3,6 +3,7 @@ that errors of the library speak of as settings.
 """
 
 import contextlib
+import difflib
 import io
 import os
 import re
@@ -99,6 +100,8 @@ def run(app: App, arguments: list[str] | None = None) -> int:
         wrong: Any = error.__cause__ if isinstance(error.__cause__, UserError) else error
         if isinstance(error, UnusedCliTokensError):
             wrong = f"{' '.join(map(repr, error.unused_tokens or ()))} belongs to no flag"
+        if isinstance(error, UnknownOptionError):
+            wrong = _unknown(error)
         if isinstance(error, UnusedCliTokensError | UnknownOptionError):
             error.add_note("--help lists what each flag takes")
         return _fail(wrong, MISTAKE, error)
@@ -113,6 +116,32 @@ def run(app: App, arguments: list[str] | None = None) -> int:
         return _fail(f"the device failed: {str(error)[:300]}", FAILED, error)
     except signals.Stopped as error:
         return _fail(error, error.code, error)
+
+
+_KNOWN_AS = {
+    "lr": "learning-rate",
+    "bs": "batch-size",
+    "batch": "batch-size",
+    "wd": "weight-decay",
+    "decay": "weight-decay",
+    "data": "dataset",
+    "model": "arch",
+    "output": "out",
+    "random-seed": "seed",
+    "num-seeds": "seeds",
+    "num-epochs": "epochs",
+}
+"""What other programs call some of our flags."""
+
+
+def _unknown(error: UnknownOptionError) -> str:
+    """That there is no such flag, and which one may be meant."""
+    given = (error.token.keyword or error.token.value).partition("=")[0]
+    flags = {name.strip("-") for argument in error.argument_collection for name in argument.names}
+    meant = {name: name for name in flags}
+    meant |= {name: flag for name, flag in _KNOWN_AS.items() if flag in flags}
+    close = difflib.get_close_matches(given.strip("-").replace("_", "-"), meant, n=1, cutoff=0.7)
+    return f"there is no flag {given}" + (f" (did you mean --{meant[close[0]]}?)" if close else "")
 
 
 def as_flags(text: str) -> str:
