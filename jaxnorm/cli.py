@@ -82,6 +82,23 @@ def advising(hint: str) -> Iterator[None]:
         raise
 
 
+class Unreported(Exception):
+    """What stopped the report of nets that are trained."""
+
+
+@contextlib.contextmanager
+def reporting(hint: str) -> Iterator[None]:
+    """Makes whatever stops the report inside one line, with this hint: nothing trained is lost."""
+    try:
+        yield
+    except signals.Stopped as error:
+        error.add_note(hint)
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, UserError | OSError) else f"{type(error).__name__}: "
+        raise Unreported(f"the report was not made ({kind}{error}); {hint}") from error
+
+
 def run(app: App, arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code; what goes wrong is one line on standard error."""
     global _program
@@ -105,7 +122,7 @@ def run(app: App, arguments: list[str] | None = None) -> int:
         if isinstance(error, UnusedCliTokensError | UnknownOptionError):
             error.add_note("--help lists what each flag takes")
         return _fail(wrong, MISTAKE, error)
-    except ArithmeticError as error:
+    except (ArithmeticError, Unreported) as error:
         return _fail(error, FAILED)
     except OSError as error:
         reason = error.strerror or str(error)
@@ -240,6 +257,8 @@ class Terminal:
     def on_resume(self, complete: int) -> None:
         """Says from where a run resumes."""
         self.before = complete
+        if self.board is not None:
+            self.board.on_resume(complete)
         if not self.quiet:
             print(f"resuming after {complete} of {self.total} epochs")
 

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import datetime
+import importlib
+import itertools
 import os
 import shlex
 from collections.abc import Callable, Sequence
@@ -138,6 +140,10 @@ def split(settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def start(configs: list[Config], options: Options, finish: "Finish") -> int:
     """Trains a sweep in this process, or as one of a job of several; returns the exit code."""
+    if options.resume:
+        from jaxnorm.storage.sweep import folder_of
+
+        options = dataclasses.replace(options, resume=folder_of(options.resume))
     if options.summary:
         if options.resume:
             from jaxnorm.storage.sweep import Sweep
@@ -194,12 +200,10 @@ def _prepare_jax(options: Options) -> Options:
 def _train(requested: list[Config], options: Options, finish: "Finish") -> int:
     """Checks, trains and reports a new sweep or one that resumes. A run is a sweep of one."""
     from jaxnorm.model import summary
-    from jaxnorm.runs import multihost, runner
-    from jaxnorm.storage.directory import RunDirectory
+    from jaxnorm.runs import callbacks, multihost, runner
     from jaxnorm.storage.sweep import Sweep
     from jaxnorm.training import groups, trainer
     from jaxnorm.training.mesh import MeshShape
-    from jaxnorm.training.selfcheck import self_check
 
     shared = dataclasses.replace(options, data_dir=None, archive=None)  # each host has its own
     multihost.agree(command=repr((requested, shared)))
@@ -209,11 +213,8 @@ def _train(requested: list[Config], options: Options, finish: "Finish") -> int:
     configs = [Config(**values) for values in task["configs"]]
     if task["unverified"]:
         options = dataclasses.replace(options, allow_unverified=True)
-    board = None
     if options.tensorboard:
-        from jaxnorm.runs.callbacks import TensorBoard
-
-        board = TensorBoard(out / "tensorboard", sweep=len(configs) > 1)
+        callbacks.require_tensorboard()
     mesh = None if options.mesh is None else MeshShape.parse(options.mesh)
     for config in configs:
         groups.mesh_for(configs, config, mesh)
@@ -227,25 +228,18 @@ def _train(requested: list[Config], options: Options, finish: "Finish") -> int:
         trainer.check(config, dataset)
     finished = {tuple(net) for net in task["finished"]}
     new = process_0 and not options.resume
-    multihost.in_every_process(lambda: RunDirectory.create(out) if new else None)
+    out = multihost.in_every_process(lambda: _made(out, options, configs[0]) if new else out)
     if process_0 and not options.quiet:
         counts = len(dataset.train_labels), len(dataset.test_labels)
         images = "{:,} training and {:,} test images".format(*counts)
         print(f"{dataset.caption}: {images}, from {dataset.source}")
     is_checked = not options.skip_self_check and len(finished) < sum(len(c.nets) for c in configs)
     if is_checked:
-        try:
-            with _bar(options) as bar:
-                self_check(configs, dataset, mesh, bar.at)
-        except BaseException:  # a signal too
-            with contextlib.suppress(OSError):
-                out.rmdir()  # where it is new, and so empty
-            raise
+        _check(configs, dataset, mesh, out, options)
     with cli.advising(_how_to_resume(out, options)):
         sweep = Sweep.create(out, configs, _command()) if new else Sweep(out, configs)
-        callback: Any = cli.Terminal(
-            configs, options.quiet, process_0, board if process_0 else None
-        )
+        board = callbacks.TensorBoard(sweep) if options.tensorboard and process_0 else None
+        callback: Any = cli.Terminal(configs, options.quiet, process_0, board)
         skipped = "skipped (--skip-self-check)" if options.skip_self_check else "not made"
         about = ("passed" if is_checked else skipped, options.deterministic)
         try:
@@ -253,11 +247,36 @@ def _train(requested: list[Config], options: Options, finish: "Finish") -> int:
         finally:
             if board is not None:
                 board.close()
-        if process_0:
-            from jaxnorm.analysis import sweeps  # Matplotlib takes a second to load
-
-            finish(sweep, sweeps.runs_of(sweep, dataset), options.quiet)
+    if process_0:
+        _report(sweep, dataset, options, finish)
     return 0
+
+
+def _check(
+    configs: Sequence[Config],
+    dataset: "Dataset",
+    mesh: "MeshShape | None",
+    out: Path,
+    options: Options,
+) -> None:
+    """Checks the programs that will train; if they are wrong, a new run directory goes again."""
+    from jaxnorm.training.selfcheck import self_check
+
+    try:
+        with _bar(options) as bar:
+            self_check(configs, dataset, mesh, bar.at)
+    except BaseException:  # a signal too
+        with contextlib.suppress(OSError):
+            out.rmdir()  # if it is new, and so empty
+        raise
+
+
+def _report(sweep: "Sweep", dataset: "Dataset", options: Options, finish: "Finish") -> None:
+    """Makes the report of trained nets; whatever stops it, nothing that was trained is lost."""
+    with cli.reporting(_how_to_report(sweep)):
+        from jaxnorm.analysis import sweeps  # Matplotlib takes a second to load
+
+        finish(sweep, sweeps.runs_of(sweep, dataset), options.quiet)
 
 
 def _what_to_train(requested: list[Config], out: Path, options: Options) -> dict[str, Any]:
@@ -265,6 +284,10 @@ def _what_to_train(requested: list[Config], out: Path, options: Options) -> dict
     from jaxnorm.storage.directory import RunDirectory
     from jaxnorm.storage.sweep import Sweep
 
+    try:
+        importlib.import_module("matplotlib")
+    except (ImportError, ValueError) as error:  # not installed, or not with these settings
+        raise UserError(f"Matplotlib, which draws the report, does not start: {error}") from None
     if not options.resume:
         RunDirectory.check_unused(out)
         configs = [dataclasses.asdict(config) for config in requested]
@@ -308,8 +331,15 @@ def _load(config: Config, options: Options) -> "Dataset":
     from jaxnorm.data import datasets
 
     unverified, places = options.allow_unverified, (options.data_dir, options.archive)
-    with _bar(options) as bar:
-        return datasets.load(config.dataset, *places, allow_unverified=unverified, progress=bar.at)
+    try:
+        with _bar(options) as bar:
+            return datasets.load(
+                config.dataset, *places, allow_unverified=unverified, progress=bar.at
+            )
+    except UserError as error:
+        if options.resume and config.dataset.lower().endswith(".npz"):
+            error.add_note("if the file of the run is elsewhere now, give --dataset PATH")
+        raise
 
 
 def _bar(options: Options) -> contextlib.closing[cli.Bar]:
@@ -348,11 +378,34 @@ def report_tuning(sweep: "Sweep", runs: Sequence["Run"], quiet: bool) -> None:
 def _default_out(config: Config) -> Path:
     started = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     norm = config.norm.replace(":", ".")
-    return Path("runs") / f"{started}-{config.arch}-{norm}-{Path(config.dataset).stem}"
+    path = Path("runs") / f"{started}-{config.arch}-{norm}-{Path(config.dataset).stem}"
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([path], numbered) if not path.exists())
+
+
+def _made(out: Path, options: Options, config: Config) -> Path:
+    """Makes the folder of a new run; if nobody named it, one that no other run has taken."""
+    from jaxnorm.storage.directory import RunDirectory
+
+    if options.out:
+        return RunDirectory.create(out).path
+    out.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with contextlib.suppress(FileExistsError):  # another run began in the same second
+            (out := _default_out(config)).mkdir(mode=0o700)
+            return out
 
 
 def _command() -> str:
     return shlex.join([*cli.program(), *cli.arguments()])
+
+
+def _how_to_report(sweep: "Sweep") -> str:
+    """What to do if the report fails: of a sweep, resuming it makes the tables of all its runs."""
+    several = len(sweep.configs) > 1
+    command = [*cli.program(), "--resume"] if several else ["python", "-m", "jaxnorm.report"]
+    path = sweep.folder.path
+    return f"the nets are trained and safe in {path}: {shlex.join([*command, str(path)])} makes it"
 
 
 def _how_to_resume(out: Path | None, options: Options) -> str:

@@ -1,9 +1,11 @@
 """The command, as a user calls it: output, exit codes, and nothing left behind by a mistake."""
 
+import datetime
 import io
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,13 +13,15 @@ import pytest
 from helpers import SMALL, call
 
 import jaxnorm
-from jaxnorm import cli, run
-from jaxnorm.analysis import figures
-from jaxnorm.config import Config
+from jaxnorm import cli, report, run
+from jaxnorm.analysis import figures, sweeps
+from jaxnorm.config import Config, UserError, product
+from jaxnorm.data import cache
 from jaxnorm.data import datasets as data
 from jaxnorm.model import ops
 from jaxnorm.runs import environment, runner, signals
 from jaxnorm.storage.directory import RunDirectory
+from jaxnorm.storage.sweep import Sweep
 
 
 @pytest.mark.slow
@@ -98,6 +102,11 @@ def test_a_terminal_that_knows_no_signs_shows_others(monkeypatch):
         ("--out", "used/file"),
         ("--out", "used/file/in"),
         ("--out", "/proc/nowhere"),
+        ("--out", "gs://bucket/run"),
+        ("--out", "~nosuchuser/run"),
+        ("--resume", "s3://bucket/run"),
+        ("--data-dir", "~nosuchuser/tfds"),
+        ("--archive", "gs://bucket/cifar-10-binary.tar.gz"),
         ("--bogus",),
         ("stray",),
         ("--summary", "--norm", "group", "--groups", "5"),
@@ -123,7 +132,10 @@ def test_a_mistake_is_one_line_exit_code_2_and_leaves_nothing(inside, arguments,
     [
         (("--norm", "batch", "group"), "'group' belongs to no flag;"),
         (("norm=layer",), "'norm=layer' belongs to no flag;"),
-        (("--lr", "0.1"), "--lr"),
+        (("--lr", "0.1"), "there is no flag --lr (did you mean --learning-rate?);"),
+        (("--epoch=3",), "there is no flag --epoch (did you mean --epochs?);"),
+        (("--random_seed", "3"), "there is no flag --random_seed (did you mean --seed?);"),
+        (("--optimizer", "adam"), "there is no flag --optimizer;"),
     ],
 )
 def test_what_is_no_flag_is_told_where_the_flags_are(arguments, wrong, capsys):
@@ -138,6 +150,67 @@ def test_a_read_only_directory_is_refused(inside, capsys, monkeypatch):
     assert call("--dataset", "digits", "--out", "new/run") == 2
     assert "writable" in capsys.readouterr().err
     assert list(inside.iterdir()) == []
+
+
+def test_a_working_directory_that_is_gone_is_said(inside, monkeypatch, capsys):
+    (inside / "gone").mkdir()
+    monkeypatch.chdir(inside / "gone")
+    (inside / "gone").rmdir()
+    assert call("--dataset", "digits", "--out", inside / "x") == 2
+    assert capsys.readouterr().err.startswith("error: the working directory is gone: ")
+
+
+def test_the_home_folder_is_meant_by_a_tilde_in_every_path(
+    inside, tiny_by_name, sweep, monkeypatch, capsys
+):
+    monkeypatch.setenv("HOME", str(inside))
+    path = sweep("made").path
+    assert call("--out=~/made", "--dataset", "digits") == 2
+    assert f"--out {path} is already used" in capsys.readouterr().err
+    assert call("--resume=~/made", "--summary") == 0
+    monkeypatch.setattr(figures, "FIGURES", ())
+    assert cli.run(report.app, ["~/made", "~/made", "--out", "~/page.html"]) == 0
+    assert (inside / "page.html").exists()
+    with pytest.raises(UserError, match="has no checkpoint of layer norm, seed 1"):
+        jaxnorm.load_model("~/made", "layer", 1)
+
+
+def test_the_cache_is_left_out_where_the_user_has_no_home(monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setattr(cache, "default_cache_dir", lambda: None)
+    before = jax.config.jax_compilation_cache_dir
+    run._prepare_jax(run.Options())
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_a_variable_that_jax_does_not_take_is_named(inside, monkeypatch, capsys):
+    def refuse(_):
+        raise ValueError('Invalid value "many" for JAX flag jax_num_cpu_devices')
+
+    monkeypatch.setattr(run, "_prepare_jax", refuse)
+    assert call("--dataset", "digits") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: JAX does not take the environment: Invalid value")
+    assert error.count("\n") == 1
+
+
+def test_runs_that_begin_in_one_second_have_folders_of_their_own(
+    inside, tiny_by_name, monkeypatch, capsys
+):
+    now = SimpleNamespace(now=lambda: datetime.datetime(2026, 1, 2, 3, 4, 5))
+    monkeypatch.setattr(run, "datetime", SimpleNamespace(datetime=now))
+
+    def stop(sweep, *_):
+        sweep.folder.write_text("begun", "")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runner, "run", stop)
+    for _ in range(3):
+        assert call(*SMALL, "--skip-self-check") == 1
+    name = "20260102-030405-three-layers-layer-tiny"
+    assert f"--resume runs/{name}-3" in capsys.readouterr().err
+    made = sorted(path.name for path in (inside / "runs").iterdir())
+    assert made == [name, f"{name}-2", f"{name}-3"]
 
 
 EVERY_FIGURE = figures.FIGURES
@@ -250,6 +323,46 @@ def test_what_happens_to_a_run_has_its_exit_code(
     assert text in printed
     assert "resume it with: python -m jaxnorm.run --resume x" in printed
     assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (RuntimeError("latex could not be found"), 1, "RuntimeError: latex could not be found"),
+        (UserError("examples.npz is damaged"), 1, "(examples.npz is damaged)"),
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (signals.Stopped(15), 143, "terminated"),
+    ],
+)
+def test_a_report_that_fails_after_training_looks_like_no_lost_run(
+    inside, tiny_by_name, monkeypatch, capsys, error, code, text
+):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(runner, "run", lambda sweep, *_: sweep.folder.write_text("run.json", ""))
+    monkeypatch.setattr(sweeps, "runs_of", fail)
+    assert call(*SMALL, "--skip-self-check", "--out", "a run") == code
+    printed = capsys.readouterr().err
+    assert text in printed
+    way_on = "the nets are trained and safe in a run: python -m jaxnorm.report 'a run' makes it\n"
+    assert printed.endswith(way_on)
+    assert "--resume" not in printed
+    assert printed.count("\n") == 1
+
+
+def test_how_to_report_a_sweep_makes_its_table(inside):
+    hint = run._how_to_report(Sweep("s", product({}, {"batch_size": (35, 70)})))
+    assert hint.endswith("python -m jaxnorm.run --resume s makes it")
+
+
+def test_where_matplotlib_does_not_start_nothing_is_trained(
+    inside, tiny_by_name, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert call(*SMALL) == 2
+    assert "Matplotlib, which draws the report, does not start" in capsys.readouterr().err
+    assert list(inside.iterdir()) == []
 
 
 def test_a_wrong_operator_stops_it_unless_the_check_is_skipped(

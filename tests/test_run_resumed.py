@@ -3,11 +3,12 @@
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import SMALL, call
 
 from jaxnorm import run
-from jaxnorm.analysis import sweeps
+from jaxnorm.analysis import figures, sweeps
 from jaxnorm.analysis.results import Run
 from jaxnorm.runs import runner, signals
 from jaxnorm.storage.directory import RunDirectory
@@ -67,6 +68,49 @@ def test_summary_shows_the_nets_of_the_run(inside, tiny_by_name, sweep, capsys):
     assert ["total", "47,440"] in [[row[0], row[-1]] for row in rows]
     assert call("--resume", "x", "--summary", "--arch", "matched") == 2
     assert "--arch matched conflicts with the run in x" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["run.json", "checkpoints", ""])
+def test_a_part_of_a_run_stands_for_the_run(inside, tiny_by_name, sweep, part, capsys):
+    sweep("checkpoints", norm="group", arch="matched")
+    assert call("--resume", Path("checkpoints") / part, "--summary") == 0
+    assert "total" in capsys.readouterr().out
+    assert call("--resume", Path("checkpoints") / part, "--momentum", "0.8") == 2
+    assert "conflicts with the run in checkpoints, which has 0.9" in capsys.readouterr().err
+
+
+def test_the_file_of_data_may_lie_elsewhere_when_a_run_resumes(inside, tiny, monkeypatch, capsys):
+    names = ("train_images", "train_labels", "test_images", "test_labels", "class_names")
+    arrays = {name: getattr(tiny, name) for name in names}
+    np.savez("tiny.npz", **arrays)
+    np.savez("other.npz", **{**arrays, "test_images": tiny.test_images[::-1]})
+    monkeypatch.setattr(figures, "FIGURES", ())
+    small = ("--dataset", "tiny.npz", *SMALL[2:], "--skip-self-check", "--out", "x")
+    assert call(*small) == 0
+    (inside / "x" / "metrics.jsonl").write_text("")
+    (inside / "elsewhere").mkdir()
+    monkeypatch.chdir(inside / "elsewhere")
+    capsys.readouterr()
+    resume = ("--resume", "../x", "--skip-self-check", "--quiet")
+    assert call(*resume) == 2
+    assert "no such file; if the file of the run is elsewhere" in capsys.readouterr().err
+    assert call(*resume, "--dataset", "../other.npz") == 2
+    assert "the data found is not what ../x was trained on" in capsys.readouterr().err
+    assert call(*resume, "--dataset", "../tiny.npz") == 0
+    assert len(RunDirectory("../x").epochs()) == 1
+
+
+def test_tensorboard_gets_the_epochs_that_were_trained_without_it(
+    inside, tiny_by_name, sweep, monkeypatch
+):
+    sweep("x", norm="group,layer", seeds=1)
+    monkeypatch.setattr(runner, "measure_rest", lambda *_: None)
+    assert call("--resume", "x", "--tensorboard", "--quiet") == 0
+    for net in ("group-1", "layer-1"):
+        (file,) = (inside / "x" / "tensorboard" / net).iterdir()
+        size = file.stat().st_size
+        assert call("--resume", "x", "--tensorboard", "--quiet") == 0
+        assert [path.stat().st_size for path in file.parent.iterdir()] == [size]  # once
 
 
 def test_resume_warns_of_what_is_damaged(inside, tiny_by_name, capsys):

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jaxnorm.config import SWEPT, Config, UserError, typed, value_text
+from jaxnorm.config import SWEPT, Config, UserError, local_path, typed, value_text
 from jaxnorm.storage.directory import RunDirectory
 
 _FILE = "sweep.json"
@@ -39,6 +39,14 @@ def name_of(config: Config) -> str:
     return "-".join(f"{name}-{value_text(value)}" for name, value in values.items() if value)
 
 
+def folder_of(path: Path | str) -> Path:
+    """The folder of a run or sweep; its `run.json`, `sweep.json` or `checkpoints` stands for it."""
+    path, records = local_path(path), ("run.json", _FILE)
+    if any((path / name).exists() for name in records):
+        return path
+    return path.parent if path.name in (*records, "checkpoints") else path
+
+
 class Sweep:
     """The runs in a folder: `directories[i]` holds the run of `configs[i]`."""
 
@@ -59,10 +67,10 @@ class Sweep:
     @classmethod
     def open(cls, path: Path | str) -> "Sweep":
         """Opens a sweep, or a run; raises `UserError` where it is neither."""
-        folder = RunDirectory(path)
+        folder = RunDirectory(folder_of(path))
         if folder.path_of(_FILE).exists():
-            return cls(path, folder.read_json(_FILE, SweepInfo).runs)
-        return cls(path, [folder.info().config])
+            return cls(folder.path, folder.read_json(_FILE, SweepInfo).runs)
+        return cls(folder.path, [folder.info().config])
 
     def finished(self) -> set[tuple[int, str, int]]:
         """The nets that are at their last epoch: the number of their run, their norm and seed."""
