@@ -207,6 +207,7 @@ class Config:
     allow_large: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dataset", valid_text(self.dataset))
         of_digits = DIGITS[self.recipe] if self.dataset == "digits" else {}
         for name, default in {**RECIPES[self.recipe], **of_digits}.items():
             if getattr(self, name) is None:
@@ -270,6 +271,18 @@ class Config:
     def steps(self, train_count: int) -> int:
         """Batches in an epoch, a ragged last one included, where there are so many images."""
         return math.ceil((train_count - self.validation) / self.batch_size)
+
+
+def valid_text(text: str) -> str:
+    r"""Returns text that UTF-8 can encode: a byte of a file's name that is not UTF-8, which Python
+    holds as a lone surrogate, is spelled out as in "caf\udce9.npz".
+    """
+    return text.encode(errors="backslashreplace").decode()
+
+
+def names_a_file(dataset: str) -> bool:
+    """Whether the setting `dataset` is the path of an .npz file, and not a name."""
+    return dataset.lower().endswith(".npz")
 
 
 def differing(configs: Sequence[Config]) -> list[str]:

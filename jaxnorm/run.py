@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 from cyclopts import App, Group, Parameter
 
 from jaxnorm import cli
-from jaxnorm.config import SWEPT, Config, UserError, product
+from jaxnorm.config import SWEPT, Config, UserError, product, valid_text
 
 if TYPE_CHECKING:
     from jaxnorm.analysis.results import Run
@@ -397,7 +397,7 @@ def _made(out: Path, options: Options, config: Config) -> Path:
 
 
 def _command() -> str:
-    return shlex.join([*cli.program(), *cli.arguments()])
+    return valid_text(shlex.join([*cli.program(), *cli.arguments()]))
 
 
 def _how_to_report(sweep: "Sweep") -> str:

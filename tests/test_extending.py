@@ -56,7 +56,7 @@ def test_an_own_norm_net_and_data_go_through_run_resume_and_report(
     with monkeypatch.context() as patch:
         patch.setattr(figures, "FIGURES", (figures.together,))  # the report below draws them all
         assert call(run.app, *flags, "--epochs", "1", "--out", out) == 0
-        moved = path.rename(scratch / "moved.npz")
+        moved = path.rename(scratch / "caf\udce9.npz")  # no UTF-8
         resume = ("--resume", out, "--epochs", "2", "--skip-self-check")
         assert call(run.app, *resume) == call(run.app, *resume, "--dataset", "digits") == 2
         missing, other = capsys.readouterr().err.splitlines()
@@ -74,7 +74,7 @@ def test_an_own_norm_net_and_data_go_through_run_resume_and_report(
         text = (out / name).read_text()
         assert "own" in text
         assert "OwnNorm" in text
-        assert "mine" in text
+        assert r"the file caf\udce9.npz" in text.replace("\\\\", "\\")
         assert "three-layers nets" in text
 
 
@@ -230,30 +230,20 @@ def test_a_norm_that_is_not_finite_is_not_taken_for_a_wrong_machine(own_data, sc
     assert not (scratch / "x").exists()
 
 
-def test_a_wrong_file_is_one_line_that_says_what_is_expected(own_data, capsys):
+def test_a_wrong_file_is_one_line_and_makes_and_runs_nothing(own_data, scratch, capsys):
     path, arrays = own_data
     wrong = {
-        "train_images": arrays["train_images"][:, :28],
-        "test_images": arrays["test_images"] / 255,
-        "train_labels": arrays["train_labels"][:3],
-        "test_labels": arrays["test_labels"] + 1,
-        "class_names": np.array([Evil(path.parent / "evil")], object),
+        "test_images": (arrays["test_images"] / 255, "np.round(test_images * 255)"),
+        "class_names": (np.array(["a", "b", "c", "\ud800"]), "is no valid text"),
+        "train_images": (np.array([Evil(scratch / "evil")], object), "holds Python objects"),
     }
-    for name, values in wrong.items():
+    for name, (values, message) in wrong.items():
         np.savez(path, **{**arrays, name: values})
-        assert call(run.app, "--dataset", path, "--batch-size", "7") == 2
+        assert call(run.app, "--dataset", path, "--batch-size", "7", "--out", scratch / "x") == 2
         error = capsys.readouterr().err
-        assert "must hold train_images and test_images u8[N, 32, 32, 3]" in error
+        assert message in error
         assert error.count("\n") == 1
-    assert not (path.parent / "evil").exists()
-    np.savez(path, **{**arrays, "train_labels": arrays["train_labels"] - 1})
-    assert call(run.app, "--dataset", path) == 2
-    assert "a label is none of its 4 classes" in capsys.readouterr().err
-    del arrays["class_names"]
-    np.savez(path, **arrays)
-    assert call(run.app, "--dataset", path) == 2
-    path.write_bytes(b"rubbish")
-    assert call(run.app, "--dataset", path) == 2
+    assert list(scratch.iterdir()) == [path]
 
 
 @pytest.mark.slow
@@ -289,14 +279,6 @@ def test_a_new_setting_of_a_sweep_is_one_entry(own_data, scratch):
         for page in ("report.md", "report.html"):
             assert name in (scratch / "s" / name / page).read_text()
     assert (losses[0] != losses[1]).all()
-
-
-@pytest.mark.parametrize("names", [[b"a", b"b", b"c", b"d"], [7, 8, 9, 10]])
-def test_class_names_may_be_bytes_or_numbers(own_data, names):
-    path, arrays = own_data
-    np.savez(path, **{**arrays, "class_names": np.array(names)})
-    wanted = ("a", "b", "c", "d") if isinstance(names[0], bytes) else ("7", "8", "9", "10")
-    assert datasets.load(str(path)).class_names == wanted
 
 
 def test_a_new_data_set_is_one_entry(tiny, monkeypatch):

@@ -347,7 +347,7 @@ def layers(config: Config, num_classes: int, totals: Mapping[str, int] | None = 
 def facts(run: Run) -> Table:
     """Settings, versions, device, data and the command: what is needed to repeat the run."""
     info, config, data, began = run.info, run.info.config, run.info.dataset, run.info.environment
-    verified = {True: "yes, by its checksum", False: "no", None: "not known: somebody prepared it"}
+    verified = {True: "yes, by its checksum", False: "no", None: "not known"}
     images = f"{data.train_count:,} training and {data.test_count:,} test images"
     spent = [epoch for net in run.epochs.values() for epoch in net]
     seconds = sum(epoch.train_seconds + epoch.test_seconds for epoch in spent)

@@ -1,10 +1,12 @@
 """A dataset's name to uint8 arrays.
 
-`load` reads CIFAR-10 through TFDS (array_record, no TensorFlow), scikit-learn's digits, any TFDS
-dataset that is already prepared and has 32x32x3 images and one label, or an .npz file. A data set
-that TFDS has prepared, or an .npz file, needs no code. A new source is one more entry in `SOURCES`.
+`load` reads CIFAR-10 through TFDS (without TensorFlow), scikit-learn's digits, any TFDS dataset
+that is already prepared and has 32x32x3 images and one label, or an .npz file. A data set that TFDS
+has prepared, or an .npz file, needs no code. A new source is one more entry in `SOURCES`.
 """
 
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxnorm.config import UserError
-from jaxnorm.data import cifar10, prepared
+from jaxnorm.config import UserError, names_a_file, valid_text
+from jaxnorm.data import cifar10, npz, prepared
 from jaxnorm.data.cache import (
     content_fingerprint,
     default_cache_dir,
@@ -29,17 +31,19 @@ KNOWN_CONTENT = {"195a5f68901b5f7e2da7cba93ab205c0a7466dc0865da2e67b8b4d0bb13ed1
 """Labels of contents that are known not to be the official ones, by fingerprint: here CIFAR-10
 recompressed as JPEG of quality 75.
 """
-_FIELDS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dataset:
     """Images and labels in memory, and all that is known of where they came from.
 
-    `fingerprint` is the SHA-256 of the arrays' content. `verified` is True for data whose checksum
-    is the official one or that ships with a package, False for data let in by allow_unverified,
-    None for a directory that somebody else prepared, or may write to. `mean` and `deviation` are
-    per channel, of images scaled to [0, 1].
+    `name` is what `load` was given, or the name of the file. `fingerprint` is a SHA-256 of the
+    arrays and, if the classes are named by the data and not by this package, as those of CIFAR-10
+    and of the digits are, of their names in order. `verified` is True for data whose checksum is
+    the official one or that ships with a package, False for data let in by allow_unverified, None
+    for a file, and for a directory that somebody else prepared, or may write to. `mean` and
+    `deviation` are per channel, of images scaled to [0, 1]. `label` says what is known of the
+    content.
     """
 
     name: str
@@ -53,15 +57,21 @@ class Dataset:
     verified: bool | None
     mean: tuple[float, float, float]
     deviation: tuple[float, float, float]
+    label: str = ""
+
+    def __repr__(self) -> str:
+        counts = f"{len(self.train_labels):,} training and {len(self.test_labels):,} test images"
+        return f"<Dataset {self.name}: {counts}, {len(self.class_names)} classes; {self.caption}>"
 
     @property
     def caption(self) -> str:
-        """What every figure and table says of the data: its name, its label if it has one, and
-        "unverified data" where it is.
+        """What every figure and table says of the data: its name, or that it is a file; its label;
+        and "unverified data" or "origin not known" if it is so.
         """
-        unverified = "unverified data" if self.verified is False else ""
-        parts = [self.name, KNOWN_CONTENT.get(self.fingerprint, ""), unverified]
-        return ", ".join(filter(None, parts))
+        if names_a_file(self.name):
+            return ", ".join(filter(None, [f"the file {self.name}", self.label]))
+        origin = {True: "", False: "unverified data", None: "origin not known"}[self.verified]
+        return ", ".join(filter(None, [self.name, self.label, origin]))
 
     def statistics(self, rows: np.ndarray) -> tuple[Any, Any]:
         """Mean and deviation of the training images of these rows alone: held-out images have no
@@ -81,10 +91,11 @@ def load(
     cache_dir: Path | str | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Dataset:
-    """Loads a dataset by name.
+    """Returns the dataset of a name.
 
     name: "cifar10", "digits", a prepared TFDS dataset, or an .npz file with `train_images` and
-    `test_images` u8[N, 32, 32, 3], `train_labels`, `test_labels` and `class_names`.
+    `test_images` u8[N, 32, 32, 3], `train_labels` and `test_labels` (or Keras's `x_train`,
+    `x_test`, `y_train` and `y_test`), and `class_names` if the classes have any.
     data_dir: where TFDS datasets lie. archive: an official CIFAR-10 archive, a path or an address,
     or the folder that the Python one was unpacked to, to import first. Raises `UserError`.
     """
@@ -92,19 +103,20 @@ def load(
         raise UserError(f"archive= holds CIFAR-10, not {name}: leave out one of the two")
     if name in SOURCES:
         return SOURCES[name]()
-    if name.endswith(".npz"):
-        return _from_file(Path(name).expanduser())
+    if names_a_file(name):
+        return _from_file(name)
     directory = Path(data_dir).expanduser() if data_dir else default_data_dir()
     cache = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     if name != "cifar10":
-        decoded = prepared.read(name, prepared.find(name, directory), cache, progress)
+        folder = prepared.find(name, directory)
+        decoded = prepared.read(name, folder, cache, progress)
         return _dataset(name, *decoded, "a prepared TFDS directory", None)
     downloads = cache and cache / "downloads"
     folder = cifar10.find_or_import(directory, archive, allow_unverified, downloads, progress)
     decoded = prepared.read(name, folder, cache, progress)
     (_, labels, _, test_labels), class_names, _ = decoded
-    if (len(labels), len(test_labels), len(class_names)) != (*CIFAR10_COUNTS, 10):
-        raise UserError(f"{folder} is not CIFAR-10: it has other counts of images or classes")
+    if (len(labels), len(test_labels)) != CIFAR10_COUNTS or class_names != cifar10.CLASSES:
+        raise UserError(f"{folder} is not CIFAR-10: it has other counts of images or other classes")
     origin = cifar10.read_origin(folder) if only_ours(folder) else None
     source = origin.source if origin else "a prepared TFDS directory"
     return _dataset(name, *decoded, source, origin.verified if origin else None)
@@ -148,16 +160,30 @@ def _dataset(
     name: str,
     arrays: list[np.ndarray],
     class_names: tuple[str, ...],
-    fingerprint: str,
+    content: str,
     source: str,
     verified: bool | None,
 ) -> Dataset:
+    """A dataset of these arrays, whose fingerprint is `content`."""
     mean, deviation = CIFAR10_MEAN, CIFAR10_DEVIATION
     if name != "cifar10":
         mean, deviation = channel_statistics(arrays[0])
+    own_names = name != "cifar10" and name not in SOURCES
     images, labels, *test = arrays
-    details = (class_names, fingerprint, source, verified, mean, deviation)
-    return Dataset(name, images, labels, test[0], test[1], *details)
+    return Dataset(
+        name,
+        images,
+        labels,
+        test[0],
+        test[1],
+        class_names,
+        content_fingerprint([np.array([content, *class_names])]) if own_names else content,
+        source,
+        verified,
+        mean,
+        deviation,
+        KNOWN_CONTENT.get(content, ""),
+    )
 
 
 def _digits() -> Dataset:
@@ -181,31 +207,15 @@ SOURCES: dict[str, Callable[[], Dataset]] = {"digits": _digits}
 """Data sets that need no file of the user's, by name."""
 
 
-def _from_file(path: Path) -> Dataset:
-    """A data set of the user's own; raises `UserError` where the file holds anything else."""
-    wanted = (
-        f"dataset={path} must hold train_images and test_images u8[N, 32, 32, 3], train_labels and "
-        "test_labels (whole numbers) and class_names (text)"
-    )
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = [stored[field] for field in _FIELDS]
-            names = stored["class_names"]
-            class_names = tuple(n.decode() if isinstance(n, bytes) else str(n) for n in names)
-    except FileNotFoundError:
-        raise UserError(f"dataset={path}: there is no such file") from None
-    except KeyError as error:
-        raise UserError(f"{wanted}: {error.args[0]}") from None
-    except Exception as error:  # a damaged file can fail in any way
-        raise UserError(f"{wanted}: it cannot be read ({type(error).__name__})") from None
-    for images, labels in (arrays[:2], arrays[2:]):
-        fits = images.dtype == np.uint8 and images.shape[1:] == (32, 32, 3)
-        fits &= labels.dtype.kind in "iu" and labels.shape == images.shape[:1] and len(labels) > 0
-        if not fits:
-            types = (f"{array.dtype}{list(array.shape)}" for array in (images, labels))
-            raise UserError(f"{wanted}; it holds {' and '.join(types)}")
-        if labels.min() < 0 or labels.max() >= len(class_names):
-            raise UserError(f"{wanted}: a label is none of its {len(class_names)} classes")
-    arrays[1::2] = [labels.astype(np.int32) for labels in arrays[1::2]]
-    fingerprint = content_fingerprint(arrays)
-    return _dataset(path.stem, arrays, class_names, fingerprint, f"the file {path.name}", None)
+def _from_file(name: str) -> Dataset:
+    """A data set of the user's own, whose path may be as `valid_text` spells it in the records of a
+    run; raises `UserError`.
+    """
+    path = Path(name).expanduser()
+    if not os.path.exists(path):
+        spelled = re.sub(r"\\u(dc[0-9a-f]{2})", lambda match: chr(int(match[1], 16)), str(path))
+        path = Path(spelled) if os.path.exists(spelled) else path
+    arrays, class_names, unused = npz.read(path)
+    source = f"{path} (not used: {', '.join(unused)})" if unused else str(path)
+    content = content_fingerprint(arrays)
+    return _dataset(valid_text(path.name), arrays, class_names, content, valid_text(source), None)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxnorm.config import Config, Net, UserError
+from jaxnorm.config import Config, Net, UserError, names_a_file
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.model import arithmetic, fingerprint
 from jaxnorm.runs import environment, multihost
@@ -101,8 +101,11 @@ def _begin(
     check_grown(info.config, config, directory.path)
     check_sources(info, directory.path, config.norms)
     if now.dataset.fingerprint != info.dataset.fingerprint:
+        what = "data"
+        if now.dataset.class_names != info.dataset.class_names:
+            what = "data, whose classes have other names or another order,"
         raise UserError(
-            f"the data found is not what {directory.path} was trained on: give its data_dir=, or "
+            f"the {what} found is not what {directory.path} was trained on: give its data_dir=, or "
             "the dataset= file that it had"
         )
     directory.remove_half_written()
@@ -132,7 +135,7 @@ def check_grown(old: Config, new: Config, path: Path) -> None:
     """
     for field in dataclasses.fields(Config):
         before, now = getattr(old, field.name), getattr(new, field.name)
-        if field.name == "dataset" and before.endswith(".npz") and now.endswith(".npz"):
+        if field.name == "dataset" and names_a_file(before) and names_a_file(now):
             continue
         lengthens = field.name == "epochs" and old.schedule == "constant"
         grows = lengthens or field.name == "seeds"
