@@ -132,6 +132,9 @@ class Config:
     dataset
         "cifar10", "digits" (ships with scikit-learn, needs no download), a prepared TFDS dataset
         of 32x32x3 images, or your own .npz file of arrays.
+    test_split
+        The split of a prepared TFDS dataset on which nets are tested, for a dataset that has no
+        split called test. Other datasets have only one test set.
     epochs
         Passes over the training set.
     batch_size
@@ -205,6 +208,7 @@ class Config:
     validation: Count = 0
     precision: Precision = "float32"
     allow_large: bool = False
+    test_split: str = "test"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dataset", valid_text(self.dataset))
@@ -214,6 +218,7 @@ class Config:
                 object.__setattr__(self, name, default)
         norm = r"[\w.]+(:\w+)?"
         names = {"norm": rf"{norm}(,{norm})*", "arch": r"[\w-]+", "dataset": r"\S(.*\S)?"}
+        names["test_split"] = r"\w[\w.-]*"
         for name, pattern in names.items():
             if not re.fullmatch(pattern, value := getattr(self, name), re.DOTALL):
                 several = ", or several with commas alone between them" if name == "norm" else ""

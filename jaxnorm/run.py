@@ -334,7 +334,11 @@ def _load(config: Config, options: Options) -> "Dataset":
     try:
         with _bar(options) as bar:
             return datasets.load(
-                config.dataset, *places, allow_unverified=unverified, progress=bar.at
+                config.dataset,
+                *places,
+                allow_unverified=unverified,
+                test_split=config.test_split,
+                progress=bar.at,
             )
     except UserError as error:
         if options.resume and config.dataset.lower().endswith(".npz"):

@@ -60,6 +60,8 @@ def test_a_wrong_learning_rate_of_one_norm_is_named():
         ("validation", -1),
         ("dataset", ""),
         ("dataset", " cifar10"),
+        ("test_split", ""),
+        ("test_split", "../x"),
     ],
 )
 def test_a_wrong_value_is_refused_in_one_line_that_names_the_setting(field, value):

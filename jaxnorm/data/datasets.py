@@ -57,6 +57,7 @@ class Dataset:
     verified: bool | None
     mean: tuple[float, float, float]
     deviation: tuple[float, float, float]
+    test_split: str = "test"
     label: str = ""
 
     def __repr__(self) -> str:
@@ -66,12 +67,13 @@ class Dataset:
     @property
     def caption(self) -> str:
         """What every figure and table says of the data: its name, or that it is a file; its label;
-        and "unverified data" or "origin not known" if it is so.
+        a test split of another name; and "unverified data" or "origin not known" if it is so.
         """
         if names_a_file(self.name):
             return ", ".join(filter(None, [f"the file {self.name}", self.label]))
         origin = {True: "", False: "unverified data", None: "origin not known"}[self.verified]
-        return ", ".join(filter(None, [self.name, self.label, origin]))
+        split = "" if self.test_split == "test" else f"tested on {self.test_split}"
+        return ", ".join(filter(None, [self.name, self.label, split, origin]))
 
     def statistics(self, rows: np.ndarray) -> tuple[Any, Any]:
         """Mean and deviation of the training images of these rows alone: held-out images have no
@@ -88,6 +90,7 @@ def load(
     archive: str | None = None,
     *,
     allow_unverified: bool = False,
+    test_split: str = "test",
     cache_dir: Path | str | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Dataset:
@@ -97,10 +100,18 @@ def load(
     `test_images` u8[N, 32, 32, 3], `train_labels` and `test_labels` (or Keras's `x_train`,
     `x_test`, `y_train` and `y_test`), and `class_names` if the classes have any.
     data_dir: where TFDS datasets lie. archive: an official CIFAR-10 archive, a path or an address,
-    or the folder that the Python one was unpacked to, to import first. Raises `UserError`.
+    or the folder that the Python one was unpacked to, to import first. test_split: the split of a
+    prepared TFDS dataset to test on. Raises `UserError`.
     """
     if archive and name != "cifar10":
         raise UserError(f"archive= holds CIFAR-10, not {name}: leave out one of the two")
+    if test_split != "test" and (name == "cifar10" or name in SOURCES or names_a_file(name)):
+        raise UserError(
+            f"test_split={test_split} conflicts with dataset={name}, which has one test set: only "
+            "a prepared TFDS dataset has splits to choose from"
+        )
+    if test_split == "train":
+        raise UserError("test_split=train is wrong: it is the split that nets are trained on")
     if name in SOURCES:
         return SOURCES[name]()
     if names_a_file(name):
@@ -109,11 +120,11 @@ def load(
     cache = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     if name != "cifar10":
         folder = prepared.find(name, directory)
-        decoded = prepared.read(name, folder, cache, progress)
-        return _dataset(name, *decoded, "a prepared TFDS directory", None)
+        decoded = prepared.read(name, folder, test_split, cache, progress)
+        return _dataset(name, *decoded, "a prepared TFDS directory", None, test_split)
     downloads = cache and cache / "downloads"
     folder = cifar10.find_or_import(directory, archive, allow_unverified, downloads, progress)
-    decoded = prepared.read(name, folder, cache, progress)
+    decoded = prepared.read(name, folder, test_split, cache, progress)
     (_, labels, _, test_labels), class_names, _ = decoded
     if (len(labels), len(test_labels)) != CIFAR10_COUNTS or class_names != cifar10.CLASSES:
         raise UserError(f"{folder} is not CIFAR-10: it has other counts of images or other classes")
@@ -163,6 +174,7 @@ def _dataset(
     content: str,
     source: str,
     verified: bool | None,
+    test_split: str = "test",
 ) -> Dataset:
     """A dataset of these arrays, whose fingerprint is `content`."""
     mean, deviation = CIFAR10_MEAN, CIFAR10_DEVIATION
@@ -182,6 +194,7 @@ def _dataset(
         verified,
         mean,
         deviation,
+        test_split,
         KNOWN_CONTENT.get(content, ""),
     )
 

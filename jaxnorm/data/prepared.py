@@ -1,14 +1,20 @@
-"""Reads, without TensorFlow, a dataset that TFDS or our own import prepared as array_record."""
+"""Reads, without TensorFlow, a dataset that TFDS or our own import prepared as array_record or as
+tfrecord.
+"""
 
+import difflib
 import json
 import logging
+import os
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxnorm.config import UserError
+from jaxnorm.data import tfrecord
 from jaxnorm.data.cache import content_fingerprint, files_fingerprint, read_arrays, write_arrays
 from jaxnorm.data.download import Progress
 
@@ -19,7 +25,10 @@ BLOCK = 500
 
 
 def find(name: str, directory: Path) -> Path:
-    """DIRECTORY/name[/config]/version, the newest version; name may end in `:version`."""
+    """Returns DIRECTORY/name[/config]/version, the newest version; name may end in `:version`.
+
+    Raises `UserError` if there is none, which says what the user may have meant.
+    """
     if re.fullmatch(r"\w+(/[\w.-]+)?(:\d+\.\d+\.\d+)?", name):
         base, _, version = name.partition(":")
         notes = (directory / base).glob(f"{version or '*.*.*'}/dataset_info.json")
@@ -27,49 +36,47 @@ def find(name: str, directory: Path) -> Path:
             return max(versions, key=lambda path: list(map(int, re.findall(r"\d+", path.name))))
     folders = [note.parent.parent for note in directory.glob("**/dataset_info.json")]
     known = sorted({path.relative_to(directory).as_posix() for path in folders} - {"."})
-    prepared = f"; prepared there: {', '.join(known)}" if known else ""
-    raise UserError(
-        f"dataset={name} is neither cifar10 nor digits, and no TFDS dataset of that name is "
-        f"prepared in {directory}{prepared}"
-    )
+    text = f"dataset={name} is neither cifar10 nor digits"
+    if os.path.isdir(os.path.expanduser(name)):
+        text = f"dataset={name} is a folder"
+    elif os.path.isfile(os.path.expanduser(name)):
+        text = f"dataset={name} is no .npz file"
+    text += f", and no TFDS dataset of that name is prepared in {directory}"
+    text += f", where there is {', '.join(known)}" if known else ""
+    if meant := difflib.get_close_matches(name.lower(), ["cifar10", "digits", *known], n=1):
+        text += f" (did you mean {meant[0]}?)"
+    raise UserError(f"{text}; of your own data an .npz file is read, as np.savez writes it")
 
 
-def read(name: str, folder: Path, cache: Path | None, progress: Progress) -> Decoded:
+def read(
+    name: str, folder: Path, test_split: str, cache: Path | None, progress: Progress
+) -> Decoded:
     """Reads a prepared dataset, through the cache if there is one; raises `UserError`."""
     if cache is None:
-        return decode(name, folder, progress)
-    cached = cache / "decoded" / f"{files_fingerprint(folder)}.npys"
+        return decode(name, folder, test_split, progress)
+    other = "" if test_split == "test" else f"-{test_split}"
+    cached = cache / "decoded" / f"{files_fingerprint(folder)}{other}.npys"
     if (decoded := read_arrays(cached)) is None:
-        decoded = decode(name, folder, progress)
+        decoded = decode(name, folder, test_split, progress)
         write_arrays(cached, *decoded)
     return decoded
 
 
-def decode(name: str, folder: Path, progress: Progress) -> Decoded:
-    """Decodes every image of a prepared dataset, in the order of its files."""
-    import tensorflow_datasets as tfds
-
-    logging.getLogger("absl").setLevel(logging.ERROR)  # it advises OpenCV
-    try:
-        json.loads((folder / "features.json").read_text(), object_pairs_hook=_check_feature)
-        builder: Any = tfds.builder_from_directory(str(folder))
-        splits, features = builder.info.splits, builder.info.features
-        shapes = {key: tuple(feature.shape) for key, feature in features.items()}
-        kind = tfds.features.ClassLabel
-        labels = [key for key, feature in features.items() if isinstance(feature, kind)]
-    except Exception as error:  # TFDS raises many kinds; what is wrong is the directory
-        raise UserError(f"{folder} is not a dataset that TFDS can read: {_line(error)}") from None
-    if shapes.get("image") != (32, 32, 3) or not labels or not {"train", "test"} <= set(splits):
+def decode(name: str, folder: Path, test_split: str, progress: Progress) -> Decoded:
+    """Decodes every image of two splits of a prepared dataset, in the order of its files."""
+    builder = _builder(folder)
+    info = builder.info
+    label, names = _label(name, info)
+    both, arrays, done = ("train", test_split), [], 0
+    if missing := [split for split in both if split not in info.splits]:
         raise UserError(
-            f"dataset={name} does not fit: it needs 32x32x3 images, one label, and train and "
-            f"test splits; it has {shapes}"
+            f"dataset={name} has no split called {missing[0]}: it has {', '.join(info.splits)}; "
+            "nets are trained on train, and test_split=NAME chooses another to test them on"
         )
-    label = "label" if "label" in labels else labels[-1]
-    names, arrays, done = tuple(features[label].names), [], 0
-    total = sum(splits[split].num_examples for split in ("train", "test"))
+    total = sum(info.splits[split].num_examples for split in both)
     try:
-        for split in ("train", "test"):
-            source: Any = builder.as_data_source(split)
+        for split in both:
+            source = _examples(builder, split)
             images = np.empty((len(source), 32, 32, 3), np.uint8)
             numbers = np.empty(len(source), np.int32)
             for first in range(0, len(source), BLOCK):
@@ -82,10 +89,53 @@ def decode(name: str, folder: Path, progress: Progress) -> Decoded:
                 raise ValueError(f"a split is empty, or a label none of its {len(names)} classes")
             arrays += [images, numbers]
     except Exception as error:
-        raise UserError(
-            f"{folder} cannot be read (it must be prepared as array_record): {_line(error)}"
-        ) from None
+        raise UserError(f"{folder} cannot be read: {_line(error)}") from None
     return arrays, names, content_fingerprint(arrays)
+
+
+def _builder(folder: Path) -> Any:
+    """TFDS's view of a prepared dataset; raises `UserError`."""
+    import tensorflow_datasets as tfds
+
+    logging.getLogger("absl").setLevel(logging.ERROR)  # it advises OpenCV
+    try:
+        json.loads((folder / "features.json").read_text(), object_pairs_hook=_check_feature)
+        return tfds.builder_from_directory(str(folder))
+    except Exception as error:  # TFDS raises many kinds; what is wrong is the directory
+        raise UserError(f"{folder} is not a dataset that TFDS can read: {_line(error)}") from None
+
+
+def _label(name: str, info: Any) -> tuple[str, tuple[str, ...]]:
+    """The feature that is the label, and the names of its classes; raises `UserError`."""
+    import tensorflow_datasets as tfds
+
+    shapes = {key: tuple(feature.shape) for key, feature in info.features.items()}
+    kind = tfds.features.ClassLabel
+    labels = [key for key, feature in info.features.items() if isinstance(feature, kind)]
+    if shapes.get("image") != (32, 32, 3) or not labels:
+        raise UserError(
+            f"dataset={name} does not fit: it needs 32x32x3 images and one label; it has {shapes}"
+        )
+    label = "label" if "label" in labels else labels[-1]
+    return label, tuple(info.features[label].names)
+
+
+def _examples(builder: Any, split: str) -> Any:
+    """The decoded examples of a split; raises ValueError, or what TFDS raises."""
+    info = builder.info
+    formats = {kind.value for kind in info.available_file_formats()}
+    if "array_record" in formats:
+        return builder.as_data_source(split)
+    if info.file_format is None or info.file_format.value != "tfrecord":
+        raise ValueError(
+            f"it is prepared as {', '.join(sorted(formats))}, where array_record and tfrecord can "
+            "be read"
+        )
+    paths = [Path(path) for path in info.splits[split].filepaths]
+    examples = tfrecord.Examples(paths, info.features.deserialize_example_np)
+    if len(examples) != info.splits[split].num_examples:
+        raise ValueError(f"its split {split} has {len(examples)} images, not as many as it says")
+    return examples
 
 
 def _check_feature(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -100,4 +150,4 @@ def _check_feature(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return textwrap.shorten(str(error), 200, placeholder=" ...")

@@ -1,33 +1,42 @@
 """Datasets by name: digits, prepared TFDS directories, the cache, and what the user hears."""
 
 import re
+import struct
 import sys
+from pathlib import Path
 
 import chex
 import numpy as np
 import pytest
 
 from jaxnorm.config import UserError
-from jaxnorm.data import cifar10
+from jaxnorm.data import cifar10, tfrecord
 from jaxnorm.data import datasets as data
 from jaxnorm.data import prepared as prepared_
 
 
-def prepare(directory, name="tiny_set", shape=(32, 32, 3), splits=("train", "test"), labels=True):
+def prepare(
+    directory,
+    name="tiny_set",
+    shape=(32, 32, 3),
+    splits=("train", "test"),
+    labels=("cat", "dog", "eel"),
+    version="1.2.0",
+):
     """Prepares a small TFDS dataset as array_record, as a TFDS user would have it."""
     import tensorflow_datasets as tfds
 
     rng = np.random.default_rng(0)
     features = {"image": tfds.features.Image(shape=shape)}
     if labels:
-        features["label"] = tfds.features.ClassLabel(names=["cat", "dog", "eel"])
+        features["label"] = tfds.features.ClassLabel(names=labels)
     with tfds.core.registered.skip_registration():
         cls = type(
             name.title().replace("_", ""),
             (tfds.core.GeneratorBasedBuilder,),
             {
                 "__module__": __name__,
-                "VERSION": tfds.core.Version("1.2.0"),
+                "VERSION": tfds.core.Version(version),
                 "_info": lambda self: tfds.core.DatasetInfo(
                     builder=self, features=tfds.features.FeaturesDict(features)
                 ),
@@ -46,6 +55,38 @@ def prepare(directory, name="tiny_set", shape=(32, 32, 3), splits=("train", "tes
 
     tfds.disable_progress_bar()
     cls(data_dir=str(directory), file_format="array_record").download_and_prepare()
+    return directory / name / version
+
+
+def crc32c(data: bytes) -> int:
+    """Bit by bit, as the polynomial has it."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def to_tfrecord(folder) -> None:
+    """Turns a prepared dataset's files into what TFDS writes where nothing else is asked for."""
+    import tensorflow_datasets as tfds
+
+    def masked(data: bytes) -> bytes:
+        crc = crc32c(data)
+        return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+    builder = tfds.builder_from_directory(str(folder))
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    for split, info in builder.info.splits.items():
+        (path,) = map(Path, info.filepaths)
+        with Path(str(path).replace("array_record", "tfrecord")).open("wb") as file:
+            for record in builder.as_data_source(split, deserialize_method=raw):
+                length = struct.pack("<Q", len(record))
+                file.write(length + masked(length) + record + masked(record))
+        path.unlink()
+    note = folder / "dataset_info.json"
+    note.write_text(note.read_text().replace('"array_record"', '"tfrecord"'))
 
 
 def test_digits_are_32x32x3_stratified_and_fixed():
@@ -135,13 +176,117 @@ def test_a_cache_that_cannot_be_written_is_no_error(scratch):
     assert len(data.load("tiny_set", scratch, cache_dir=scratch / "cache").train_labels) == 9
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"shape": (28, 28, 1)}, {"splits": ("train",)}, {"labels": False}], ids=str
-)
+@pytest.mark.parametrize("wrong", [{"shape": (28, 28, 1)}, {"labels": ()}], ids=str)
 def test_a_dataset_of_other_shape_is_refused(scratch, wrong):
     prepare(scratch, **wrong)
-    with pytest.raises(UserError, match="needs 32x32x3 images, one label, and train and test"):
+    with pytest.raises(UserError, match="needs 32x32x3 images and one label"):
         data.load("tiny_set", scratch, cache_dir=scratch / "cache")
+
+
+def test_a_test_split_of_another_name_is_chosen_and_each_is_cached(scratch):
+    prepare(scratch, splits=("train", "val", "dev"))
+    with pytest.raises(UserError, match=r"no split called test: it has (dev|train|val), .*NAME"):
+        data.load("tiny_set", scratch, cache_dir=scratch / "cache")
+    for _ in range(2):
+        val, dev = (
+            data.load("tiny_set", scratch, test_split=split, cache_dir=scratch / "cache")
+            for split in ("val", "dev")
+        )
+        np.testing.assert_array_equal(val.train_images, dev.train_images)
+        assert (val.test_images != dev.test_images).any()
+        assert val.fingerprint != dev.fingerprint
+        assert val.caption == "tiny_set, tested on val, origin not known"
+    assert len(list((scratch / "cache" / "decoded").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cifar10", "conflicts with dataset=cifar10, which has one test set"),
+        ("digits", "conflicts with dataset=digits, which has one test set"),
+        ("x.npz", r"conflicts with dataset=x\.npz, which has one test set"),
+        ("tiny_set", "no split called val: it has"),
+    ],
+)
+def test_a_test_split_is_refused_where_there_is_none_to_choose(scratch, name, message):
+    prepare(scratch)
+    with pytest.raises(UserError, match=message):
+        data.load(name, scratch, test_split="val", cache_dir=scratch / "cache")
+    with pytest.raises(UserError, match="test_split=train"):
+        data.load(name, scratch, test_split="train", cache_dir=scratch / "cache")
+
+
+def test_the_names_and_order_of_the_classes_are_in_the_fingerprint(scratch):
+    fingerprints = set()
+    for i, labels in enumerate([("a", "b", "c"), ("b", "a", "c"), ("a", "b", "c", "d")]):
+        prepare(scratch / str(i), labels=labels)
+        loaded = data.load("tiny_set", scratch / str(i), cache_dir=scratch / "cache")
+        fingerprints.add(loaded.fingerprint)
+    assert len(fingerprints) == 3
+
+
+def test_a_dataset_prepared_as_tfrecord_is_the_same(scratch):
+    folder = prepare(scratch)
+    wanted = data.load("tiny_set", scratch, cache_dir=scratch / "a")
+    to_tfrecord(folder)
+    assert data.load("tiny_set", scratch, cache_dir=scratch / "b").fingerprint == wanted.fingerprint
+    assert "tensorflow" not in sys.modules
+
+
+def test_crc32c_is_the_standards():
+    records = [b"123456789", bytes(32), bytes(range(200)), b"abcd"]
+    crcs = [crc32c(record) for record in records]
+    assert crcs[:2] == [0xE3069283, 0x8A9136AA]  # of RFC 3720 and of Wikipedia's list
+    rotated = tfrecord.masked_crc32c(records) - np.uint32(0xA282EAD8)
+    np.testing.assert_array_equal(rotated << 15 | rotated >> 17, np.array(crcs, np.uint32))
+
+
+@pytest.mark.parametrize("damage", ["a bit", "the length", "half", "a record fewer", "empty"])
+def test_a_damaged_tfrecord_is_refused_in_one_line(scratch, damage):
+    folder = prepare(scratch)
+    to_tfrecord(folder)
+    path = next(folder.glob("*train*"))
+    good = path.read_bytes()
+    (length,) = struct.unpack_from("<Q", good)
+    damaged = {
+        "a bit": good[:-6] + bytes([good[-6] ^ 1]) + good[-5:],
+        "the length": struct.pack("<Q", 2**60) + good[8:],
+        "half": good[: len(good) // 2],
+        "a record fewer": good[length + 16 :],
+        "empty": b"",
+    }
+    path.write_bytes(damaged[damage])
+    with pytest.raises(UserError, match=r"cannot be read: (a|its) .*[a-z]$") as error:
+        data.load("tiny_set", scratch, cache_dir=scratch / "cache")
+    assert "\n" not in str(error.value)
+
+
+def test_another_file_format_is_refused_in_a_whole_sentence(scratch):
+    folder = prepare(scratch)
+    note = folder / "dataset_info.json"
+    note.write_text(note.read_text().replace('"array_record"', '"riegeli"'))
+    with pytest.raises(UserError) as error:
+        data.load("tiny_set", scratch, cache_dir=scratch / "cache")
+    assert str(error.value).endswith(
+        "it is prepared as riegeli, where array_record and tfrecord can be read"
+    )
+
+
+def test_cifar10_that_somebody_prepared_as_tfrecord_is_used_and_its_origin_is_not_known(
+    scratch, monkeypatch
+):
+    monkeypatch.setattr(data, "CIFAR10_COUNTS", (9, 9))
+    to_tfrecord(prepare(scratch, "cifar10", labels=cifar10.CLASSES, version="3.0.2"))
+    dataset = data.load("cifar10", scratch, cache_dir=scratch / "cache")
+    assert dataset.caption == "cifar10, origin not known"
+    assert dataset.mean == data.CIFAR10_MEAN
+
+
+def test_cifar10_with_classes_in_another_order_is_refused(scratch, monkeypatch):
+    monkeypatch.setattr(data, "CIFAR10_COUNTS", (9, 9))
+    prepare(scratch, "cifar10", labels=cifar10.CLASSES[::-1], version="3.0.2")
+    with pytest.raises(UserError, match="is not CIFAR-10"):
+        data.load("cifar10", scratch, cache_dir=scratch / "cache")
 
 
 @pytest.mark.parametrize(
@@ -178,6 +323,29 @@ def test_an_unknown_dataset_is_refused_and_the_known_are_named(scratch, name):
     prepare(scratch)
     with pytest.raises(UserError, match="tiny_set"):
         data.load(name, scratch)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x.parquet", "of your own data an .npz file is read, as np.savez writes it"),
+        ("x.npy", "x.npy is no .npz file, and"),
+        ("folder", "folder is a folder, and"),
+        ("CIFAR10", "(did you mean cifar10?)"),
+        ("cifar100", "(did you mean cifar10?)"),
+        ("Digits", "(did you mean digits?)"),
+        ("tinyset", "(did you mean tiny_set?)"),
+    ],
+)
+def test_what_was_meant_is_guessed_in_one_line(inside, name, message):
+    (inside / "tfds" / "tiny_set" / "1.0.0").mkdir(parents=True)
+    (inside / "tfds" / "tiny_set" / "1.0.0" / "dataset_info.json").write_text("{}")
+    (inside / "folder").mkdir()
+    (inside / "x.npy").write_bytes(b"")
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        data.load(name, inside / "tfds")
+    assert ".npz" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_an_archive_is_for_cifar10_alone(scratch):
