@@ -6,13 +6,14 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm.config import RECIPES, Config, Net, UserError, counted
+from jaxnorm.config import RECIPES, Config, Net, UserError, counted, names_a_file
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.model import arithmetic
 from jaxnorm.model.summary import check_nets
@@ -121,9 +122,15 @@ def fit(
 ) -> dict[Net, Fit]:
     """Trains every net of `config` on `dataset` without touching the disk.
 
-    Returns a `Fit` for each (norm, seed) whose loss stayed finite. Raises `UserError`, and
-    `NonFiniteLoss` where no net's did.
+    Returns a `Fit` for each (norm, seed) whose loss stayed finite. Raises `UserError`, also for a
+    dataset that is not the one of `config`, and `NonFiniteLoss` where no net's did.
     """
+    named = Path(config.dataset).name if names_a_file(config.dataset) else config.dataset
+    if (named, config.test_split) != (dataset.name, dataset.test_split):
+        raise UserError(
+            f"dataset={config.dataset} with test_split={config.test_split} is not what fit is "
+            f"given, {dataset}"
+        )
     counts, callback = check(config, dataset), callback or Callback()
     history: dict[Net, list[Trained]] = {net: [] for net in config.nets}
     for trained in train([config], dataset, callback, mesh):
