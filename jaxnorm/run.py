@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jaxnorm.analysis.results import Run
     from jaxnorm.data.datasets import Dataset
     from jaxnorm.storage.sweep import Sweep
+    from jaxnorm.training.mesh import MeshShape
 
     Finish = Callable[[Sweep, list[Run], bool], None]
     """What is done with a trained sweep, its runs' records, and whether to be quiet."""
