@@ -9,7 +9,7 @@ import optax
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from jaxnorm.analysis.drawing import COLOURS, MARKERS
+from jaxnorm.analysis.drawing import looks
 from jaxnorm.model.cnn import CNN
 from jaxnorm.training.step import Program, TrainState, standardize
 
@@ -93,12 +93,14 @@ def draw_batch_sizes(accuracies: Mapping[str, Mapping[int, Sequence[float]]]) ->
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.subplots()
     sizes = sorted({size for by_size in accuracies.values() for size in by_size})
+    look_of = looks(accuracies)
     for norm, by_size in accuracies.items():
+        look = look_of[norm]
         places = [i for i, size in enumerate(sizes) if size in by_size]
         values = [by_size[sizes[i]] for i in places]
         means, low, high = ([f(of_size) for of_size in values] for f in (np.mean, min, max))
-        axes.plot(places, means, color=COLOURS[norm], marker=MARKERS[norm], label=norm)
-        axes.fill_between(places, low, high, color=COLOURS[norm], alpha=0.2, linewidth=0)
+        axes.plot(places, means, **look.keywords)
+        axes.fill_between(places, low, high, color=look.colour, alpha=0.2, linewidth=0)
     axes.set_xticks(range(len(sizes)), list(map(str, sizes)))
     axes.set(xlabel="images in a batch", ylabel="test accuracy after the last epoch")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

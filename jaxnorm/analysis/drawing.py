@@ -1,37 +1,71 @@
 """How every figure looks: its caption, its colours, its axes, and the PNG that it becomes.
 
-Every figure names its data. Colours are Okabe and Ito's, told apart by the colour-blind, and every
-line has its own dash or marker too.
+Every figure names its data. The study's norms have Okabe and Ito's colours, told apart by the
+colour-blind, and every norm has a colour of its own, and a marker and dashes of its own too.
 """
 
+import colorsys
+import contextlib
 import io
-import itertools
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import colors, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "os^Dv*XP<>phd8H"
 _FIRST = ("batch", "group", "layer", "pixel", "instance", "rms", "none")
 Named = Iterator[tuple[str, Figure]]
 
 
-class _ByNorm(dict):
-    """A style for each norm: the study's own first, others in the order in which they are met."""
+class Look(NamedTuple):
+    """How a norm is drawn: `line` is the dashes of its line, `second` those of another line of it,
+    `label` what a legend calls it.
+    """
 
-    def __init__(self, styles: Sequence[str]) -> None:
-        self._styles = itertools.cycle(styles)
-        super().__init__((norm, next(self._styles)) for norm in _FIRST)
+    colour: str
+    marker: str
+    line: Any
+    second: Any
+    label: str
 
-    def __missing__(self, norm: str) -> str:
-        return self.setdefault(norm, next(self._styles))
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The norm's line, for `Axes.plot`."""
+        look = {"color": self.colour, "marker": self.marker, "markersize": 5}
+        return {**look, "linestyle": self.line, "label": self.label}
 
 
-COLOURS, MARKERS = _ByNorm(_PALETTE), _ByNorm("os^Dv*X")
+def looks(norms: Iterable[str]) -> dict[str, Look]:
+    """The look of each norm of a run: those of the study always have the same, others the next ones
+    in order. No two have the same colour, and no two the same marker and dashes.
+    """
+    others = dict.fromkeys(norm for norm in norms if norm not in _FIRST)
+    return {norm: _look(number, norm) for number, norm in enumerate((*_FIRST, *others))}
+
+
+def _look(number: int, norm: str) -> Look:
+    turn, place = divmod(number, len(_PALETTE))
+    colour, line, second = _PALETTE[place], "-", "--"
+    if turn:  # hues a golden ratio of the circle apart; a dash and as many dots as turns
+        colour = colors.to_hex(colorsys.hsv_to_rgb(0.618034 * number % 1, 0.9, 0.6))
+        line, second = ((0, (length, 1.5) + turn * (1, 1.5)) for length in (7, 3))
+    return Look(colour, _MARKERS[number % len(_MARKERS)], line, second, legible(norm))
+
+
+def legible(label: str) -> str:
+    """A label that a legend shows: Matplotlib leaves out those that begin with an underscore."""
+    return f" {label}" if label.startswith("_") else label
+
+
+def plain() -> contextlib.AbstractContextManager[None]:
+    """Matplotlib's own defaults, whatever the user's matplotlibrc says: it may ask for LaTeX."""
+    return style.context("default")
 
 
 def new_figure(caption: str, title: str, width: float, height: float) -> Figure:
@@ -45,7 +79,7 @@ def new_figure(caption: str, title: str, width: float, height: float) -> Figure:
 def png(figure: Figure, dots_per_inch: int = 130) -> bytes:
     """A figure as a PNG file."""
     content = io.BytesIO()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), plain():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a box: names may hold any
         figure.savefig(content, format="png", dpi=dots_per_inch, metadata={"Software": None})
     return content.getvalue()
@@ -69,11 +103,6 @@ def percent_axes(axes: Axes, across: str, up: str, decimals: int = 0) -> None:
     axes.legend(fontsize=9)
 
 
-def look_of(norm: str) -> dict[str, Any]:
-    """The line of a norm."""
-    return {"color": COLOURS[norm], "marker": MARKERS[norm], "markersize": 5, "label": norm}
-
-
 def log_scale(axes: Axes) -> None:
     """A logarithmic axis upwards, but where no value is positive, as in a dead net."""
     if any((np.asarray(line.get_ydata()) > 0).any() for line in axes.lines):
@@ -81,7 +110,15 @@ def log_scale(axes: Axes) -> None:
 
 
 def plot_marked(
-    axes: Axes, names: np.ndarray, values: np.ndarray, norm: str, line: str = "-"
+    axes: Axes, names: np.ndarray, values: np.ndarray, look: Look, second: bool = False
 ) -> None:
     """A norm's values over names, as layers are."""
-    axes.plot(list(map(str, names)), values, line, **look_of(norm))
+    keywords = {**look.keywords, "linestyle": look.second} if second else look.keywords
+    axes.plot(list(map(str, names)), values, **keywords)
+
+
+def spread(count: int, apart: float) -> np.ndarray:
+    """Where to draw each of `count` norms beside a place: f64[count] around 0, `apart` from each
+    other, or closer where they would reach the next place, which is 1 away.
+    """
+    return (np.arange(count) - (count - 1) / 2) * min(apart, 0.85 / max(1, count))

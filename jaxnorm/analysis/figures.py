@@ -13,7 +13,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from jaxnorm.analysis import inside, stats
-from jaxnorm.analysis.drawing import COLOURS, MARKERS, Named, label_of, literal, new_figure, png
+from jaxnorm.analysis.drawing import (
+    Look,
+    Named,
+    label_of,
+    literal,
+    looks,
+    new_figure,
+    plain,
+    png,
+    spread,
+)
 from jaxnorm.analysis.results import Run
 from jaxnorm.config import UserError
 from jaxnorm.data.datasets import Dataset
@@ -56,45 +66,56 @@ def draw(run: Run) -> tuple[list[Chart], list[str]]:
     charts: list[Chart] = []
     missing: list[str] = []
     try:
-        if not run.epochs:
-            return [], [f"{run.directory.path / 'metrics.jsonl'} holds no epoch"]
+        if not run.finished:
+            return [], [f"{run.directory.path / 'metrics.jsonl'} holds no finished net"]
+        missing += run.unmeasured
     except UserError as error:
         return [], [str(error)]
     for figure_of in FIGURES:
         try:
-            for name, figure in figure_of(run):
-                title, panels = figure.get_suptitle(), [axes.get_title() for axes in figure.axes]
-                words = filter(None, [title, *panels, str(figure.get_label())])
-                text = "; ".join(words).replace("\n", ", ").replace(r"\$", "$")
-                charts.append(Chart(name, title.replace(r"\$", "$"), text, png(figure)))
-                run.directory.write_bytes(f"figures/{name}.png", charts[-1].png)
+            with plain():
+                for name, figure in figure_of(run):
+                    charts.append(_chart(name, figure))
+                    run.directory.write_bytes(f"figures/{name}.png", charts[-1].png)
         except UserError as error:
             if str(error) not in missing:
                 missing.append(str(error))
     return charts, missing
 
 
-def _seeds_note(run: Run, norm: str, text: str) -> str:
-    count = len(run.seeds(norm))
-    return text.format(count) if count > 1 else ""
+def _chart(name: str, figure: Figure) -> Chart:
+    title, panels = figure.get_suptitle(), [axes.get_title() for axes in figure.axes]
+    words = filter(None, [title, *panels, str(figure.get_label())])
+    text = "; ".join(words).replace("\n", ", ").replace(r"\$", "$")
+    return Chart(name, title.replace(r"\$", "$"), text, png(figure))
 
 
-def _line(
-    axes: Axes, run: Run, field: str, norm: str, label: str, style: str = "-", band: bool = True
-) -> None:
-    """The mean over a norm's seeds by epoch, and a band from the lowest to the highest seed."""
+def _looks(run: Run) -> dict[str, Look]:
+    return looks(run.info.config.norms)
+
+
+def _seeds_note(run: Run, norms: Sequence[str], text: str) -> str:
+    counts = sorted({len(run.seeds(norm)) for norm in norms})
+    return text.format("/".join(map(str, counts))) if counts[-1] > 1 else ""
+
+
+def _line(axes: Axes, run: Run, field: str, norm: str, what: str = "") -> None:
+    """The mean over a norm's seeds by epoch, and a band from the lowest to the highest seed. Of
+    what is "train", beside "test", the line is broken, its markers are empty, and it has no band.
+    """
+    look, second = _looks(run)[norm], what == "train"
     values: dict[int, list[float]] = {}
     for seed in run.seeds(norm):
         for epoch in run.epochs[norm, seed]:
             values.setdefault(epoch.epoch, []).append(getattr(epoch, field))
-    numbers, colour = sorted(values), COLOURS[norm]
+    numbers = sorted(values)
     means = [np.mean(values[number]) for number in numbers]
-    face = colour if style == "-" else "white"
-    look = {"marker": MARKERS[norm], "markersize": 4, "markerfacecolor": face}
-    axes.plot(numbers, means, style, color=colour, label=label, **look)
-    if band and len(run.seeds(norm)) > 1:
+    keywords = {**look.keywords, "label": ", ".join(filter(None, (look.label, what)))}
+    keywords |= {"markersize": 4, "linestyle": look.second if second else look.line}
+    axes.plot(numbers, means, markerfacecolor="white" if second else look.colour, **keywords)
+    if not second and len(run.seeds(norm)) > 1:
         low, high = ([f(values[number]) for number in numbers] for f in (min, max))
-        axes.fill_between(numbers, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.fill_between(numbers, low, high, color=look.colour, alpha=0.2, linewidth=0)
 
 
 def _by_epoch(axes: Axes, what: str) -> None:
@@ -112,20 +133,20 @@ def curves(run: Run) -> Named:
     """
     for norm in run.norms:
         title = f"{norm} norm: {run.info.parameters[norm]:,} parameters"
-        note = _seeds_note(run, norm, "; mean and range of {} seeds")
+        note = _seeds_note(run, [norm], "; mean and range of {} seeds")
         figure = new_figure(run.caption, title + note, 9, 6.4)
         panels = figure.subplots(2, 2).ravel()
         _step_losses(panels[0], run, norm)
         fields = ("train_accuracy", "test_loss", "test_accuracy")
         for axes, field in zip(panels[1:], fields, strict=True):
-            _line(axes, run, field, norm, norm)
+            _line(axes, run, field, norm)
             _by_epoch(axes, field.replace("_", " "))
         yield f"curves-{norm}", figure
 
 
 def _step_losses(axes: Axes, run: Run, norm: str) -> None:
     """The loss of every batch of the first seed, and the moving mean of each seed."""
-    colour, label = COLOURS[norm], ""
+    colour, label = _looks(run)[norm].colour, ""
     for seed in run.seeds(norm):
         losses = run.directory.step_losses((norm, seed))
         window, first = max(1, len(losses) // 200), not label
@@ -143,12 +164,12 @@ def _step_losses(axes: Axes, run: Run, norm: str) -> None:
 def together(run: Run) -> Named:
     """All norms on one loss graph and one accuracy graph."""
     for what in ("loss", "accuracy"):
-        note = _seeds_note(run, run.norms[0], "; mean and range of {} seeds")
+        note = _seeds_note(run, run.norms, "; mean and range of {} seeds")
         figure = new_figure(run.caption, f"{what.capitalize()} of every norm{note}", 8, 5)
         axes = figure.subplots()
         for norm in run.norms:
-            _line(axes, run, f"test_{what}", norm, f"{norm}, test")
-            _line(axes, run, f"train_{what}", norm, f"{norm}, train", "--", band=False)
+            _line(axes, run, f"test_{what}", norm, "test")
+            _line(axes, run, f"train_{what}", norm, "train")
         _by_epoch(axes, what)
         axes.legend(fontsize=9, ncols=2)
         yield what, figure
@@ -173,7 +194,8 @@ def seeds(run: Run) -> Named:
         points = [(i, net.last) for i, net in pairs if net]
         left.plot(*zip(*points, strict=True), color="#999999", linewidth=0.8) if points else None
     for i, norm in enumerate(norms):
-        sample, style = run.sample(norm), {"color": COLOURS[norm], "marker": MARKERS[norm]}
+        sample, look = run.sample(norm), _looks(run)[norm]
+        style = {"color": look.colour, "marker": look.marker}
         left.plot([i] * sample.n, sample.values, linestyle="", markersize=5, **style)
         low, high = sample.interval or (sample.mean, sample.mean)
         error_bars = [[sample.mean - low], [high - sample.mean]]
@@ -224,6 +246,8 @@ def mistakes(run: Run) -> Named:
         norms = one or list(run.logits)
         title = rules[rule] if len(rows) else "no mistake to show"
         title = f"{norms[0]} norm: {title}" if one else title
+        shown = {run.shown_seed(norm) for norm in norms} - {run.info.config.seed}
+        title += f" (seed {'/'.join(map(str, sorted(shown)))})" if shown else ""
         words = []
         for row in rows:
             lines = [f"true: {run.class_names[int(run.labels[row])]}"]
@@ -262,7 +286,7 @@ def confusion(run: Run) -> Named:
     """
     names = [label_of(name) for name in run.class_names]
     for norm in run.norms:
-        matrix, mean = run.confusion(norm), _seeds_note(run, norm, ", mean of {} seeds")
+        matrix, mean = run.confusion(norm), _seeds_note(run, [norm], ", mean of {} seeds")
         title = f"{norm} norm: confusion matrix of {len(run.labels):,} test images{mean}"
         figure = new_figure(run.caption, title, 7.4, 7)
         axes = figure.subplots()
@@ -279,13 +303,13 @@ def confusion(run: Run) -> Named:
         yield f"confusion-{norm}", figure
     figure = new_figure(run.caption, "Test accuracy of each class", 8, 1.6 + 0.36 * len(names))
     axes = figure.subplots()
-    for number, norm in enumerate(run.norms):
-        heights = np.arange(len(names)) + (number - (len(run.norms) - 1) / 2) * 0.2
-        accuracies, colour = run.class_accuracies(norm), COLOURS[norm]
-        middle = accuracies.mean(0)
-        axes.plot(middle, heights, MARKERS[norm], color=colour, label=norm, markersize=6)
+    for norm, offset in zip(run.norms, spread(len(run.norms), 0.2), strict=True):
+        heights, look = np.arange(len(names)) + offset, _looks(run)[norm]
+        accuracies = run.class_accuracies(norm)
+        style = {**look.keywords, "linestyle": "", "markersize": 6}
+        axes.plot(accuracies.mean(0), heights, **style)
         if len(accuracies) > 1:
-            axes.hlines(heights, accuracies.min(0), accuracies.max(0), color=colour, lw=1)
+            axes.hlines(heights, accuracies.min(0), accuracies.max(0), color=look.colour, lw=1)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))

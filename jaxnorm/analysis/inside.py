@@ -1,19 +1,19 @@
 """Figures of what `training.probes` measured inside trained nets."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from jaxnorm.analysis.drawing import (
-    COLOURS,
     Named,
     label_of,
     log_scale,
-    look_of,
+    looks,
     new_figure,
     percent_axes,
     plot_marked,
+    spread,
 )
 from jaxnorm.analysis.results import Run
 from jaxnorm.analysis.tables import CORRUPTED
@@ -29,24 +29,32 @@ Probes = Mapping[str, Mapping[str, np.ndarray]]
 
 def inside(run: Run) -> Named:
     """What the norms do inside the trained nets of the first seed."""
-    caption = f"{run.info.dataset.caption}; seed {run.info.config.seed}, after the last epoch"
     measured = run.probes(ACTIVATIONS | GRADIENTS | BATCHES)
-    return of_probes({norm: nets[0] for norm, nets in measured.items()}, caption)
+    firsts = {norm: min(nets) for norm, nets in measured.items()}
+    seeds = [f"seed {seed} ({norm} norm)" for norm, seed in firsts.items()]
+    if len(set(firsts.values())) == 1:
+        seeds = [f"seed {min(firsts.values())}"]
+    caption = f"{run.data}; {', '.join(seeds)}, after the last epoch"
+    probes = {norm: measured[norm][seed] for norm, seed in firsts.items()}
+    return of_probes(probes, caption, run.info.config.norms)
 
 
-def of_probes(probes: Probes, caption: str) -> Named:
+def of_probes(probes: Probes, caption: str, norms: Sequence[str] = ()) -> Named:
     """What `probes.measure` gave of each norm: activations before and after each norm, the gradient
-    of each layer, and batch norm's gap between training and evaluation.
+    of each layer, and batch norm's gap between training and evaluation. Each norm looks as in the
+    other figures of a run of `norms`.
     """
     if not probes:
         return
+    look_of = looks([*norms, *probes])
     figure = new_figure(caption, "Activations before and after each norm", 9, 5.2)
     panels = figure.subplots(2, 2, sharex=True, sharey="row")
     for column, when in enumerate(("before", "after")):
         panels[0, column].set_title(f"{when} the norm", fontsize=10)
         for row, moment in enumerate(("mean", "standard deviation")):
             for norm, measured in probes.items():
-                plot_marked(panels[row, column], measured["layers"], measured[when][:, row], norm)
+                values, look = measured[when][:, row], look_of[norm]
+                plot_marked(panels[row, column], measured["layers"], values, look)
             panels[row, column].grid(alpha=0.3)
             panels[row, 0].set_ylabel(moment)
     panels[0, 0].legend(fontsize=8)
@@ -54,7 +62,7 @@ def of_probes(probes: Probes, caption: str) -> Named:
     figure = new_figure(caption, "Size of the loss's gradient at each kernel", 8, 4.2)
     axes = figure.subplots()
     for norm, measured in probes.items():
-        plot_marked(axes, measured["kernels"], measured["gradients"], norm)
+        plot_marked(axes, measured["kernels"], measured["gradients"], look_of[norm])
     log_scale(axes)
     axes.set(xlabel="layer, input to output", ylabel="Euclidean norm")
     axes.grid(alpha=0.3)
@@ -64,10 +72,10 @@ def of_probes(probes: Probes, caption: str) -> Named:
     figure = new_figure(caption, title, 8, 4.2)
     axes = figure.subplots()
     for norm, measured in probes.items():
-        plot_marked(axes, measured["sizes"], measured["batch_accuracy"], norm)
+        plot_marked(axes, measured["sizes"], measured["batch_accuracy"], look_of[norm])
         if norm == "batch":
             height, label = float(measured["running_accuracy"]), "batch, running averages"
-            axes.axhline(height, color=COLOURS[norm], linestyle=":", label=label)
+            axes.axhline(height, color=look_of[norm].colour, linestyle=":", label=label)
     tested = max(int(measured["tested"]) for measured in probes.values())
     percent_axes(axes, "images in a batch", f"accuracy on {tested:,} test images")
     yield "batch-statistics", figure
@@ -77,19 +85,21 @@ def depth(run: Run) -> Named:
     """Before and after training, over depth: the gradient at each kernel, and how alike a norm
     makes different images. Means over the seeds.
     """
-    measured = run.probes(DEPTH)
+    measured = {norm: list(nets.values()) for norm, nets in run.probes(DEPTH).items()}
     if not measured:
         return
-    caption = _caption(run, measured)
-    figure = new_figure(caption, "Over depth, before training (dashed) and after it", 10, 4.4)
+    look_of = looks(run.info.config.norms)
+    solid = all(look_of[norm].line == "-" for norm in measured)
+    title = f"Over depth, before training ({'dashed' if solid else 'shorter dashes'}) and after it"
+    figure = new_figure(_caption(run, measured), title, 10, 4.4)
     left, right = figure.subplots(1, 2)
     for norm, nets in measured.items():
-        for when, line in (("initial_gradients", "--"), ("gradients", "-")):
+        for when, before in (("initial_gradients", True), ("gradients", False)):
             values = np.mean([net[when] for net in nets], axis=0)
-            plot_marked(left, nets[0]["kernels"], values, norm, line)
+            plot_marked(left, nets[0]["kernels"], values, look_of[norm], before)
         values = np.mean([net["similarities"] for net in nets], axis=0)
-        for row, line in zip(values, ("--", "-"), strict=True):
-            plot_marked(right, nets[0]["layers"], row, norm, line)
+        for row, before in zip(values, (True, False), strict=True):
+            plot_marked(right, nets[0]["layers"], row, look_of[norm], before)
     left.set(xlabel="layer, input to output", ylabel="norm of the gradient")
     log_scale(left)
     right.set(xlabel="layer, input to output", ylabel="cosine between two images")
@@ -101,16 +111,17 @@ def depth(run: Run) -> Named:
 
 def corruptions(run: Run) -> Named:
     """The accuracy on corrupted images: the mean of the seeds and their range."""
-    measured = run.probes(CORRUPTED)
+    measured = {norm: list(nets.values()) for norm, nets in run.probes(CORRUPTED).items()}
     if not measured:
         return
     figure = new_figure(_caption(run, measured), "Test accuracy on corrupted images", 8, 4.4)
     axes, kinds = figure.subplots(), ["none", *next(iter(measured.values()))[0]["corruptions"]]
-    for number, (norm, nets) in enumerate(measured.items()):
+    look_of, offsets = looks(run.info.config.norms), spread(len(measured), 0.15)
+    for (norm, nets), offset in zip(measured.items(), offsets, strict=True):
         values = np.array([[net["running_accuracy"], *net["corrupted_accuracy"]] for net in nets])
-        places = np.arange(len(kinds)) + (number - (len(measured) - 1) / 2) * 0.15
-        axes.plot(places, values.mean(0), linestyle="", **look_of(norm))
-        axes.vlines(places, values.min(0), values.max(0), color=COLOURS[norm], lw=1)
+        places, look = np.arange(len(kinds)) + offset, look_of[norm]
+        axes.plot(places, values.mean(0), **{**look.keywords, "linestyle": ""})
+        axes.vlines(places, values.min(0), values.max(0), color=look.colour, lw=1)
     axes.set_xticks(range(len(kinds)), [label_of(str(kind)) for kind in kinds])
     tested = int(next(iter(measured.values()))[0]["tested"])
     percent_axes(axes, "corruption", f"accuracy on {tested:,} test images")

@@ -6,7 +6,7 @@ A run that is unfinished or damaged is reported as far as it goes, with what is 
 
 import base64
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def read(directory: RunDirectory, title: str | None = None) -> RunPart:
         left = config.epochs - len(epochs.get((norm, seed), ()))
         if left:
             line = f"{norm} norm, seed {seed}: {left} of {config.epochs} epochs are missing"
-            part.missing.append(line)
+            part.missing.append(f"{line}, so this net is left out")
     part.norms = part.attempt(lambda: run.norms, [])
     part.finding = part.attempt(lambda: tables.finding(run), "")
     for make in tables.TABLES:
@@ -96,7 +96,10 @@ def markdown(part: RunPart) -> str:
 
 def html(parts: Sequence[RunPart], missing: Sequence[str] = ()) -> str:
     """One page of one run, or of several side by side. Text of the records is escaped."""
-    several = {part.title: part.run for part in parts} if len(parts) > 1 else {}
+    if len(parts) > 1:
+        titles = distinct([part.run.directory.path for part in parts])
+        parts = [replace(part, title=title) for part, title in zip(parts, titles, strict=True)]
+    several = [(part.title, part.run) for part in parts] if len(parts) > 1 else []
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("jaxnorm.analysis", "."),
         autoescape=True,
@@ -110,6 +113,17 @@ def html(parts: Sequence[RunPart], missing: Sequence[str] = ()) -> str:
         side_by_side=tables.side_by_side(several) if several else None,
         address=lambda png: "data:image/png;base64," + base64.b64encode(png).decode(),
     )
+
+
+def distinct(paths: Sequence[Path]) -> list[str]:
+    """The shortest end of each path that no other path has: a folder's name, mostly."""
+    whole = [path.resolve().parts for path in paths]
+    names = []
+    for parts in whole:
+        lengths = range(1, len(parts))
+        ends = (n for n in lengths if sum(other[-n:] == parts[-n:] for other in whole) == 1)
+        names.append("/".join(parts[-next(ends, len(parts) - 1) :]))
+    return names
 
 
 def write_together(path: Path, parts: Sequence[RunPart], missing: Sequence[str]) -> None:

@@ -1,4 +1,8 @@
-"""One run's records, read once, and the numbers made from them: what figures and tables show."""
+"""One run's records, read once, and the numbers made from them: what figures and tables show.
+
+The seeds of a norm are those of its finished nets, everywhere: a net that diverged or is unfinished
+is left out of every table and figure, and captions and the report say so.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,20 +51,19 @@ class Run:
         return {net: epochs for net, epochs in epochs_of.items() if epochs}
 
     @cached_property
-    def norms(self) -> list[str]:
-        """The norms that have any epoch."""
-        trained = {norm for norm, _ in self.epochs}
-        return [norm for norm in self.info.config.norms if norm in trained]
-
-    def seeds(self, norm: str) -> list[int]:
-        """The seeds of a norm that have any epoch."""
-        return [seed for other, seed in self.epochs if other == norm]
-
-    @cached_property
     def finished(self) -> dict[Net, list[Epoch]]:
-        """The epochs of the nets that have all of theirs: those that statistics are made of."""
+        """The epochs of the nets that have all of theirs: those that everything is made of."""
         last = self.info.config.epochs
         return {net: epochs for net, epochs in self.epochs.items() if epochs[-1].epoch == last}
+
+    @cached_property
+    def norms(self) -> list[str]:
+        """The norms that have a finished net."""
+        return [norm for norm in self.info.config.norms if self.seeds(norm)]
+
+    def seeds(self, norm: str) -> list[int]:
+        """The seeds of a norm: those of its finished nets."""
+        return [seed for other, seed in self.finished if other == norm]
 
     @cached_property
     def summaries(self) -> dict[str, dict[int, stats.Summary]]:
@@ -81,12 +84,12 @@ class Run:
 
     @cached_property
     def predictions(self) -> dict[Net, np.ndarray]:
-        """Test logits f32[N, classes] of each net.
+        """Test logits f32[N, classes] of each finished net.
 
         Raises `UserError` where they are not those that the newest epoch's line tells of.
         """
         logits_of, shape = {}, (self.info.dataset.test_count, len(self.class_names))
-        for net, epochs in self.epochs.items():
+        for net, epochs in self.finished.items():
             logits, labels = self.directory.predictions(net)
             if logits.shape != shape or not belongs(logits, labels, epochs[-1]):
                 raise UserError(
@@ -98,24 +101,41 @@ class Run:
 
     @cached_property
     def logits(self) -> dict[str, np.ndarray]:
-        """Test logits of the first net of each norm: the one whose mistakes are shown."""
-        return {norm: self.predictions[norm, self.seeds(norm)[0]] for norm in self.norms}
+        """Test logits of the net of each norm whose mistakes are shown: that of `shown_seed`."""
+        return {norm: self.predictions[norm, self.shown_seed(norm)] for norm in self.norms}
+
+    def shown_seed(self, norm: str) -> int:
+        """The seed of the net of a norm that is shown where only one is: the first that is finished
+        under every norm, or else under this one.
+        """
+        everywhere = set.intersection(*(set(self.seeds(norm)) for norm in self.norms))
+        return min(everywhere or self.seeds(norm))
 
     @cached_property
     def labels(self) -> np.ndarray:
         """Test labels i32[N]."""
-        return self.directory.predictions(next(iter(self.epochs)))[1]
+        return self.directory.predictions(next(iter(self.finished)))[1]
 
-    def probes(self, shapes: Shapes) -> dict[str, list[dict[str, np.ndarray]]]:
-        """What was measured inside the nets of each norm, the first seed's first: the arrays of
-        `shapes`; nothing where an earlier version did not measure them.
+    def probes(self, shapes: Shapes) -> dict[str, dict[int, dict[str, np.ndarray]]]:
+        """What was measured inside the nets of each norm, by seed: the arrays of `shapes`. Norms
+        of which no net was measured, or by an earlier version that measured less, are left out.
         """
-        measured: dict[str, list[dict[str, np.ndarray]]] = {}
-        for norm in self.norms:
-            first, *others = [(norm, seed) for seed in self.seeds(norm)]
-            nets = [first, *filter(self.directory.measured, others)]
-            measured[norm] = [x for net in nets if (x := self.directory.probes(net, shapes))]
-        return measured if all(measured.values()) else {}
+        measured: dict[str, dict[int, dict[str, np.ndarray]]] = {}
+        for norm, seed in filter(self.directory.measured, self.finished):
+            if arrays := self.directory.probes((norm, seed), shapes):
+                measured.setdefault(norm, {})[seed] = arrays
+        return {norm: measured[norm] for norm in self.norms if norm in measured}
+
+    @property
+    def unmeasured(self) -> list[str]:
+        """A line for each norm of which no net was measured inside."""
+        measured = {norm for norm, _ in filter(self.directory.measured, self.finished)}
+        path = self.directory.path / "probes"
+        return [
+            f"{path / norm}-{self.seeds(norm)[0]}.npz is missing, as are those of its other seeds"
+            for norm in self.norms
+            if norm not in measured
+        ]
 
     @cached_property
     def examples(self) -> dict[str, np.ndarray]:
@@ -134,29 +154,35 @@ class Run:
 
     @property
     def seeds_text(self) -> str:
-        """Which seeds, in words."""
-        seeds = self.seed_numbers
-        if len(seeds) == 1:
-            return f"seed {seeds[0]}"
-        return f"n = {len(seeds)} seeds ({seeds[0]} to {seeds[-1]})"
+        """Which seeds, in words, and how many nets are left out because they are not finished."""
+        return seeds_text(self.seed_numbers) + left_out([self])
+
+    @property
+    def data(self) -> str:
+        """What every figure and table says of the data; an unknown is said as unknown."""
+        caption, verified = self.info.dataset.caption, self.info.dataset.verified
+        known = verified is not None or "verified" in caption
+        return caption if known else f"{caption}, not known whether verified"
 
     @property
     def caption(self) -> str:
         """What stands under every figure: the data, the nets and the seeds."""
-        return f"{self.info.dataset.caption}; {self.info.config.arch} nets, {self.seeds_text}"
+        return f"{self.data}; {self.info.config.arch} nets, {self.seeds_text}"
 
     @cached_property
     def mistakes(self) -> dict[str, np.ndarray]:
         """The misclassified test images that are shown, by figure name: three rules, all over the
         whole test set.
         """
-        seed, labels, chosen = self.info.config.seed, self.labels, {}
+        seed, chosen = self.info.config.seed, {}
         for norm, logits in self.logits.items():
-            chosen[f"mistakes-confident-{norm}"] = stats.confident_mistakes([logits], labels, GRID)
-            chosen[f"mistakes-drawn-{norm}"] = stats.drawn_mistakes(logits, labels, GRID, seed)
+            one = stats.confident_mistakes([logits], self.labels, GRID)
+            chosen[f"mistakes-confident-{norm}"] = one
+            drawn = stats.drawn_mistakes(logits, self.labels, GRID, seed)
+            chosen[f"mistakes-drawn-{norm}"] = drawn
         if len(self.logits) > 1:
             every = list(self.logits.values())
-            chosen["mistakes-common"] = stats.confident_mistakes(every, labels, GRID)
+            chosen["mistakes-common"] = stats.confident_mistakes(every, self.labels, GRID)
         return chosen
 
     def confusion(self, norm: str) -> np.ndarray:  # f64[classes, classes]
@@ -178,6 +204,22 @@ class Run:
                 "to show"
             )
         return [self.examples["test_images"][places[int(row)]] for row in rows]
+
+
+def seeds_text(seeds: Sequence[int]) -> str:
+    """Seeds in words."""
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
+    whole = len(seeds) == seeds[-1] - seeds[0] + 1
+    numbers = f"{seeds[0]} to {seeds[-1]}" if whole else ", ".join(map(str, seeds))
+    return f"n = {len(seeds)} seeds ({numbers})"
+
+
+def left_out(runs: Sequence[Run]) -> str:
+    """How many nets of runs are finished, in words, if others are left out."""
+    nets = sum(len(run.info.config.nets) for run in runs)
+    finished = sum(len(run.finished) for run in runs)
+    return f", {finished} of {nets} nets finished" * (finished < nets)
 
 
 def differences(runs: Sequence[Run]) -> list[stats.Difference]:

@@ -17,12 +17,17 @@ import numpy as np
 from scipy import optimize
 from scipy import stats as scipy_stats
 
+from jaxnorm.config import ALL
 from jaxnorm.storage.schema import Epoch
 
 TARGET = 0.70
 """The test accuracy that the study's exercise asks for."""
 LEVEL = 0.05
-"""The level below which a p-value is called significant; intervals cover one minus it."""
+"""The level below which a p-value shows a difference; intervals cover one minus it."""
+FAMILY = tuple(itertools.combinations(ALL, 2))
+"""The comparisons that were fixed beforehand, for which p-values are corrected: a difference is
+shown where its p-value after Holm's correction is below `LEVEL`. All others have no verdict.
+"""
 RESAMPLES = 9_999
 """Of the bootstrap."""
 
@@ -86,11 +91,6 @@ class Sample:
         half = scipy_stats.t.ppf(1 - LEVEL / 2, self.n - 1) * self.deviation / math.sqrt(self.n)
         return self.mean - float(half), self.mean + float(half)
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval leaves zero out; never for one value."""
-        return self.interval is not None and self.interval[0] * self.interval[1] > 0
-
     @cached_property
     def bootstrap_interval(self) -> tuple[float, float] | None:
         """The percentile bootstrap's 95 % interval of the mean, or None for one value. With few
@@ -107,18 +107,24 @@ class Sample:
 @dataclass(frozen=True)
 class Difference:
     """One norm minus another, paired by seed; p is the exact sign-flip test's, `adjusted_p` after
-    Holm's correction for all pairs that are compared together.
+    Holm's correction for `FAMILY`, or None for a pair outside of it.
     """
 
     first: str
     second: str
     sample: Sample
     p: float
-    adjusted_p: float
+    adjusted_p: float | None
+
+    @property
+    def shown(self) -> bool:
+        """Whether the difference is shown. The word has no other meaning."""
+        return self.adjusted_p is not None and self.adjusted_p < LEVEL
 
 
 def differences(values: Mapping[str, Mapping[int, float]], count: int) -> list[Difference]:
-    """Compares every pair of norms by the seeds that both have; pairs without any are left out.
+    """Compares every pair of norms by the seeds that both have; pairs without any are left out, and
+    count in the correction of `FAMILY` all the same.
 
     values: for each norm, an accuracy for each seed, a fraction of `count` test images.
     """
@@ -127,10 +133,14 @@ def differences(values: Mapping[str, Mapping[int, float]], count: int) -> list[D
         if seeds := sorted(values[first].keys() & values[second].keys()):
             correct = [[round(values[n][seed] * count) for seed in seeds] for n in (first, second)]
             pairs.append((first, second, [a - b for a, b in zip(*correct, strict=True)]))
-    ps = [sign_flip_p(paired) for _, _, paired in pairs]
+    ps = {frozenset((first, second)): sign_flip_p(paired) for first, second, paired in pairs}
+    family = [frozenset(pair) for pair in FAMILY]
+    adjusted = dict(zip(family, holm([ps.get(pair, 1.0) for pair in family]), strict=True))
     return [
-        Difference(first, second, Sample(tuple(d / count for d in paired)), p, adjusted)
-        for (first, second, paired), p, adjusted in zip(pairs, ps, holm(ps), strict=True)
+        Difference(first, second, Sample(tuple(d / count for d in paired)), ps[pair], p)
+        for first, second, paired in pairs
+        for pair in [frozenset((first, second))]
+        for p in [adjusted.get(pair)]
     ]
 
 
@@ -174,12 +184,12 @@ def smallest_p(n: int) -> float:
 
 
 def fewest_pairs(comparisons: int) -> int:
-    """How many pairs the sign flips need to call one of so many comparisons significant."""
+    """How many pairs the sign flips need to show a difference in one of so many comparisons."""
     return next(n for n in itertools.count(1) if comparisons * smallest_p(n) < LEVEL)
 
 
-def what_n_can_show(n: int, comparisons: int) -> str:
-    """A sentence on what so many pairs can show when so many comparisons are made at once."""
+def what_n_can_show(n: int, comparisons: int = len(FAMILY)) -> str:
+    """A sentence on what n pairs can show in a family of comparisons."""
     needed = fewest_pairs(comparisons)
     if n == 1:
         return (
@@ -191,11 +201,10 @@ def what_n_can_show(n: int, comparisons: int) -> str:
         head += f" (under {min(1.0, comparisons * smallest_p(n)):.2g} after Holm's correction)"
     if n < needed:
         return (
-            f"{head}: the sign-flip test cannot call any difference significant at {LEVEL:g}, "
-            f"however large it is; {needed} seeds are the fewest that can. The t intervals can, if "
-            "one grants them that differences between seeds are normally distributed."
+            f"{head}: no difference can be shown, however large it is; {needed} seeds are the "
+            "fewest that can show one."
         )
-    return f"{head}: enough to call a difference significant at {LEVEL:g} that is there."
+    return f"{head}: enough to show a difference, which takes a p-value under {LEVEL:g}."
 
 
 def epochs_to_target(nets: Sequence[Summary]) -> str:
@@ -237,7 +246,11 @@ def calibration_error(
 
 
 def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The number that logits f32[N, classes] are divided by for the least cross-entropy."""
+    """The number that logits f32[N, classes] are divided by for the least cross-entropy; 1 if there
+    are none.
+    """
+    if not len(labels):
+        return 1.0
 
     def loss(logarithm: float) -> float:
         """The mean cross-entropy at the temperature of this logarithm."""

@@ -1,14 +1,16 @@
 """What several runs say together: the table of a sweep, and what a tuning found."""
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from jaxnorm.analysis import stats
-from jaxnorm.analysis.drawing import COLOURS, Named, look_of, new_figure, percent_axes, png
+from jaxnorm.analysis.drawing import Look, Named, looks, new_figure, percent_axes, plain, png
 from jaxnorm.analysis.figures import save_examples
-from jaxnorm.analysis.results import Run
+from jaxnorm.analysis.results import Run, left_out, seeds_text
 from jaxnorm.analysis.tables import MEAN, Table
 from jaxnorm.config import counted, differing, value_text
 from jaxnorm.data.datasets import Dataset
@@ -20,13 +22,27 @@ def runs_of(sweep: Sweep, dataset: Dataset) -> list[Run]:
     """The runs of a trained sweep, each with the images kept that its figures show."""
     runs = [Run(directory) for directory in sweep.directories]
     for run in runs:
-        if run.epochs:  # else the loss of every net of it was not finite
-            save_examples(run, dataset)
+        save_examples(run, dataset)
     return runs
 
 
+def caption(runs: Sequence[Run]) -> str:
+    """What stands under every figure of a sweep: the data, the nets, the seeds of each, and how
+    many nets are left out because they are not finished.
+    """
+    config = runs[0].info.config
+    seeds = seeds_text(config.seed_numbers)
+    return f"{runs[0].data}; {config.arch} nets, {seeds}{left_out(runs)}"
+
+
+def _looks(runs: Sequence[Run]) -> dict[str, Look]:
+    return looks(norm for run in runs for norm in run.info.config.norms)
+
+
 def results(runs: Sequence[Run]) -> Table:
-    """The last test accuracy of every norm in every run of a sweep: a row a run."""
+    """The last test accuracy of every norm in every run of a sweep, of finished nets, and how many
+    these are where some are lost: a row a run.
+    """
     first, rows, lost = runs[0].info.config, [], ""
     differ = differing([run.info.config for run in runs])
     others = [name for name in differ if name not in ("batch_size", "learning_rate")]
@@ -37,12 +53,13 @@ def results(runs: Sequence[Run]) -> Table:
             cells.append(stats.accuracy_text(run.sample(norm)) if done else "none")
             if len(done or ()) < config.seeds:
                 cells[-1] += f" ({len(done or ())} of {config.seeds})"
-                lost = " Of nets that are not counted the loss was not finite."
+                lost = " Nets that are not counted diverged, or did not finish."
         settings = [value_text(getattr(config, name)) for name in others]
         rows.append([str(config.batch_size), config.rate_text, *settings, *cells])
+    each = f"n = {first.seeds} each{' unless the table says otherwise' * bool(lost)}"
     note = (
-        f"Last test accuracy after {counted(first.epochs, 'epoch')}, n = {first.seeds} each"
-        f"{MEAN if first.seeds > 1 else ''}; {first.arch} nets, {runs[0].info.dataset.caption}."
+        f"Last test accuracy after {counted(first.epochs, 'epoch')}, {each}"
+        f"{MEAN if first.seeds > 1 else ''}; {first.arch} nets, {runs[0].data}."
     )
     if first.linear_scaling:
         note += f" The learning rate is multiplied by batch / {first.usual_batch}."
@@ -53,13 +70,15 @@ def results(runs: Sequence[Run]) -> Table:
 def plot_against(axes: Axes, runs: Sequence[Run], setting: str) -> None:
     """The last test accuracy of every norm against a setting of a sweep: the mean and each seed."""
     ordered = sorted((float(getattr(run.info.config, setting)), i) for i, run in enumerate(runs))
+    look_of = _looks(runs)
     for norm in runs[0].info.config.norms:
         ends = [(x, runs[i].sample(norm)) for x, i in ordered if norm in runs[i].summaries]
         if not ends:
             continue
-        axes.plot([x for x, _ in ends], [sample.mean for _, sample in ends], **look_of(norm))
+        means, look = [sample.mean for _, sample in ends], look_of[norm]
+        axes.plot([x for x, _ in ends], means, **look.keywords)
         seeds = [(x, accuracy) for x, sample in ends for accuracy in sample.values]
-        axes.plot(*zip(*seeds, strict=True), ".", color=COLOURS[norm], alpha=0.5)
+        axes.plot(*zip(*seeds, strict=True), ".", color=look.colour, alpha=0.5)
     axes.set_xscale("log" if ordered[0][0] > 0 else "linear")
     axes.set_xticks([x for x, _ in ordered], [f"{x:g}" for x, _ in ordered])
     axes.minorticks_off()
@@ -71,48 +90,71 @@ def draw(runs: Sequence[Run]) -> Named:
     differ = differing([run.info.config for run in runs])
     if len(differ) == 1 and any(run.summaries for run in runs):
         title = f"Accuracy against {differ[0].replace('_', ' ')}"
-        figure = new_figure(runs[0].caption, title, 8, 4.6)
+        figure = new_figure(caption(runs), title, 8, 4.6)
         plot_against(figure.subplots(), runs, differ[0])
         yield differ[0].replace("_", "-"), figure
 
 
-def trials(runs: Sequence[Run]) -> dict[str, list[tuple[float, float]]]:
-    """The learning rate of each trial of a tuning, ascending and before linear scaling, and the
-    mean accuracy on held-out images at its end, by norm; 0 where no net's loss stayed finite. Norms
-    may be tuned apart.
+class Trial(NamedTuple):
+    """A norm's nets at a learning rate (before linear scaling, as it is given to a command), and
+    their mean accuracy on held-out images: 0 for a trial that failed, because a net of it was lost.
     """
-    trials_of: dict[str, list[tuple[float, float]]] = {}
-    for run in sorted(runs, key=lambda run: run.info.config.unscaled_rate("")):
-        for norm in run.info.config.norms:
+
+    rate: float
+    accuracy: float
+    finished: int
+    nets: int
+
+    @property
+    def failed(self) -> bool:
+        """Whether a net of it diverged or did not finish."""
+        return self.finished < self.nets
+
+    @property
+    def text(self) -> str:
+        """Its accuracy, or how many of its nets are finished."""
+        if self.failed:
+            return f"none ({self.finished} of {self.nets} finished)"
+        return f"{self.accuracy:.2%}"
+
+
+def trials(runs: Sequence[Run]) -> dict[str, list[Trial]]:
+    """The trials of a tuning by norm, by ascending learning rate. Norms may be tuned apart."""
+    trials_of: dict[str, list[Trial]] = {}
+    for run in runs:
+        config = run.info.config
+        for norm in config.norms:
             nets = run.summaries.get(norm, {}).values()
             ends = [net.validation for net in nets if net.validation is not None]
-            trial = (run.info.config.unscaled_rate(norm), sum(ends) / len(ends) if ends else 0.0)
+            mean = sum(ends) / len(ends) if len(ends) == config.seeds else 0.0
+            trial = Trial(config.unscaled_rate(norm), mean, len(ends), config.seeds)
             trials_of.setdefault(norm, []).append(trial)
-    return trials_of
+    return {norm: sorted(of_norm) for norm, of_norm in trials_of.items()}
 
 
 def tuning(runs: Sequence[Run]) -> Table:
     """What each norm won with: a row a norm."""
     config, rows, trials_of = runs[0].info.config, [], trials(runs)
     count = max(map(len, trials_of.values()))
-    for norm, pairs in trials_of.items():
-        rates = [rate for rate, _ in pairs]
-        best = max(pairs, key=lambda trial: trial[1])[0]
-        accuracies = [accuracy for _, accuracy in pairs]
-        edge = " (the lowest)" * (best == rates[0]) + " (the highest)" * (best == rates[-1])
-        half = stats.expected_best(accuracies, max(1, count // 2))
-        failed = sum(accuracy == 0 for accuracy in accuracies)
-        cells = [f"{best:g}{edge}", f"{max(accuracies):.2%}", f"{half:.2%}", str(failed)]
-        rows.append([norm, *cells])
+    for norm, of_norm in trials_of.items():
+        best = max(of_norm, key=lambda trial: trial.accuracy)
+        edge = " (the lowest)" * (best == of_norm[0]) + " (the highest)" * (best == of_norm[-1])
+        half = stats.expected_best([trial.accuracy for trial in of_norm], max(1, count // 2))
+        rate = "none" if best.failed else f"{best.rate:g}{edge}"
+        failed = sum(trial.failed for trial in of_norm)
+        rows.append([norm, rate, best.text, f"{half:.2%}", f"{failed} of {len(of_norm)}"])
     half = f"expected best of {max(1, count // 2)}"
     note = (
         f"Accuracy on {config.validation:,} held-out training images after "
         f"{counted(config.epochs, 'epoch')}, {counted(count, 'trial')} of each norm from seed "
         f"{config.seed} on, n = {config.seeds} each; {config.arch} nets, "
-        f"{runs[0].info.dataset.caption}. An optimum that is the lowest "
-        "or the highest learning rate lies on the edge: a wider range may hold a better one. Test "
-        "accuracy is recorded too and decides nothing."
+        f"{runs[0].data}. An optimum that is the lowest "
+        "or the highest learning rate lies on the edge: a wider range may hold a better one. A "
+        "trial fails if a net of it diverges or does not finish, and counts as an accuracy of 0. "
+        "Test accuracy is recorded too and decides nothing."
     )
+    if config.linear_scaling:
+        note += " Learning rates are those before they are multiplied by batch / 128."
     return Table(
         "The tuning", ["norm", "best learning rate", "accuracy", half, "failed"], rows, note
     )
@@ -122,16 +164,20 @@ def every_trial(runs: Sequence[Run]) -> Table:
     """What each trial of a tuning ended with on held-out images: a row a learning rate."""
     trials_of = trials(runs)
     rows = [
-        [f"{pairs[0][0]:g}", *(f"{accuracy:.2%}" if accuracy else "none" for _, accuracy in pairs)]
-        for pairs in zip(*trials_of.values(), strict=True)
+        [f"{at_rate[0].rate:g}", *(trial.text for trial in at_rate)]
+        for at_rate in zip(*trials_of.values(), strict=True)
     ]
     return Table("Every trial", ["learning rate", *trials_of], rows)
 
 
 def plot_rates(axes: Axes, runs: Sequence[Run]) -> None:
-    """What each trial of a tuning ended with on held-out images, against its learning rate."""
-    for norm, pairs in trials(runs).items():
-        axes.plot(*zip(*pairs, strict=True), **look_of(norm))
+    """What each trial of a tuning ended with on held-out images, against its learning rate; a
+    failed trial leaves a gap.
+    """
+    look_of = _looks(runs)
+    for norm, of_norm in trials(runs).items():
+        accuracies = [math.nan if trial.failed else trial.accuracy for trial in of_norm]
+        axes.plot([trial.rate for trial in of_norm], accuracies, **look_of[norm].keywords)
     axes.set_xscale("log")
     percent_axes(axes, "learning rate", _held_out(runs))
 
@@ -142,15 +188,16 @@ def _held_out(runs: Sequence[Run]) -> str:
 
 def draw_tuning(runs: Sequence[Run]) -> Named:
     """Accuracy on held-out images against the learning rate; and the best of k trials against k."""
-    figure = new_figure(runs[0].caption, "Accuracy against learning rate", 8, 4.6)
+    figure = new_figure(caption(runs), "Accuracy against learning rate", 8, 4.6)
     plot_rates(figure.subplots(), runs)
     yield "learning-rate", figure
-    figure = new_figure(runs[0].caption, "What so many trials can expect to find", 8, 4.6)
-    axes = figure.subplots()
-    for norm, pairs in trials(runs).items():
-        values = [accuracy for _, accuracy in pairs]
+    figure = new_figure(caption(runs), "What so many trials can expect to find", 8, 4.6)
+    axes, look_of = figure.subplots(), _looks(runs)
+    for norm, of_norm in trials(runs).items():
+        values = [trial.accuracy for trial in of_norm]
         counts = range(1, len(values) + 1)
-        axes.plot(counts, [stats.expected_best(values, k) for k in counts], **look_of(norm))
+        best = [stats.expected_best(values, k) for k in counts]
+        axes.plot(counts, best, **look_of[norm].keywords)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     percent_axes(axes, "trials", f"expected best {_held_out(runs)}")
     yield "best-of-k", figure
@@ -159,6 +206,7 @@ def draw_tuning(runs: Sequence[Run]) -> Named:
 def write(folder: RunDirectory, name: str, tables: Sequence[Table], figures: Named) -> str:
     """Writes the tables and figures of a sweep into its folder; returns the text of the tables."""
     folder.write_bytes(f"{name}.md", "\n".join(table.markdown() for table in tables).encode())
-    for stem, figure in figures:
-        folder.write_bytes(f"{stem}.png", png(figure))
+    with plain():
+        for stem, figure in figures:
+            folder.write_bytes(f"{stem}.png", png(figure))
     return "\n\n".join(table.plain() for table in tables)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxnorm.analysis import stats
-from jaxnorm.analysis.results import Run
-from jaxnorm.config import Config, counted
+from jaxnorm.analysis.results import Run, left_out
+from jaxnorm.config import ALL, Config, counted
 from jaxnorm.storage.schema import Environment
 
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
@@ -130,9 +130,7 @@ def results(run: Run) -> Table:
 def conditions(run: Run) -> str:
     """The data, nets, epochs, seeds, devices and versions of a run, in a line."""
     info, config = run.info, run.info.config
-    parts = [f"{info.dataset.caption}; {config.arch} nets", counted(config.epochs, "epoch")]
-    if len(run.finished) < len(config.nets):
-        parts.append(f"{len(run.finished)} of {len(config.nets)} nets finished")
+    parts = [f"{run.data}; {config.arch} nets", counted(config.epochs, "epoch")]
     parts.append(f"batch {config.batch_size}")
     if config.validation:
         parts.append(f"{config.validation} training images held out")
@@ -175,7 +173,8 @@ def paired(differences: Sequence[stats.Difference]) -> Table:
         row = [f"{pair.first} {MINUS} {pair.second}", str(sample.n), points(sample.mean)]
         for interval in (sample.interval, sample.bootstrap_interval):
             row.append(" to ".join(map(points, interval)) if interval else "none: n = 1")
-        rows.append([*row, f"{pair.p:.3g}", f"{pair.adjusted_p:.3g}"])
+        adjusted = "no verdict" if pair.adjusted_p is None else f"{pair.adjusted_p:.3g}"
+        rows.append([*row, f"{pair.p:.3g}", adjusted])
     note = (
         "Differences of last test accuracies between nets of the same seed; the intervals are not "
         "corrected for there being several. " + _what_n_can_show(differences)
@@ -184,25 +183,34 @@ def paired(differences: Sequence[stats.Difference]) -> Table:
 
 
 def _what_n_can_show(differences: Sequence[stats.Difference]) -> str:
-    """What the fewest and the most pairs of a comparison can show, in words; what the most cannot,
-    the fewest cannot either.
+    """What the fewest and the most pairs of the family's comparisons can show, in words; what the
+    most cannot, the fewest cannot either. And that other comparisons show nothing.
     """
-    counts, comparisons = [pair.sample.n for pair in differences] or [1], max(1, len(differences))
-    ends = {max(counts)}
-    if max(counts) >= stats.fewest_pairs(comparisons):
+    counts = [pair.sample.n for pair in differences if pair.adjusted_p is not None]
+    ends = {max(counts)} if counts else set()
+    if ends and max(counts) >= stats.fewest_pairs(len(stats.FAMILY)):
         ends.add(min(counts))
-    return " ".join(stats.what_n_can_show(n, comparisons) for n in sorted(ends))
+    sentences = [stats.what_n_can_show(n) for n in sorted(ends)]
+    if len(counts) < len(differences):
+        sentences.append(
+            f"The tests were fixed beforehand for {listed(ALL)} norm alone: other comparisons have "
+            "intervals and no verdict."
+        )
+    return " ".join(sentences)
 
 
 def finding(run: Run) -> str:
     """What the run found, with n and intervals, and what it does not show: a sentence on where the
-    norms end, one for each pair, and one on what so many seeds can show.
+    norms end, one for each pair, and one on what n seeds can show.
     """
     if not run.summaries:
         return "No net is finished yet, so nothing is found."
     where, ends = "With the study's own nets, which differ in more than the norm", []
-    if run.info.config.arch != "original":
-        where = "With one net in which only the norm differs"
+    config, untuned = run.info.config, _untuned(run.info.config)
+    if config.arch != "original":
+        apart = untuned and len({config.rate(norm) for norm in config.norms}) > 1
+        only = "the norm and its learning rate differ" if apart else "the norm differs"
+        where = f"With one net in which only {only}"
     samples = {norm: run.sample(norm) for norm in run.summaries}
     for norm, sample in sorted(samples.items(), key=lambda item: -item[1].mean):
         text = f"{norm} norm {'at' if ends else 'ends at'} {sample.mean:.1%}"
@@ -213,28 +221,53 @@ def finding(run: Run) -> str:
     counts = sorted({sample.n for sample in samples.values()})
     n = f"n = {'/'.join(map(str, counts))}"
     n += " seeds each" if counts[-1] > 1 else ", one run of each"
-    sentences = [f"{where}, {listed(ends)} test accuracy ({n}, {run.info.dataset.caption})."]
+    sentences = [f"{where}, {listed(ends)} test accuracy ({n}{left_out([run])}, {run.data})."]
+    sentences += [untuned] * bool(untuned)
     if len(samples) > 1:
-        sentences += [_compared(pair) for pair in run.differences if pair.sample.n > 1]
-        sentences.append(_what_n_can_show(run.differences))
+        sentences += compared(run.differences)
     return " ".join(sentences)
 
 
-def _compared(difference: stats.Difference) -> str:
-    """What a paired difference shows, in a sentence: it is clear where its t interval leaves zero
-    out.
+def _untuned(config: Config) -> str:
+    """The learning rate of each norm, in a sentence, where norms have their own and some do not."""
+    rates = config.learning_rate
+    if not isinstance(rates, dict) or rates.keys() >= {*config.norms}:
+        return ""
+    texts = [
+        f"{norm} norm {config.rate(norm):g} ({'tuned' if norm in rates else 'not tuned'})"
+        for norm in config.norms
+    ]
+    return f"Learning rates: {listed(texts)}."
+
+
+def compared(differences: Sequence[stats.Difference]) -> list[str]:
+    """What paired differences show, a sentence for each that has an interval, and what so many
+    pairs can show. A pair outside of the family that was fixed beforehand has no verdict.
     """
-    norms, sample = (difference.first, difference.second), difference.sample
-    low, high = sample.interval or (0, 0)
-    tail = f"n = {sample.n}, p {difference.adjusted_p:.2g} after Holm"
-    if sample.excludes_zero:
-        up, down = norms if sample.mean > 0 else norms[::-1]
-        low, high = sorted((abs(100 * low), abs(100 * high)))
-        mean = f"{abs(100 * sample.mean):.1f} points ({low:.1f} to {high:.1f}, {tail})"
-        return f"Paired by seed, {up} norm is above {down} norm by {mean}."
+    pairs = [_compared(pair) for pair in differences if pair.sample.n > 1]
+    return [*pairs, *filter(None, [_what_n_can_show(differences)])]
+
+
+def _compared(difference: stats.Difference) -> str:
+    """What a paired difference shows, in a sentence."""
+    first, second, sample = difference.first, difference.second, difference.sample
+    low, high = sample.interval or (sample.mean, sample.mean)
+    tail, interval = f"n = {sample.n}", f"{points(low)} to {points(high)}"
+    if difference.adjusted_p is None:
+        mean = f"{points(sample.mean)} points (95% interval {interval}, {tail})"
+        return f"Paired by seed, {first} norm minus {second} norm is {mean}."
+    tail += f", p {difference.adjusted_p:.2g} after Holm"
+    if difference.shown:
+        if sample.mean < 0:
+            first, second, low, high = second, first, -high, -low
+        interval = f"{100 * low:.1f} to {100 * high:.1f}".replace("-", MINUS)
+        mean = f"{abs(100 * sample.mean):.1f} points ({interval}, {tail})"
+        return f"Paired by seed, {first} norm is above {second} norm by {mean}."
+    if sample.n < stats.fewest_pairs(len(stats.FAMILY)):
+        tail = f"n = {sample.n}, too few to show any"
     return (
-        f"No difference between {norms[0]} and {norms[1]} norm is shown: its 95% interval, "
-        f"{points(low)} to {points(high)} points ({tail}), holds zero."
+        f"No difference between {first} and {second} norm is shown: its 95% interval is "
+        f"{interval} points ({tail})."
     )
 
 
@@ -248,7 +281,8 @@ def evaluation(run: Run) -> Table:
     any. Empty where that was not measured.
     """
     head, rows, tested = ["norm", "n", "running averages", "averages computed anew"], [], 0
-    for norm, nets in run.probes(EVALUATED).items():
+    for norm, by_seed in run.probes(EVALUATED).items():
+        nets = list(by_seed.values())
         running, precise = (
             [float(n[f"{k}_accuracy"]) for n in nets] for k in ("running", "precise")
         )
@@ -295,7 +329,8 @@ def calibration(run: Run) -> Table:
 def corruptions(run: Run) -> Table:
     """The accuracy of each norm's nets on corrupted images. Empty where that was not measured."""
     head, rows, tested = ["norm", "n", "none"], [], 0
-    for norm, nets in run.probes(CORRUPTED).items():
+    for norm, by_seed in run.probes(CORRUPTED).items():
+        nets = list(by_seed.values())
         head[3:], tested = map(str, nets[0]["corruptions"]), int(nets[0]["tested"])
         accuracies = [[net["running_accuracy"], *net["corrupted_accuracy"]] for net in nets]
         samples = [stats.Sample(tuple(map(float, x))) for x in zip(*accuracies, strict=True)]
@@ -308,7 +343,8 @@ def classes(run: Run) -> Table:
     """The mean test accuracy of each class under each norm; none where it has no test images."""
     means = [run.class_accuracies(norm).mean(0) for norm in run.norms]
     cells = [["none" if np.isnan(mean) else f"{mean:.1%}" for mean in net] for net in means]
-    rows = [[name, *(net[i] for net in cells)] for i, name in enumerate(run.class_names)]
+    names = run.class_names if cells else ()
+    rows = [[name, *(net[i] for net in cells)] for i, name in enumerate(names)]
     return Table("Test accuracy of each class", ["class", *run.norms], rows, run.caption + ".")
 
 
@@ -354,7 +390,7 @@ def facts(run: Run) -> Table:
     rows = {
         "command": began.command,
         **{name.replace("_", " "): str(value) for name, value in vars(config).items()},
-        "data": f"{data.caption}, {images}",
+        "data": f"{run.data}, {images}",
         "data from": data.source,
         "data verified": verified[data.verified],
         "data SHA-256": data.fingerprint,
@@ -379,14 +415,14 @@ def _resumed(first: Environment, again: Environment) -> str:
     return f"{again.started}, {f'other {listed(other)}, ' if other else ''}{checked}"
 
 
-def side_by_side(runs: Mapping[str, Run]) -> Table:
-    """The last test accuracy of every norm in every run."""
-    norms = dict.fromkeys(norm for run in runs.values() for norm in run.info.config.norms)
+def side_by_side(runs: Sequence[tuple[str, Run]]) -> Table:
+    """The last test accuracy of every norm in every run, each with its title."""
+    norms = dict.fromkeys(norm for _, run in runs for norm in run.info.config.norms)
     rows = []
-    for title, run in runs.items():
+    for title, run in runs:
         samples = [run.sample(norm) if norm in run.summaries else None for norm in norms]
         cells = [f"{stats.accuracy_text(s)} (n = {s.n})" if s else "" for s in samples]
-        rows.append([title, run.info.dataset.caption, *cells])
+        rows.append([title, run.data, *cells])
     head, note = ["run", "data", *norms], f"Last epoch{MEAN} over n seeds."
     return Table("Last test accuracy, side by side", head, rows, note)
 

@@ -1,5 +1,7 @@
 """A run's records read once, and the numbers made from them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -21,19 +23,53 @@ def test_nets_are_found_by_norm_and_seed(sweep):
 def test_seeds_that_are_not_finished_are_not_counted(sweep):
     directory = sweep()
     directory.write_epochs([epoch for epoch in directory.epochs() if epoch.seed < 3])
-    assert Run(directory).seeds_text == "n = 2 seeds (1 to 2)"
-    directory.write_epochs([epoch for epoch in directory.epochs() if epoch.seed < 2])
-    assert Run(directory).seeds_text == "seed 1"
+    assert Run(directory).seeds_text == "n = 2 seeds (1 to 2), 6 of 9 nets finished"
+    directory.write_epochs([epoch for epoch in directory.epochs() if epoch.seed != 2])
+    assert Run(directory).seeds_text == "seed 1, 3 of 9 nets finished"
     directory.write_epochs([])
-    assert Run(directory).seeds_text == "n = 3 seeds (1 to 3)"
+    assert Run(directory).seeds_text == "n = 3 seeds (1 to 3), 0 of 9 nets finished"
 
 
-def test_only_finished_nets_count(sweep):
-    run = Run(sweep(accuracies=dict.fromkeys(("group",), ((9, 9), (9,), (9, 9))), norm="group"))
-    assert list(run.finished) == [("group", 1), ("group", 3)]
-    assert list(run.summaries["group"]) == [1, 3]
+def test_only_finished_nets_count_and_the_caption_says_which(sweep):
+    """The first net of group norm stopped after its first epoch, with 2 of 22 right."""
+    rows = {"group": ((2,), (9, 9), (9, 12), (9, 9))}
+    run = Run(sweep(accuracies=rows, norm="group", seeds=4))
+    run.directory.write_epochs([epoch for epoch in run.directory.epochs() if epoch.seed != 3])
+    run = Run(run.directory)
+    assert run.seeds("group") == list(run.summaries["group"]) == [2, 4]
     assert run.sample("group").n == 2
-    assert run.seeds("group") == [1, 2, 3]
+    assert run.caption.endswith("n = 2 seeds (2, 4), 2 of 4 nets finished")
+    totals = np.bincount(run.labels)
+    np.testing.assert_allclose(run.class_accuracies("group") @ totals, [9, 9])
+    np.testing.assert_allclose(run.confusion("group").diagonal().sum(), 9)
+    assert list(run.predictions) == [("group", 2), ("group", 4)]
+    np.testing.assert_array_equal(run.logits["group"], run.predictions["group", 2])
+
+
+def test_a_norm_without_a_finished_net_is_left_out(sweep):
+    rows = {"batch": ((5, 9), (5, 9)), "group": ((5,), (5,)), "layer": ((5,), (5, 9))}
+    run = Run(sweep(accuracies=rows, seeds=2))
+    assert run.norms == ["batch", "layer"]
+    assert [run.shown_seed(norm) for norm in run.norms] == [2, 2]  # of both, so that they compare
+    assert not any("group" in name for name in run.mistakes)
+
+
+def test_what_was_measured_is_kept_of_every_norm_that_has_any(sweep):
+    directory = sweep()
+    (directory.path / "probes" / "batch-1.npz").rename(directory.path / "probes" / "batch-2.npz")
+    (directory.path / "probes" / "layer-1.npz").unlink()
+    run = Run(directory)
+    measured = run.probes({"epoch": "iu"})
+    assert {norm: list(nets) for norm, nets in measured.items()} == {"batch": [2], "group": [1]}
+    (line,) = run.unmeasured
+    assert "layer-1.npz is missing" in line
+
+
+def test_data_of_which_nobody_knows_whether_it_is_verified_says_so(sweep, tiny):
+    for verified, words in ((None, "tiny, not known whether verified"), (True, "tiny")):
+        data = dataclasses.replace(tiny, verified=verified)
+        run = Run(sweep(f"{verified}", dataset=data))
+        assert run.caption == f"{words}; matched nets, n = 3 seeds (1 to 3)"
 
 
 def test_differences_are_of_the_last_test_accuracies(sweep):

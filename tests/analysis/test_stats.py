@@ -41,12 +41,6 @@ def test_mean_deviation_and_students_interval_by_hand():
     assert (one.mean, one.deviation, one.interval, one.bootstrap_interval) == (0.7, *3 * [None])
 
 
-def test_an_interval_excludes_zero_where_both_ends_are_on_one_side():
-    for values, wanted in (((1, 1.1, 0.9), True), ((-1, -1.1), True), ((-1, 1), False)):
-        assert stats.Sample(values).excludes_zero == wanted
-    assert not stats.Sample((1.0,)).excludes_zero
-
-
 def test_the_bootstrap_interval_by_hand():
     # Of the 27 resamples of three values, one is the lowest thrice: 3.7 %, more than 2.5 %.
     assert stats.Sample((1.0, 2.0, 6.0)).bootstrap_interval == (1.0, 6.0)
@@ -99,7 +93,7 @@ def test_holms_correction_by_hand():
     assert stats.holm([]) == []
 
 
-def test_differences_pair_by_seed_and_correct_for_all_pairs():
+def test_differences_pair_by_seed_and_correct_for_the_pairs_of_the_three_norms():
     values = {
         "batch": {1: 0.5, 2: 0.6, 3: 0.7, 4: 0.1},
         "group": {3: 0.4, 2: 0.4, 1: 0.4},
@@ -118,6 +112,21 @@ def test_differences_pair_by_seed_and_correct_for_all_pairs():
     # All of one sign: 2 of 8 flips; a zero's two flips are the same, so 4 of 8.
     assert [pair.p for pair in pairs] == pytest.approx([0.25, 0.5, 0.5])
     assert [pair.adjusted_p for pair in pairs] == pytest.approx([0.75, 1, 1])
+    assert not any(pair.shown for pair in pairs)
+
+
+def test_a_difference_is_shown_by_its_p_value_in_the_family_fixed_beforehand_alone():
+    """Ten images of 100 in each of eight seeds: p = 2/256, and three times that after Holm, if the
+    third norm is there or not; norms outside of the family have no verdict, and change none.
+    """
+    seeds = range(8)
+    values = {norm: dict.fromkeys(seeds, a) for norm, a in (("layer", 0.5), ("batch", 0.6))}
+    (pair,) = stats.differences(values, 100)
+    assert (pair.adjusted_p, pair.shown) == (pytest.approx(3 * 2 / 256), True)
+    values |= {norm: dict.fromkeys(seeds, 0.1) for norm in ("pixel", "rms", "mine:Norm")}
+    first, *others = stats.differences(values, 100)
+    assert first == pair
+    assert {(other.adjusted_p, other.shown) for other in others} == {(None, False)}
 
 
 def test_what_so_many_seeds_can_show():
@@ -125,7 +134,7 @@ def test_what_so_many_seeds_can_show():
     assert "7 seeds are the fewest" in stats.what_n_can_show(1, 3)  # 3 x 2/64 > 0.05 > 3 x 2/128
     three = stats.what_n_can_show(3, 3)
     assert "no p-value under 0.25 exists (under 0.75 after Holm" in three
-    assert "cannot call any difference significant" in three
+    assert "no difference can be shown" in three
     assert "6 seeds are the fewest" in stats.what_n_can_show(3, 1)
     assert "enough" in stats.what_n_can_show(7, 3)
 
@@ -209,6 +218,12 @@ def test_calibration_error_by_hand():
     # One wrong at 0.9 and one right at 0.97, of the two highest of 15 bins: not to be averaged.
     apart = stats.calibration_error(np.array([[0.1, 0.9], [0.97, 0.03]]), np.array([0, 0]))
     assert apart == pytest.approx((0.9 + 0.03) / 2)
+
+
+def test_a_temperature_of_a_single_image_is_that_of_none_and_changes_nothing():
+    logits = np.array([[2.0, 1.0]])
+    probabilities = stats.tempered(logits, np.array([0]))
+    np.testing.assert_array_equal(probabilities, stats.probabilities(logits))
 
 
 def test_a_temperature_undoes_a_scale_and_is_of_the_other_half():

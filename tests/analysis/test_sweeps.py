@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from jaxnorm.analysis import sweeps
@@ -23,15 +24,43 @@ def test_an_optimum_on_the_edge_is_said(sweep):
         directory = sweep(f"r{rate}", accuracies={"group": ((accuracy,),)}, **values)
         runs.append(validated(Run(directory)))
     ((_, best, accuracy, half, failed),) = sweeps.tuning(runs).rows
-    assert (best, accuracy, failed) == ("0.04 (the highest)", "90.91%", "0")
+    assert (best, accuracy, failed) == ("0.04 (the highest)", "90.91%", "0 of 3")
     assert half == f"{(5 + 9 + 20) / 66:.2%}"
 
 
 def test_a_trial_is_the_mean_of_its_seeds(sweep):
     values = {"norm": "group", "epochs": 1, "seeds": 2, "learning_rate": 0.02}
     run = validated(Run(sweep(accuracies={"group": ((5,), (9,))}, **values)))
-    ((rate, accuracy),) = sweeps.trials([run])["group"]
-    assert (rate, accuracy) == (0.02, pytest.approx(7 / 22))
+    (trial,) = sweeps.trials([run])["group"]
+    assert trial == (0.02, pytest.approx(7 / 22), 2, 2)
+
+
+def test_a_rate_does_not_win_by_its_survivors(sweep):
+    """Of three nets at 0.9 two were lost and one is the best of all."""
+    settings = {"norm": "group", "seeds": 3}
+    whole = sweep("a", {"group": ((5, 9),) * 3}, learning_rate=0.1, **settings)
+    lost = sweep("b", {"group": ((5,), (5, 20), (5,))}, learning_rate=0.9, **settings)
+    runs = [validated(Run(directory)) for directory in (lost, whole)]
+    (row,) = sweeps.tuning(runs).rows
+    assert row == ["group", "0.1 (the lowest)", "40.91%", "20.45%", "1 of 2"]
+    assert sweeps.every_trial(runs).rows == [
+        ["0.1", "40.91%"],
+        ["0.9", "none (1 of 3 finished)"],
+    ]
+    _, figure = next(sweeps.draw_tuning(runs))
+    ((rate, accuracy), (_, gap)) = figure.axes[0].lines[0].get_xydata()
+    assert (rate, accuracy) == (0.1, pytest.approx(9 / 22))
+    assert np.isnan(gap)
+    assert figure.get_supxlabel().endswith("n = 3 seeds (1 to 3), 4 of 6 nets finished")
+    (row,) = sweeps.tuning(runs[:1]).rows
+    assert row == ["group", "none", "none (1 of 3 finished)", "0.00%", "1 of 1"]
+
+
+def test_a_tuning_with_linear_scaling_names_the_rates_that_a_command_takes(sweep):
+    settings = {"learning_rate": 0.1, "linear_scaling": True, "batch_size": 256}
+    run = validated(Run(sweep(**settings)))
+    assert sweeps.every_trial([run]).rows[0][0] == "0.1"
+    assert "before they are multiplied by batch / 128" in sweeps.tuning([run]).note
 
 
 def test_a_sweep_says_which_settings_differ(sweep):
@@ -48,4 +77,5 @@ def test_a_sweep_says_how_many_nets_it_counts(sweep):
     run = Run(sweep(accuracies={"group": ((5, 9), (5,))}, norm="group", seeds=2))
     table = sweeps.results([run, Run(sweep("whole", norm="group", seeds=2))])
     assert [row[2] for row in table.rows] == ["40.91% (1 of 2)", "70.45% \N{PLUS-MINUS SIGN} 3.21"]
-    assert table.note.endswith(" Of nets that are not counted the loss was not finite.")
+    assert "n = 2 each unless the table says otherwise, mean" in table.note
+    assert table.note.endswith(" Nets that are not counted diverged, or did not finish.")
