@@ -268,11 +268,10 @@ def summarize(workers: Sequence[Worker], ceiling: float) -> dict:
         best = min(others, key=lambda worker: medians[worker.job.name])
         pairs = zip(best.samples, ours.samples, strict=True)
         ratios = sorted(their_seconds / our_seconds for their_seconds, our_seconds in pairs)
-        tenth = len(ratios) // 10
         result["ratio"] = {
             "against": best.job.name,
             "median": statistics.median(ratios),
-            "10th_and_90th_percentile": [ratios[tenth], ratios[-1 - tenth]],
+            "lowest_and_highest": [ratios[0], ratios[-1]],
             "rounds": len(ratios),
         }
     return result
@@ -299,7 +298,7 @@ def render(comparison: dict) -> str:
     ]
     notes = [f"{name} failed: {why}" for name, why in comparison["failed"].items()]
     if ratio := comparison.get("ratio"):
-        low, high = ratio["10th_and_90th_percentile"]
+        low, high = ratio["lowest_and_highest"]
         notes.append(
             f"ours is {ratio['median']:.2f} times as fast as {ratio['against']}, the best of "
             f"PyTorch ({low:.2f} to {high:.2f} over {ratio['rounds']} rounds)"

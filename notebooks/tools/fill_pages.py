@@ -5,9 +5,9 @@
 Writes what stands between `<!-- table NAME -->` and `<!-- end -->`. NAME is a run's own name in
 `results/`, that and "finding" or a table's name, "tuned and pixel", "tuning winners" or "tuning
 trials", the name of a sweep, or the name of a file that a benchmark or a script beside this one
-wrote; "answer", "learning rates" and "batch-size changes" are of `answer.py`, "faults" is what the
-fault harness wrote. It also draws the pictures of several runs: the front page's,
-`results/answer.png`, accuracy against learning rate, and the two of the tunings.
+wrote; "answer", "learning rates" and "batch-size changes" are of `answer.py`, "mirror" is of other
+people's runs, "faults" is what the fault harness wrote. It also draws the pictures of several runs:
+the front page's, `results/answer.png`, accuracy against learning rate, and the two of the tunings.
 """
 
 import json
@@ -23,7 +23,7 @@ from answer import RESULTS, Answer, runs_of
 
 from jaxnorm.analysis import drawing, sweeps, tables
 from jaxnorm.analysis.results import Run, differences
-from jaxnorm.analysis.tables import Table, points
+from jaxnorm.analysis.tables import MINUS, Table, points
 from jaxnorm.storage.directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,17 +38,17 @@ MARKED = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 def texts() -> dict[str, str]:
     """What the pages can hold, by the name between the marks."""
-    by_name = {}
+    by_name, reference = {}, json.loads((RESULTS / "reference.json").read_text())
     for name in RUNS:
         run = Run(RunDirectory(RESULTS / name))
         by_name[name] = tables.results(run).markdown()
         by_name[f"{name} finding"] = tables.escaped(tables.finding(run)) + "\n"
         for make in SHOWN:
             by_name[f"{name} {make.__name__}"] = make(run).markdown()
-        reference = json.loads((RESULTS / "reference.json").read_text())
         by_name[f"{name} beside others"] = beside_others(run, reference).markdown()
     apart = [Run(RunDirectory(RESULTS / name)) for name in ("tuned", "tuned-pixel")]
     by_name["tuned and pixel"] = tables.paired(differences(apart)).markdown()
+    by_name["mirror"] = mirror(reference).markdown()
     by_name["answer"] = Answer().sentences()
     by_name["learning rates"] = sweeps.every_trial(Answer().rates).markdown()
     by_name["batch-size changes"] = Answer().table().markdown()
@@ -96,11 +96,20 @@ def beside_others(run: Run, reference: Mapping[str, Any]) -> Table:
             row += [f"{theirs[0]:.2%} / {theirs[1]:.2%}", " / ".join(apart)]
         rows.append(row)
     n = max((run.sample(norm).n for norm in run.summaries), default=0)
-    note = (
-        f"Test accuracy, best / last epoch; theirs one run each, ours n = {n}: "
-        f"{run.info.dataset.caption}."
-    )
+    note = f"Test accuracy, best / last epoch; theirs one run each, ours n = {n}: {run.data}."
     return Table("Beside others", head, rows, note)
+
+
+def mirror(reference: Mapping[str, Any]) -> Table:
+    """How far the one run of each net on the mirror ends below the one on official pixels."""
+    (official, theirs), (jpeg, ours) = reference.items()
+    rows = []
+    for norm in theirs:
+        runs = [source[norm]["test_accuracy"] for source in (theirs, ours)]
+        apart = (points(pick(runs[1]) - pick(runs[0])) for pick in (max, lambda run: run[-1]))
+        rows.append([norm, " / ".join(apart)])
+    head = ["norm", f"{jpeg} {MINUS} {official}, points"]
+    return Table("The mirror", head, rows, "Best / last test accuracy; one run each, n = 1.")
 
 
 def speed(values: Mapping[str, Any]) -> Table:
@@ -128,7 +137,9 @@ def speed(values: Mapping[str, Any]) -> Table:
         peak = f"{ours['peak_megabytes']:.0f}"
         if against and ratio:
             best = sides[ratio["against"]]
-            low, high = ratio["10th_and_90th_percentile"]
+            each = zip(best["samples_milliseconds"], ours["samples_milliseconds"], strict=True)
+            ratios = [theirs / our for theirs, our in each]
+            low, high = min(ratios), max(ratios)
             row.append(f"{best['milliseconds']:.1f} ({ratio['against']})")
             row.append(f"{ratio['median']:.2f} ({low:.2f} to {high:.2f})")
             peak += f" / {best['peak_megabytes']:.0f} PyTorch"
@@ -139,7 +150,7 @@ def speed(values: Mapping[str, Any]) -> Table:
     cores = "" if "cores" in machine["processor"] else f", {machine['cores']} cores"
     note = (
         f"Medians over {' to '.join(map(str, sorted({min(rounds), max(rounds)})))} rounds in turns"
-        + (", the ratio within each round (10th to 90th percentile)" if against else "")
+        + (", the ratio within each round (lowest to highest)" if against else "")
         + f"; {machine['processor']}{cores}, ceiling {ceiling:.0f} GFLOP/s (a "
         f"2048 x 2048 matrix product); Python {machine['python']}, "
         + ", ".join(f"{name} {version}" for name, version in versions.items() if version)

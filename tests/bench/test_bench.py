@@ -59,7 +59,7 @@ def test_the_ratio_is_taken_within_each_round_against_the_fastest_variant():
     ratio = result["ratio"]
     assert ratio["against"] == "torch channels_last"
     assert ratio["median"] == pytest.approx(3.0)
-    assert ratio["10th_and_90th_percentile"] == pytest.approx([2.0, 3.0])
+    assert ratio["lowest_and_highest"] == pytest.approx([2.0, 3.0])
     one = result["sides"]["jaxnorm"]
     assert one["milliseconds"] == pytest.approx(100)
     assert one["images_per_second"] == pytest.approx(1280)
@@ -79,7 +79,8 @@ def test_a_written_benchmark_becomes_a_table(tmp_path):
     table = fill_pages.speed(json.loads(json.dumps(values))).markdown()
     assert "| original batch | 128 | 150.0 |" in table
     assert "300.0 (torch contiguous)" in table
-    assert "over 2 rounds" in table
+    assert "2.25 (1.50 to 3.00)" in table
+    assert "over 2 rounds in turns, the ratio within each round (lowest to highest)" in table
     assert "jax 1.2, torch 3.4" in table
 
 
