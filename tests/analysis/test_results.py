@@ -128,3 +128,9 @@ def test_epochs_out_of_order_are_refused(sweep, lines):
     path.write_text("".join(written[number] for number in lines))
     with pytest.raises(UserError, match="are not 1, 2, 3"):
         _ = Run(directory).epochs
+
+
+def test_a_run_is_shown_by_its_path_whatever_was_read(tiny_run):
+    run = Run(tiny_run)
+    assert run.predictions
+    assert repr(run) == f"Run({str(tiny_run.path)!r})"
