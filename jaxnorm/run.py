@@ -282,6 +282,7 @@ def _report(sweep: "Sweep", dataset: "Dataset", options: Options, finish: "Finis
 
 def _what_to_train(requested: list[Config], out: Path, options: Options) -> dict[str, Any]:
     """What the other processes need to know of the run directory, which they may not see."""
+    from jaxnorm.runs.runner import check_sources
     from jaxnorm.storage.directory import RunDirectory
     from jaxnorm.storage.sweep import Sweep
 
@@ -295,6 +296,8 @@ def _what_to_train(requested: list[Config], out: Path, options: Options) -> dict
         return {"configs": configs, "unverified": False, "finished": []}
     sweep = Sweep.open(out)
     infos = [directory.info() for directory in sweep.directories if directory.exists()]
+    for info in infos:
+        check_sources(info, out, info.config.norms)
     grown = _grown(requested, sweep.configs, options)
     return {
         "configs": [dataclasses.asdict(config) for config in grown],

@@ -180,12 +180,16 @@ def change_mine(scratch, old, new):
     (scratch / "mine.py").write_text(MINE.replace(old, new))
 
 
-def test_a_run_takes_no_other_norm_under_the_name_of_its_own(run_of_mine, tiny, scratch):
+def test_a_run_takes_no_other_norm_under_the_name_of_its_own(run_of_mine, tiny, scratch, capsys):
     more = dataclasses.replace(run_of_mine.info().config, seeds=2)
     before = run_of_mine.read_bytes("run.json")
     change_mine(scratch, *CHANGED)
     with pytest.raises(UserError, match="source has changed since; put it back, or start a new"):
         runner.run(Sweep(run_of_mine.path, [more]), tiny)
+    assert call(run.app, "--resume", run_of_mine.path, "--seeds", "2") == 2
+    error = capsys.readouterr().err
+    assert "error: --norm mine:Mine is not the norm that the run in" in error
+    assert error.count("\n") == 1
     assert run_of_mine.read_bytes("run.json") == before
 
 
