@@ -242,11 +242,11 @@ def custom_class(path: str) -> Any:
     try:
         kind = getattr(importlib.import_module(module_name), class_name)
     except Exception as error:  # the user's module can fail in any way
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"norm={path} cannot be imported ({type(error).__name__}: {reason}): start Python in "
-            "the folder of its module, or add that folder to PYTHONPATH"
-        ) from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        hint = ""
+        if isinstance(error, ModuleNotFoundError):
+            hint = "; start Python in the folder of its module, or add that folder to PYTHONPATH"
+        raise UserError(f"norm={path} cannot be imported ({reason}){hint}") from None
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise UserError(f"norm={path} is no flax.linen.Module")
     return kind
