@@ -1,5 +1,6 @@
 """The report command: reports, and several runs side by side."""
 
+import json
 import os
 
 import pytest
@@ -59,6 +60,33 @@ def test_a_name_that_is_not_utf_8_is_reported(sweep, undrawn):
     for name in ("report.md", "report.html"):
         assert "run\\udcff" in (path / name).read_text()
     assert call(path, path, "--out", path / "page.html") == 0
+
+
+def test_runs_of_one_folder_name_have_a_row_each(sweep, scratch, undrawn):
+    paths = []
+    for name in ("a", "b"):
+        (scratch / name).mkdir()
+        paths.append(sweep(f"{name}/run", seeds=1).path)
+    assert call(*paths, "--out", scratch / "all.html") == 0
+    text = (scratch / "all.html").read_text()
+    assert [text.count(f'<th scope="row">{name}/run</th>') for name in ("a", "b")] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"arch": "of-long-ago"}, {"norm": "gone"}, {"dropped": 1}, {"recipe": "first"}],
+    ids=str,
+)
+def test_a_run_of_an_older_format_is_one_line(sweep, undrawn, capsys, change):
+    path = sweep(seeds=1).path
+    info = json.loads((path / "run.json").read_text())
+    info["config"] |= change
+    info["parameters"]["gone"] = 1
+    (path / "run.json").write_text(json.dumps(info))
+    call(path)
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    assert captured.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

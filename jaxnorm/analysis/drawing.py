@@ -1,7 +1,8 @@
 """How every figure looks: its caption, its colours, its axes, and the PNG that it becomes.
 
 Every figure names its data. The study's norms have Okabe and Ito's colours, told apart by the
-colour-blind, and every norm has a colour of its own, and a marker and dashes of its own too.
+colour-blind, the next seven Tol's "muted" ones, and every norm has a colour of its own, and a
+marker and dashes of its own too.
 """
 
 import colorsys
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_PALETTE += ("#117733", "#882255", "#332288", "#999933", "#661100", "#777777", "#44AA99")
 _MARKERS = "os^Dv*XP<>phd8H"
 _FIRST = ("batch", "group", "layer", "pixel", "instance", "rms", "none")
 Named = Iterator[tuple[str, Figure]]
@@ -50,10 +52,12 @@ def looks(norms: Iterable[str]) -> dict[str, Look]:
 
 
 def _look(number: int, norm: str) -> Look:
-    turn, place = divmod(number, len(_PALETTE))
-    colour, line, second = _PALETTE[place], "-", "--"
-    if turn:  # hues a golden ratio of the circle apart; a dash and as many dots as turns
+    turn, line, second = number // len(_FIRST), "-", "--"
+    if number < len(_PALETTE):
+        colour = _PALETTE[number]
+    else:  # hues a golden ratio of the circle apart
         colour = colors.to_hex(colorsys.hsv_to_rgb(0.618034 * number % 1, 0.9, 0.6))
+    if turn:  # a dash and as many dots as turns
         line, second = ((0, (length, 1.5) + turn * (1, 1.5)) for length in (7, 3))
     return Look(colour, _MARKERS[number % len(_MARKERS)], line, second, legible(norm))
 
@@ -100,7 +104,19 @@ def percent_axes(axes: Axes, across: str, up: str, decimals: int = 0) -> None:
     axes.set(xlabel=across, ylabel=up)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=decimals))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    legend(axes)
+
+
+def legend(axes: Axes, *entries: list, ncols: int = 1, fontsize: int = 9) -> None:
+    """Adds the legend; beside the axes, in one column, if it is long. `entries` are its handles and
+    labels, if they are not those of all lines.
+    """
+    entries = entries or axes.get_legend_handles_labels()
+    if len(entries[0]) <= 8:
+        axes.legend(*entries, ncols=ncols, fontsize=fontsize)
+    else:
+        place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        axes.legend(*entries, fontsize=7, labelspacing=0.3, **place)
 
 
 def log_scale(axes: Axes) -> None:

@@ -17,6 +17,7 @@ from jaxnorm.analysis.drawing import (
     Look,
     Named,
     label_of,
+    legend,
     literal,
     looks,
     new_figure,
@@ -171,7 +172,7 @@ def together(run: Run) -> Named:
             _line(axes, run, f"test_{what}", norm, "test")
             _line(axes, run, f"train_{what}", norm, "train")
         _by_epoch(axes, what)
-        axes.legend(fontsize=9, ncols=2)
+        legend(axes, ncols=2)
         yield what, figure
 
 
@@ -183,9 +184,8 @@ def seeds(run: Run) -> Named:
     if not norms:
         return
     differences = [pair for pair in run.differences if pair.sample.n > 1]
-    figure = new_figure(
-        run.caption, "What the seeds say: test accuracy after the last epoch", 9, 4.2
-    )
+    title = "What the seeds say: test accuracy after the last epoch"
+    figure = new_figure(run.caption, title, 9, max(4.2, 0.25 * len(differences)))
     widths = (1, 1.2) if differences else (1,)
     panels = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     left = panels[0]
@@ -200,7 +200,8 @@ def seeds(run: Run) -> Named:
         low, high = sample.interval or (sample.mean, sample.mean)
         error_bars = [[sample.mean - low], [high - sample.mean]]
         left.errorbar(i + 0.18, sample.mean, error_bars, capsize=4, **style)
-    left.set_xticks(range(len(norms)), norms)
+    tilted = {"rotation": 90} if len(norms) > 4 else {}
+    left.set_xticks(range(len(norms)), norms, **tilted)
     left.set_xlim(-0.4, len(norms) - 0.4)
     left.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     left.set_title("each seed; mean and 95 % t interval", fontsize=9)
@@ -301,7 +302,8 @@ def confusion(run: Run) -> Named:
             axes.set_yticks(range(len(names)), names)
         axes.set(xlabel="predicted class", ylabel="true class")
         yield f"confusion-{norm}", figure
-    figure = new_figure(run.caption, "Test accuracy of each class", 8, 1.6 + 0.36 * len(names))
+    height = 1.6 + max(0.36, 0.07 * len(run.norms)) * len(names)
+    figure = new_figure(run.caption, "Test accuracy of each class", 8, height)
     axes = figure.subplots()
     for norm, offset in zip(run.norms, spread(len(run.norms), 0.2), strict=True):
         heights, look = np.arange(len(names)) + offset, _looks(run)[norm]
@@ -314,7 +316,7 @@ def confusion(run: Run) -> Named:
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.grid(alpha=0.3)
-    axes.legend(ncols=3, fontsize=9)
+    legend(axes, ncols=3)
     yield "class-accuracy", figure
 
 

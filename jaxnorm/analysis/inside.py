@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from jaxnorm.analysis.drawing import (
     Named,
     label_of,
+    legend,
     log_scale,
     looks,
     new_figure,
@@ -57,7 +58,7 @@ def of_probes(probes: Probes, caption: str, norms: Sequence[str] = ()) -> Named:
                 plot_marked(panels[row, column], measured["layers"], values, look)
             panels[row, column].grid(alpha=0.3)
             panels[row, 0].set_ylabel(moment)
-    panels[0, 0].legend(fontsize=8)
+    legend(panels[0, 1] if len(probes) > 8 else panels[0, 0], fontsize=8)
     yield "activations", figure
     figure = new_figure(caption, "Size of the loss's gradient at each kernel", 8, 4.2)
     axes = figure.subplots()
@@ -66,7 +67,7 @@ def of_probes(probes: Probes, caption: str, norms: Sequence[str] = ()) -> Named:
     log_scale(axes)
     axes.set(xlabel="layer, input to output", ylabel="Euclidean norm")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    legend(axes)
     yield "gradients", figure
     title = "Evaluated with each batch's own statistics, not running averages"
     figure = new_figure(caption, title, 8, 4.2)
@@ -105,7 +106,7 @@ def depth(run: Run) -> Named:
     right.set(xlabel="layer, input to output", ylabel="cosine between two images")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    right.legend(*_once(right), fontsize=9)
+    legend(right, *_once(right))
     yield "depth", figure
 
 

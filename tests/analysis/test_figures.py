@@ -232,6 +232,19 @@ def test_what_is_missing_is_named_and_the_rest_is_drawn(sweep, gone, monkeypatch
     assert all(gone in line for line in missing)
 
 
+def test_figures_of_finished_nets_say_which_seed_is_shown(sweep):
+    """The first net of group norm stopped after its first epoch."""
+    rows = {"batch": ((5, 9), (5, 9)), "group": ((5,), (5, 9))}
+    run = Run(sweep(accuracies=rows, norm="batch,group", seeds=2))
+    drawn = dict(figures.mistakes(run))
+    assert drawn["mistakes-common"].get_suptitle().endswith("(seed 2)")
+    _, accuracy = figures.together(run)
+    assert accuracy[1].get_suptitle().endswith("mean and range of 1/2 seeds")
+    for line in accuracy[1].axes[0].lines:
+        assert len(line.get_ydata()) == 2
+    assert accuracy[1].get_supxlabel().endswith("3 of 4 nets finished")
+
+
 def test_a_long_class_name_is_cut():
     assert figures.label_of("x" * 24) == "x" * 24
     assert figures.label_of("x" * 25) == "x" * 23 + "\N{HORIZONTAL ELLIPSIS}"
