@@ -12,7 +12,7 @@ import pytest
 from answer import Answer
 from matplotlib.image import imread
 
-from jaxnorm.analysis import figures, sweeps
+from jaxnorm.analysis import figures, sweeps, tables
 from jaxnorm.analysis.results import Run
 from jaxnorm.config import RECIPES, Config
 from jaxnorm.storage.directory import RunDirectory
@@ -82,6 +82,14 @@ def test_committed_runs_are_complete_and_say_what_data_they_saw(name):
 
 
 @pytest.mark.parametrize("name", fill_pages.RUNS)
+def test_a_committed_report_says_what_the_records_say_today(name):
+    run, text = Run(RunDirectory(RESULTS / name)), (RESULTS / name / "report.md").read_text()
+    assert tables.escaped(tables.finding(run)) in text
+    for make in (tables.results, tables.differences, tables.classes):
+        assert not (table := make(run)).rows or table.markdown().rstrip() in text
+
+
+@pytest.mark.parametrize("name", fill_pages.RUNS)
 def test_a_committed_run_was_trained_with_its_recipe_as_it_is_today(name):
     config = RunDirectory(RESULTS / name).info().config
     named = {field: getattr(config, field) for field in ("norm", "arch", "recipe", "seed", "seeds")}
@@ -93,9 +101,10 @@ def test_a_committed_run_was_trained_with_its_recipe_as_it_is_today(name):
 
 def test_the_recipes_learning_rates_are_what_the_tuning_found():
     trials_of = sweeps.trials(fill_pages.tunings())
-    best = {norm: max(trials, key=lambda trial: trial[1])[0] for norm, trials in trials_of.items()}
+    best = {norm: max(trials, key=lambda t: t.accuracy).rate for norm, trials in trials_of.items()}
     assert best == RECIPES["tuned"]["learning_rate"]
-    assert len({tuple(rate for rate, _ in trials) for trials in trials_of.values()}) == 1
+    assert len({tuple(trial.rate for trial in trials) for trials in trials_of.values()}) == 1
+    assert not any(trial.failed for trials in trials_of.values() for trial in trials)
     for name, figure in sweeps.draw_tuning(fill_pages.tunings()):
         assert_same_picture(figure, RESULTS / "tuning" / f"{name}.png")
 
