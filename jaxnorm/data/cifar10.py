@@ -16,7 +16,6 @@ import hashlib
 import io
 import json
 import lzma
-import os
 import pickle  # of official files alone, known by their SHA-256
 import re
 import shutil
@@ -28,7 +27,7 @@ from typing import Any
 import filelock
 import numpy as np
 
-from jaxnorm.config import UserError, from_json, typed
+from jaxnorm.config import UserError, from_json, local_path, typed
 from jaxnorm.data.cache import files_fingerprint, make_private
 from jaxnorm.data.download import Progress, fetch, fetch_known
 
@@ -111,9 +110,7 @@ def find_or_import(
     prepared = data_dir / "cifar10" / VERSION
     scheme = re.match(r"([a-z][a-z0-9+.-]+)://", archive or "", re.IGNORECASE)
     if archive and not scheme:
-        return import_archive(
-            Path(os.path.expanduser(archive)), data_dir, allow_unverified, progress
-        )
+        return import_archive(local_path(archive), data_dir, allow_unverified, progress)
     if scheme and scheme[1].lower() not in ("http", "https"):
         raise UserError(
             f"archive={archive}: only http:// and https:// addresses can be downloaded; copy the "

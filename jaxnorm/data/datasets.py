@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxnorm.config import UserError, names_a_file, valid_text
+from jaxnorm.config import UserError, local_path, names_a_file, valid_text
 from jaxnorm.data import cifar10, npz, prepared
 from jaxnorm.data.cache import (
     content_fingerprint,
@@ -116,8 +116,8 @@ def load(
         return SOURCES[name]()
     if names_a_file(name):
         return _from_file(name)
-    directory = Path(data_dir).expanduser() if data_dir else default_data_dir()
-    cache = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+    directory = local_path(data_dir) if data_dir else default_data_dir()
+    cache = local_path(cache_dir) if cache_dir else default_cache_dir()
     if name != "cifar10":
         folder = prepared.find(name, directory)
         decoded = prepared.read(name, folder, test_split, cache, progress)
@@ -224,7 +224,7 @@ def _from_file(name: str) -> Dataset:
     """A data set of the user's own, whose path may be as `valid_text` spells it in the records of a
     run; raises `UserError`.
     """
-    path = Path(name).expanduser()
+    path = local_path(name)
     if not os.path.exists(path):
         spelled = re.sub(r"\\u(dc[0-9a-f]{2})", lambda match: chr(int(match[1], 16)), str(path))
         path = Path(spelled) if os.path.exists(spelled) else path
