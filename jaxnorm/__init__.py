@@ -9,14 +9,14 @@ if TYPE_CHECKING:
     from jaxnorm.data.datasets import load as load
     from jaxnorm.model.cnn import CNN as CNN
     from jaxnorm.runs.runner import load_model as load_model
-    from jaxnorm.training.trainer import fit as fit
+    from jaxnorm.training.fit import fit as fit
 
 _HOMES = {
     "CNN": "model.cnn",
     "Config": "config",
     "Dataset": "data.datasets",
     "UserError": "config",
-    "fit": "training.trainer",
+    "fit": "training.fit",
     "load": "data.datasets",
     "load_model": "runs.runner",
 }

@@ -227,7 +227,7 @@ class Bar:
 
 
 class Terminal:
-    """The callback (see `training.trainer.Callback`, which is not loaded before JAX must be) that
+    """The callback (see `training.fit.Callback`, which is not loaded before JAX must be) that
     shows a bar inside the epoch and a line after it, with the time that is left. A process that is
     not process 0 shows nothing, and only stops where a signal was received. `board` hears of every
     epoch too.

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, dataclass_transform
 
 import pydantic
 from pydantic import Field
@@ -55,8 +55,6 @@ OTHER_RATE = 0.1
 """The learning rate of a norm for which a recipe has none of its own."""
 SWEPT = ("batch_size", "learning_rate", "weight_decay")
 """The settings that a sweep takes several values of, besides norms and seeds."""
-Net = tuple[str, int]
-"""A net of a run: its norm and seed."""
 Rate = Annotated[float, Field(gt=0, lt=3e38)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -64,6 +62,21 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 RECIPE: Any = None
 """Marks a setting whose default is the recipe's."""
 T = TypeVar("T")
+
+
+class NetId(NamedTuple):
+    """Names a net of a run: what is trained under one norm and seed."""
+
+    norm: str
+    seed: int
+
+
+class SweptNet(NamedTuple):
+    """Names a net of a sweep: the number of its run, its norm and its seed."""
+
+    run: int
+    norm: str
+    seed: int
 
 
 class UserError(ValueError):
@@ -240,9 +253,9 @@ class Config:
         return range(self.seed, self.seed + self.seeds)
 
     @property
-    def nets(self) -> list[Net]:
-        """The norm and seed of every net to train, all norms of a seed before the next seed."""
-        return [(norm, seed) for seed in self.seed_numbers for norm in self.norms]
+    def nets(self) -> list[NetId]:
+        """Every net to train, all norms of a seed before the next seed."""
+        return [NetId(norm, seed) for seed in self.seed_numbers for norm in self.norms]
 
     def unscaled_rate(self, norm: str) -> float:
         """The learning rate of a norm before linear scaling, as a flag gives it."""

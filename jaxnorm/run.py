@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxnorm.analysis.results import Run
     from jaxnorm.data.datasets import Dataset
     from jaxnorm.storage.sweep import Sweep
-    from jaxnorm.training.mesh import MeshShape
+    from jaxnorm.training.experiment import Experiment
 
     Finish = Callable[[Sweep, list[Run], bool], None]
     """What is done with a trained sweep, its runs' records, and whether to be quiet."""
@@ -203,7 +203,7 @@ def _train(requested: list[Config], options: Options, finish: "Finish") -> int:
     from jaxnorm.model import summary
     from jaxnorm.runs import callbacks, multihost, runner
     from jaxnorm.storage.sweep import Sweep
-    from jaxnorm.training import groups, trainer
+    from jaxnorm.training.experiment import Experiment, mesh_for
     from jaxnorm.training.mesh import MeshShape
 
     shared = dataclasses.replace(options, data_dir=None, archive=None)  # each host has its own
@@ -218,15 +218,14 @@ def _train(requested: list[Config], options: Options, finish: "Finish") -> int:
         callbacks.require_tensorboard()
     mesh = None if options.mesh is None else MeshShape.parse(options.mesh)
     for config in configs:
-        groups.mesh_for(configs, config, mesh)
+        mesh_for(configs, config, mesh)
     # What is wrong whatever the data is, is said before a download.
     summary.check_nets(dataclasses.replace(configs[0], allow_large=True), num_classes=10)
     # Process 0 may import an archive, or write a cache, that the others find.
     dataset = multihost.in_every_process(lambda: _load(configs[0], options) if process_0 else None)
     dataset = multihost.in_every_process(lambda: dataset or _load(configs[0], options))
     multihost.agree(data=dataset.fingerprint)
-    for config in configs:
-        trainer.check(config, dataset)
+    experiment = Experiment(configs, dataset, mesh)
     finished = {tuple(net) for net in task["finished"]}
     new = process_0 and not options.resume
     out = multihost.in_every_process(lambda: _made(out, options, configs[0]) if new else out)
@@ -234,9 +233,9 @@ def _train(requested: list[Config], options: Options, finish: "Finish") -> int:
         counts = len(dataset.train_labels), len(dataset.test_labels)
         images = "{:,} training and {:,} test images".format(*counts)
         print(f"{dataset.caption}: {images}, from {dataset.source}")
-    is_checked = not options.skip_self_check and len(finished) < sum(len(c.nets) for c in configs)
+    is_checked = not options.skip_self_check and len(finished) < len(experiment.nets)
     if is_checked:
-        _check(configs, dataset, mesh, out, options)
+        _check(experiment, out, options)
     with cli.advising(_how_to_resume(out, options)):
         sweep = Sweep.create(out, configs, _command()) if new else Sweep(out, configs)
         board = callbacks.TensorBoard(sweep) if options.tensorboard and process_0 else None
@@ -244,7 +243,7 @@ def _train(requested: list[Config], options: Options, finish: "Finish") -> int:
         skipped = "skipped (--skip-self-check)" if options.skip_self_check else "not made"
         about = ("passed" if is_checked else skipped, options.deterministic)
         try:
-            runner.run(sweep, dataset, _command(), callback, mesh, *about)
+            runner.run(sweep, experiment, _command(), callback, *about)
         finally:
             if board is not None:
                 board.close()
@@ -253,19 +252,13 @@ def _train(requested: list[Config], options: Options, finish: "Finish") -> int:
     return 0
 
 
-def _check(
-    configs: Sequence[Config],
-    dataset: "Dataset",
-    mesh: "MeshShape | None",
-    out: Path,
-    options: Options,
-) -> None:
+def _check(experiment: "Experiment", out: Path, options: Options) -> None:
     """Checks the programs that will train; if they are wrong, a new run directory goes again."""
     from jaxnorm.training.selfcheck import self_check
 
     try:
         with _bar(options) as bar:
-            self_check(configs, dataset, mesh, bar.at)
+            self_check(experiment, bar.at)
     except BaseException:  # a signal too
         with contextlib.suppress(OSError):
             out.rmdir()  # if it is new, and so empty

@@ -30,7 +30,7 @@ from jaxnorm.analysis import figures, tables
 from jaxnorm.analysis.results import Run
 from jaxnorm.runs import runner
 from jaxnorm.storage.sweep import Sweep
-from jaxnorm.training.trainer import Callback
+from jaxnorm.training.fit import Callback
 
 DATASET, EPOCHS, SEEDS = "digits", 4, 2
 

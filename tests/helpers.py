@@ -15,6 +15,7 @@ from jaxnorm.runs import runner
 from jaxnorm.storage.sweep import Sweep
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training import mesh as meshes
+from jaxnorm.training.experiment import Experiment
 from jaxnorm.training.mesh import ONE
 from jaxnorm.training.step import Program, init_state, standard_of
 
@@ -105,7 +106,7 @@ def run(config, dataset, path, callback=None, mesh=None, **about):
     """Trains a run, or resumes it; returns its directory."""
     sweep = Sweep(path, [config])
     sweep.folder.path.mkdir(parents=True, exist_ok=True)
-    runner.run(sweep, dataset, "python -m x", callback, mesh, **about)
+    runner.run(sweep, Experiment([config], dataset, mesh), "python -m x", callback, **about)
     return sweep.folder
 
 

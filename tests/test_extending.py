@@ -26,7 +26,9 @@ from jaxnorm.model.cnn import CNN
 from jaxnorm.runs import environment, runner
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.sweep import Sweep
-from jaxnorm.training import groups, step, trainer
+from jaxnorm.training import step
+from jaxnorm.training.experiment import Experiment, program_of
+from jaxnorm.training.fit import Callback, fit
 from jaxnorm.training.mesh import ONE
 
 NET = "three-layers"
@@ -185,7 +187,7 @@ def test_a_run_takes_no_other_norm_under_the_name_of_its_own(run_of_mine, tiny, 
     before = run_of_mine.read_bytes("run.json")
     change_mine(scratch, *CHANGED)
     with pytest.raises(UserError, match="source has changed since; put it back, or start a new"):
-        runner.run(Sweep(run_of_mine.path, [more]), tiny)
+        runner.run(Sweep(run_of_mine.path, [more]), Experiment([more], tiny))
     assert call(run.app, "--resume", run_of_mine.path, "--seeds", "2") == 2
     error = capsys.readouterr().err
     assert "error: --norm mine:Mine is not the norm that the run in" in error
@@ -207,7 +209,7 @@ def test_a_model_of_another_norm_or_of_one_that_is_gone_is_not_loaded(run_of_min
 
 def test_another_function_that_a_norm_calls_is_warned_of(run_of_mine, tiny, scratch):
     more, heard = dataclasses.replace(run_of_mine.info().config, seeds=2), []
-    callback = trainer.Callback()
+    callback = Callback()
     callback.on_warning = heard.append
     change_mine(scratch, "x * 2", "x * 2.5")
     now = environment.describe(more, tiny, {"mine:Mine": 132}, "")
@@ -278,8 +280,8 @@ def test_a_new_setting_of_a_sweep_is_one_entry(own_data, scratch):
         directory = RunDirectory(scratch / "s" / name)
         assert directory.info().config.dropout == dropout
         losses.append(directory.step_losses(("layer", 1)))
-        fit = trainer.fit(directory.info().config, datasets.load(str(path)), mesh=ONE)["layer", 1]
-        np.testing.assert_array_equal(losses[-1], fit.step_losses)
+        trained = fit(directory.info().config, datasets.load(str(path)), mesh=ONE)["layer", 1]
+        np.testing.assert_array_equal(losses[-1], trained.step_losses)
         for page in ("report.md", "report.html"):
             assert name in (scratch / "s" / name / page).read_text()
     assert (losses[0] != losses[1]).all()
@@ -316,7 +318,7 @@ def test_a_new_table_number_and_figure_reach_every_page(sweep, monkeypatch, caps
 
 def test_weight_decay_finds_the_kernels_among_parameters_of_any_kind(tiny):
     norm = "own_norm:PairNorm"
-    program = groups.program_of(Config(norm, NET, "tiny", 1, 35), norm, 4)
+    program = program_of(Config(norm, NET, "tiny", 1, 35), norm, 4)
     start, key = init(program, tiny, 1), step.derive_key(1, "dropout", 1, 0)
     data = jnp.asarray(tiny.train_images[:8]), jnp.asarray(tiny.train_labels[:8]), key
     one = jax.jit(step.train_step, static_argnums=0)
@@ -331,8 +333,8 @@ def test_weight_decay_finds_the_kernels_among_parameters_of_any_kind(tiny):
 
 def test_a_norm_of_ones_own_keeps_its_state_under_its_own_name(tiny):
     config = Config("own_norm:OwnNorm", NET, "tiny", 1, 35)
-    fit = trainer.fit(config, tiny)["own_norm:OwnNorm", 1]
+    trained = fit(config, tiny)["own_norm:OwnNorm", 1]
     net = CNN("own_norm:OwnNorm", NET, 4)
-    assert fit.program.model.table == net.table
-    assert set(fit.state.norm_state) == {"largest"}
-    assert np.isfinite(fit.logits).all()
+    assert trained.program.model.table == net.table
+    assert set(trained.state.norm_state) == {"largest"}
+    assert np.isfinite(trained.logits).all()

@@ -10,7 +10,7 @@ import pytest
 
 from jaxnorm.config import Config, UserError
 from jaxnorm.data import datasets as data
-from jaxnorm.training import trainer
+from jaxnorm.training.fit import fit
 
 MAKER = Path(__file__).resolve().parents[2] / "shared" / "data" / "make_cifar10_archive.py"
 pytestmark = [
@@ -55,6 +55,6 @@ def test_it_learns_from_real_pictures(mirror):
         test_images=dataset.test_images[:1000],
         test_labels=dataset.test_labels[:1000],
     )
-    fitted = trainer.fit(Config(norm="batch", epochs=2, batch_size=32), few)["batch", 1]
+    fitted = fit(Config(norm="batch", epochs=2, batch_size=32), few)["batch", 1]
     assert fitted.epochs[1].train_loss < fitted.epochs[0].train_loss
     assert fitted.epochs[1].test_accuracy > 0.25

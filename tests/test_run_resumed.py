@@ -13,7 +13,7 @@ from jaxnorm.analysis.results import Run
 from jaxnorm.runs import runner, signals
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.sweep import Sweep
-from jaxnorm.training import probes, selfcheck, trainer
+from jaxnorm.training import experiment, probes, selfcheck
 
 FLAGS = ("--norm", "layer", "--dataset", "tiny", "--epochs", "2", "--skip-self-check")
 FLAGS += ("--arch", "three-layers")
@@ -135,7 +135,7 @@ def test_a_signal_stops_the_self_check(inside, tiny_by_name, capsys, monkeypatch
         return original(*arguments)
 
     monkeypatch.setattr(selfcheck, "with_noise", signalled)
-    monkeypatch.setattr(trainer.Nets, "train_chunk", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(experiment.Group, "train_chunk", lambda *_: pytest.fail("trained"))
     assert call(*flags, "--batch-size", "35", "--out", "new") == 143
     assert capsys.readouterr().err == "error: terminated\n"
     assert list(inside.iterdir()) == []

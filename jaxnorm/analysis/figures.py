@@ -26,7 +26,7 @@ from jaxnorm.analysis.drawing import (
     spread,
 )
 from jaxnorm.analysis.results import Run
-from jaxnorm.config import UserError
+from jaxnorm.config import NetId, UserError
 from jaxnorm.data.datasets import Dataset
 
 SAMPLE = 20
@@ -107,7 +107,7 @@ def _line(axes: Axes, run: Run, field: str, norm: str, what: str = "") -> None:
     look, second = _looks(run)[norm], what == "train"
     values: dict[int, list[float]] = {}
     for seed in run.seeds(norm):
-        for epoch in run.epochs[norm, seed]:
+        for epoch in run.epochs[NetId(norm, seed)]:
             values.setdefault(epoch.epoch, []).append(getattr(epoch, field))
     numbers = sorted(values)
     means = [np.mean(values[number]) for number in numbers]
@@ -149,7 +149,7 @@ def _step_losses(axes: Axes, run: Run, norm: str) -> None:
     """The loss of every batch of the first seed, and the moving mean of each seed."""
     colour, label = _looks(run)[norm].colour, ""
     for seed in run.seeds(norm):
-        losses = run.directory.step_losses((norm, seed))
+        losses = run.directory.step_losses(NetId(norm, seed))
         window, first = max(1, len(losses) // 200), not label
         if first:
             label, steps = f"mean of {window}", np.arange(1, len(losses) + 1)

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from jaxnorm.analysis import stats
-from jaxnorm.config import Net, UserError
+from jaxnorm.config import NetId, UserError
 from jaxnorm.storage.directory import RunDirectory, Shapes
 from jaxnorm.storage.schema import Epoch, RunInfo, belongs
 
@@ -34,12 +34,12 @@ class Run:
         return self.directory.info()
 
     @cached_property
-    def epochs(self) -> dict[Net, list[Epoch]]:
+    def epochs(self) -> dict[NetId, list[Epoch]]:
         """The epochs of each net that has any, by norm and seed, in the order of the settings."""
-        epochs_of: dict[Net, list[Epoch]] = {net: [] for net in self.info.config.nets}
+        epochs_of: dict[NetId, list[Epoch]] = {net: [] for net in self.info.config.nets}
         for epoch in self.directory.epochs():
-            if (epoch.norm, epoch.seed) in epochs_of:
-                epochs_of[epoch.norm, epoch.seed].append(epoch)
+            if epoch.net in epochs_of:
+                epochs_of[epoch.net].append(epoch)
         last = self.info.config.epochs
         for (norm, seed), epochs in epochs_of.items():
             numbers = [epoch.epoch for epoch in epochs]
@@ -51,7 +51,7 @@ class Run:
         return {net: epochs for net, epochs in epochs_of.items() if epochs}
 
     @cached_property
-    def finished(self) -> dict[Net, list[Epoch]]:
+    def finished(self) -> dict[NetId, list[Epoch]]:
         """The epochs of the nets that have all of theirs: those that everything is made of."""
         last = self.info.config.epochs
         return {net: epochs for net, epochs in self.epochs.items() if epochs[-1].epoch == last}
@@ -83,7 +83,7 @@ class Run:
         return differences([self])
 
     @cached_property
-    def predictions(self) -> dict[Net, np.ndarray]:
+    def predictions(self) -> dict[NetId, np.ndarray]:
         """Test logits f32[N, classes] of each finished net.
 
         Raises `UserError` where they are not those that the newest epoch's line tells of.
@@ -102,7 +102,7 @@ class Run:
     @cached_property
     def logits(self) -> dict[str, np.ndarray]:
         """Test logits of the net of each norm whose mistakes are shown: that of `shown_seed`."""
-        return {norm: self.predictions[norm, self.shown_seed(norm)] for norm in self.norms}
+        return {norm: self.predictions[NetId(norm, self.shown_seed(norm))] for norm in self.norms}
 
     def shown_seed(self, norm: str) -> int:
         """The seed of the net of a norm that is shown where only one is: the first that is finished
@@ -121,9 +121,9 @@ class Run:
         of which no net was measured, or by an earlier version that measured less, are left out.
         """
         measured: dict[str, dict[int, dict[str, np.ndarray]]] = {}
-        for norm, seed in filter(self.directory.measured, self.finished):
-            if arrays := self.directory.probes((norm, seed), shapes):
-                measured.setdefault(norm, {})[seed] = arrays
+        for net in filter(self.directory.measured, self.finished):
+            if arrays := self.directory.probes(net, shapes):
+                measured.setdefault(net.norm, {})[net.seed] = arrays
         return {norm: measured[norm] for norm in self.norms if norm in measured}
 
     @property
@@ -187,12 +187,12 @@ class Run:
 
     def confusion(self, norm: str) -> np.ndarray:  # f64[classes, classes]
         """The mean confusion matrix of a norm's seeds, in counts."""
-        nets = [self.predictions[norm, seed] for seed in self.seeds(norm)]
+        nets = [self.predictions[NetId(norm, seed)] for seed in self.seeds(norm)]
         return np.mean([stats.confusion_matrix(logits, self.labels) for logits in nets], axis=0)
 
     def class_accuracies(self, norm: str) -> np.ndarray:  # f64[seeds, classes]
         """The accuracy of each class under each seed of a norm."""
-        nets = [self.predictions[norm, seed] for seed in self.seeds(norm)]
+        nets = [self.predictions[NetId(norm, seed)] for seed in self.seeds(norm)]
         return np.array([stats.class_accuracy(logits, self.labels) for logits in nets])
 
     def images(self, rows: np.ndarray) -> list[np.ndarray]:  # of u8[32, 32, 3]

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxnorm.analysis import stats
 from jaxnorm.analysis.results import Run, left_out
-from jaxnorm.config import ALL, Config, counted
+from jaxnorm.config import ALL, Config, NetId, counted
 from jaxnorm.storage.schema import Environment
 
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
@@ -310,7 +310,7 @@ def calibration(run: Run) -> Table:
     """
     rows = []
     for norm in run.norms:
-        logits = [run.predictions[norm, seed] for seed in run.seeds(norm)]
+        logits = [run.predictions[NetId(norm, seed)] for seed in run.seeds(norm)]
         probabilities = [[stats.probabilities(net) for net in logits]]
         probabilities += [[stats.tempered(net, run.labels) for net in logits]]
         errors = [[stats.calibration_error(p, run.labels) for p in nets] for nets in probabilities]

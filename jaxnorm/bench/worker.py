@@ -76,7 +76,7 @@ def jax_setup(job: Job) -> tuple[Any, Any, Any, tuple]:
 
     from jaxnorm.training import mesh as meshes
     from jaxnorm.training.epoch import epoch_keys
-    from jaxnorm.training.groups import program_of
+    from jaxnorm.training.experiment import program_of
     from jaxnorm.training.step import init_state, standard_of
 
     config = config_of(job)

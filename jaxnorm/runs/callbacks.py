@@ -6,7 +6,7 @@ from typing import Any
 from jaxnorm.config import Config, UserError
 from jaxnorm.storage.schema import Epoch
 from jaxnorm.storage.sweep import Sweep, name_of
-from jaxnorm.training.trainer import Callback
+from jaxnorm.training.fit import Callback
 
 
 def require_tensorboard() -> None:

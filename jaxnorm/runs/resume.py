@@ -10,24 +10,24 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from jaxnorm.config import Config, Net, UserError
+from jaxnorm.config import Config, NetId, UserError
 from jaxnorm.storage import checkpoint
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.schema import Epoch, RunInfo, belongs
-from jaxnorm.training.groups import program_of
+from jaxnorm.training.experiment import program_of
+from jaxnorm.training.fit import NetProgress
 from jaxnorm.training.step import TrainState, init_state
-from jaxnorm.training.trainer import NetProgress
 
 
 def find_progress(
     run: RunDirectory, info: RunInfo, config: Config, warn: Callable[[str], None]
-) -> dict[Net, NetProgress]:
+) -> dict[NetId, NetProgress]:
     """Finds how far each net of a run is, and makes the lines of `metrics.jsonl` be just that.
 
     `config` may have more epochs or seeds than the run had. `warn` is told of what is set aside.
     """
     lines, wrong = run.read_epochs()
-    kept: dict[Net, list[Epoch]] = {net: [] for net in config.nets}
+    kept: dict[NetId, list[Epoch]] = {net: [] for net in config.nets}
     for line in sorted(lines, key=lambda line: line.epoch):
         before = kept.get(line.net)
         if before is not None and line.epoch == len(before) + 1 <= config.epochs:
@@ -67,7 +67,7 @@ def _progress_of(
     run: RunDirectory,
     info: RunInfo,
     config: Config,
-    net: Net,
+    net: NetId,
     lines: Sequence[Epoch],
     warn: Callable[[str], None],
 ) -> NetProgress:
@@ -101,7 +101,7 @@ def _progress_of(
     return NetProgress()
 
 
-def checkpoint_shapes(info: RunInfo, net: Net) -> dict:
+def checkpoint_shapes(info: RunInfo, net: NetId) -> dict:
     """A tree like what a net's checkpoint holds."""
     classes, count = len(info.dataset.class_names), info.dataset.test_count
     program = program_of(info.config, net[0], classes)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxnorm.config import Config, Net, UserError, names_a_file
+from jaxnorm.config import Config, NetId, SweptNet, UserError, names_a_file
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.model import arithmetic, fingerprint
 from jaxnorm.runs import environment, multihost
@@ -22,20 +22,18 @@ from jaxnorm.storage import checkpoint
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.schema import RunInfo
 from jaxnorm.storage.sweep import Sweep
-from jaxnorm.training import groups, probes, trainer
-from jaxnorm.training.groups import SweptNet
-from jaxnorm.training.mesh import MeshShape
+from jaxnorm.training import fit, probes
+from jaxnorm.training.experiment import Experiment, program_of
+from jaxnorm.training.fit import Callback, NetProgress, Trained
 from jaxnorm.training.step import Program, TrainState
-from jaxnorm.training.trainer import Callback, NetProgress, Trained
 
 
 @arithmetic.standard()
 def run(
     sweep: Sweep,
-    dataset: Dataset,
+    experiment: Experiment,
     command: str = "",
     callback: Callback | None = None,
-    mesh: MeshShape | None = None,
     self_check: str = "not made",
     deterministic: bool = False,
 ) -> None:
@@ -46,9 +44,8 @@ def run(
     In a job of several processes all of them call it, and process 0 alone touches the disk.
     Raises `UserError`, `NonFiniteLoss` where no net's loss stays finite, and OSError.
     """
-    callback, configs = callback or Callback(), sweep.configs
-    counts = [trainer.check(config, dataset) for config in configs]
-    nets = [(i, *net) for i, config in enumerate(configs) for net in config.nets]
+    callback, configs, nets = callback or Callback(), sweep.configs, experiment.nets
+    dataset, counts = experiment.dataset, experiment.parameters
     progress: dict[SweptNet, NetProgress] = {}
     with contextlib.ExitStack() as stack:
 
@@ -58,12 +55,12 @@ def run(
             begun = any(directory.exists() for directory in sweep.directories)
             infos: list[RunInfo | None] = []
             for i, (config, directory) in enumerate(zip(configs, sweep.directories, strict=True)):
-                shape = str(groups.mesh_for(configs, config, mesh))
+                shape = str(experiment.mesh_for(config))
                 arguments = (command, self_check, deterministic, shape)
                 now = environment.describe(config, dataset, counts[i], *arguments)
                 info, found = _begin(directory, now, callback)
                 infos.append(info)
-                progress.update({(i, *net): net_progress for net, net_progress in found.items()})
+                progress.update({SweptNet(i, *net): at for net, at in found.items()})
             sweep.record_growth()  # once nothing can be refused any more
             for info, directory in zip(infos, sweep.directories, strict=True):
                 if info is not None:
@@ -77,7 +74,7 @@ def run(
             callback.on_resume(sum(complete))
         share = multihost.arrays_from_process_0
         losses = {net: net_progress.losses for net, net_progress in progress.items()}
-        for done in trainer.train(configs, dataset, callback, mesh, progress, share):
+        for done in fit.train(experiment, callback, progress, share):
             if multihost.is_process_0():
                 losses[done.net] = np.concatenate([losses[done.net], done.losses])
                 save_epoch(sweep.directories[done.run], done, losses[done.net], dataset)
@@ -91,7 +88,7 @@ def run(
 
 def _begin(
     directory: RunDirectory, now: RunInfo, callback: Callback
-) -> tuple[RunInfo | None, dict[Net, NetProgress]]:
+) -> tuple[RunInfo | None, dict[NetId, NetProgress]]:
     """The `run.json` to write, None if it stays as it is, and how far each net of the run is."""
     config = now.config
     if not directory.exists():
@@ -182,7 +179,7 @@ def measure_net(
 ) -> None:
     """Writes the probes of a net after its last epoch."""
     info, net = directory.info(), done.record.net
-    program = groups.program_of(info.config, net[0], len(info.dataset.class_names))
+    program = program_of(info.config, net[0], len(info.dataset.class_names))
     arguments = program, done.state, dataset, done.logits, net[1]
     measured = probes.measure(*arguments, callback.on_measuring)
     directory.write_net("probes", net, epoch=np.array(done.record.epoch, np.int32), **measured)
@@ -212,7 +209,7 @@ def load_state(path: Path | str, norm: str, seed: int) -> tuple[Program, TrainSt
 
     Raises `UserError` where the run has no checkpoint of that norm and seed, or a damaged one.
     """
-    directory, net = RunDirectory(path), (norm, seed)
+    directory, net = RunDirectory(path), NetId(norm, seed)
     info = directory.info()
     check_sources(info, path, [norm])
     complete = sum(epoch.net == net for epoch in directory.epochs())
@@ -222,7 +219,7 @@ def load_state(path: Path | str, norm: str, seed: int) -> tuple[Program, TrainSt
         values = checkpoint.restore(directory, net, complete, checkpoint_shapes(info, net))
     except checkpoint.Damaged as error:
         raise UserError(str(error)) from None
-    program = groups.program_of(info.config, norm, len(info.dataset.class_names))
+    program = program_of(info.config, norm, len(info.dataset.class_names))
     return program, values["state"]
 
 
@@ -236,6 +233,6 @@ def load_model(path: Path | str, norm: str, seed: int) -> Callable[[Any], jax.Ar
     program, state = load_state(path, norm, seed)
 
     def predict(images: Any) -> jax.Array:
-        return trainer.predict(program, state, images)
+        return fit.predict(program, state, images)
 
     return predict

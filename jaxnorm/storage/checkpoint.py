@@ -13,7 +13,7 @@ import flax.serialization
 import jax
 import numpy as np
 
-from jaxnorm.config import Net
+from jaxnorm.config import NetId
 from jaxnorm.storage.directory import RunDirectory
 
 KEPT = 2
@@ -26,18 +26,18 @@ class Damaged(Exception):
     """A checkpoint that does not hold what was written; says which and why."""
 
 
-def _path(run: RunDirectory, net: Net, epoch: int) -> Path:
+def _path(run: RunDirectory, net: NetId, epoch: int) -> Path:
     return run.path_of(f"checkpoints/{net[0]}-{net[1]}/epoch-{epoch}.msgpack")
 
 
-def epochs(run: RunDirectory, net: Net) -> list[int]:
+def epochs(run: RunDirectory, net: NetId) -> list[int]:
     """The epochs of which a net has a checkpoint, ascending."""
     folder = _path(run, net, 0).parent
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
 
 
-def save(run: RunDirectory, net: Net, epoch: int, values: dict[str, Any]) -> None:
+def save(run: RunDirectory, net: NetId, epoch: int, values: dict[str, Any]) -> None:
     """Writes a tree of arrays, and then removes all but the newest checkpoints. Raises OSError."""
     content = flax.serialization.to_bytes(jax.device_get(values))
     path = _path(run, net, epoch).relative_to(run.path)
@@ -47,7 +47,7 @@ def save(run: RunDirectory, net: Net, epoch: int, values: dict[str, Any]) -> Non
             _path(run, net, old).unlink()
 
 
-def restore(run: RunDirectory, net: Net, epoch: int, shapes: Any) -> Any:
+def restore(run: RunDirectory, net: NetId, epoch: int, shapes: Any) -> Any:
     """The values of a net after an epoch, in a tree like `shapes`.
 
     Raises `Damaged` where they are not what was written, and OSError where they cannot be read.
@@ -67,6 +67,6 @@ def restore(run: RunDirectory, net: Net, epoch: int, shapes: Any) -> Any:
     return values
 
 
-def set_aside(run: RunDirectory, net: Net, epoch: int) -> Path:
+def set_aside(run: RunDirectory, net: NetId, epoch: int) -> Path:
     """Renames a damaged checkpoint, so that nothing reads it again; returns its new path."""
     return (path := _path(run, net, epoch)).rename(path.with_suffix(".damaged"))

@@ -22,7 +22,7 @@ from typing import Any
 import filelock
 import numpy as np
 
-from jaxnorm.config import Net, OtherFields, UserError, from_json, local_path
+from jaxnorm.config import NetId, OtherFields, UserError, from_json, local_path
 from jaxnorm.storage.schema import Epoch, RunInfo
 
 _LOCK, _TEMPORARY, _METRICS = ".lock", ".writing-", "metrics.jsonl"
@@ -157,11 +157,11 @@ class RunDirectory:
                     wrong.append(f"line {number} is damaged: {error}")
         return epochs, wrong
 
-    def step_losses(self, net: Net) -> np.ndarray:
+    def step_losses(self, net: NetId) -> np.ndarray:
         """The training loss of every batch so far: f32[epochs * steps]."""
         return self.arrays(_file("step_losses", net), {"values": "f S"})["values"]
 
-    def predictions(self, net: Net) -> tuple[np.ndarray, np.ndarray]:
+    def predictions(self, net: NetId) -> tuple[np.ndarray, np.ndarray]:
         """Logits f32[N, classes] and labels i32[N] of the test images after the newest epoch."""
         name = _file("predictions", net)
         logits, labels = self.arrays(name, _PREDICTIONS).values()
@@ -169,13 +169,13 @@ class RunDirectory:
             raise UserError(f"{self.path / name} is damaged: its logits and labels do not fit")
         return logits, labels
 
-    def probes(self, net: Net, shapes: Shapes) -> dict[str, np.ndarray]:
+    def probes(self, net: NetId, shapes: Shapes) -> dict[str, np.ndarray]:
         """What was measured inside a trained net (see `training.probes`): arrays of `shapes`; none
         where an earlier version measured less.
         """
         return self.arrays(_file("probes", net), shapes, optional=True)
 
-    def measured(self, net: Net) -> bool:
+    def measured(self, net: NetId) -> bool:
         """Whether it was measured inside."""
         return self.path_of(_file("probes", net)).exists()
 
@@ -259,7 +259,7 @@ class RunDirectory:
         self.write_bytes(f"{name}.damaged-{number}", self.read_bytes(name))
         return self.path / f"{name}.damaged-{number}"
 
-    def write_net(self, kind: str, net: Net, **arrays: np.ndarray) -> None:
+    def write_net(self, kind: str, net: NetId, **arrays: np.ndarray) -> None:
         """Writes a net's "step_losses" (values=), "predictions" or "probes"."""
         self.write_arrays(_file(kind, net), **arrays)
 
@@ -301,7 +301,7 @@ class RunDirectory:
                 path.unlink()
 
 
-def _file(kind: str, net: Net) -> str:
+def _file(kind: str, net: NetId) -> str:
     """A net's file of one kind."""
     return f"{kind}/{net[0]}-{net[1]}.{'npy' if kind == 'step_losses' else 'npz'}"
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from jaxnorm.config import Config, Count, Fraction, Positive, UserError, typed
+from jaxnorm.config import Config, Count, Fraction, NetId, Positive, UserError, typed
 
 Number = Annotated[float, Field(ge=0)]
 Deviation = Annotated[float, Field(gt=0)]
@@ -42,9 +42,9 @@ class Epoch:
             raise UserError("half of a validation is missing")
 
     @property
-    def net(self) -> tuple[str, int]:
-        """The norm and seed."""
-        return self.norm, self.seed
+    def net(self) -> NetId:
+        """Which net it is of."""
+        return NetId(self.norm, self.seed)
 
     def to_line(self) -> str:
         """A line of JSON that ends with a checksum of the rest; `from_line` reads it back."""

@@ -6,9 +6,9 @@ train, a full batch and the ragged one, and its evaluation are compared with tho
 Flax's and XLA's own operators, in float32.
 """
 
-import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,14 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm.config import Config, Precision
+from jaxnorm.config import Precision
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.data.download import Progress
 from jaxnorm.model import arithmetic
 from jaxnorm.model.cnn import MOMENTUM
 from jaxnorm.training import mesh as meshes
-from jaxnorm.training.groups import Group, Nets, compiled_settings, groups
-from jaxnorm.training.mesh import MeshShape
+from jaxnorm.training.experiment import Experiment, Group, compiled_settings
 from jaxnorm.training.step import (
     Program,
     TrainState,
@@ -61,19 +60,14 @@ class WrongNumbers(ArithmeticError):
 
 
 @arithmetic.standard()
-def self_check(
-    configs: Sequence[Config],
-    dataset: Dataset,
-    mesh: MeshShape | None = None,
-    progress: Progress = lambda what, done, total: None,
-) -> None:
+def self_check(experiment: Experiment, progress: Progress = lambda what, done, total: None) -> None:
     """Checks, before anything is trained, that this installation computes the nets of a sweep
     rightly, by the programs that will train them. Raises `WrongNumbers`.
     """
     check_compiler()
-    dataset, programs = with_noise(dataset), {}
-    for group in groups(configs, dataset, mesh):
-        programs.setdefault((group.norm, compiled_settings(configs[group.nets[0][0]])), group)
+    noisy, programs = replace(experiment, dataset=with_noise(experiment.dataset)), {}
+    for group in noisy.groups():
+        programs.setdefault((group.norm, compiled_settings(group.config)), group)
     done = itertools.count()
 
     def tick() -> None:
@@ -81,7 +75,7 @@ def self_check(
         progress("checking the arithmetic", next(done), 3 * len(programs))
 
     for group in programs.values():
-        _check_group(configs, dataset, group, tick)
+        _check_group(replace(group, nets=group.nets[:1]), tick)
 
 
 def with_noise(dataset: Dataset) -> Dataset:
@@ -94,7 +88,7 @@ def with_noise(dataset: Dataset) -> Dataset:
         images // 2 + random.integers(0, 128, images.shape, np.uint8)
         for images in (dataset.train_images, dataset.test_images)
     )
-    return dataclasses.replace(dataset, train_images=train, test_images=test)
+    return replace(dataset, train_images=train, test_images=test)
 
 
 def check_compiler() -> None:
@@ -116,21 +110,18 @@ def check_compiler() -> None:
         )
 
 
-def _check_group(
-    configs: Sequence[Config], dataset: Dataset, group: Group, tick: Callable[[], None]
-) -> None:
-    """Every place of the program trains the group's first net, and each is compared."""
-    nets = Nets(configs, dataset, dataclasses.replace(group, nets=group.nets[:1]))
-    initial = jax.tree.map(lambda leaf: leaf[0], meshes.fetch(nets.states([None])))
-    model = nets.program.model.clone(fast=False, precision="float32")
-    plain = dataclasses.replace(nets.program, model=model)
+def _check_group(group: Group, tick: Callable[[], None]) -> None:
+    """Compares every place of the program, in each of which the group's one net trains."""
+    initial = jax.tree.map(lambda leaf: leaf[0], meshes.fetch(group.states([None])))
+    model = group.program.model.clone(fast=False, precision="float32")
+    plain = replace(group.program, model=model)
     plain_step = jax.jit(partial(train_step, plain), compiler_options=_ONCE)
-    allowed = ALLOWED[nets.program.model.precision]
+    allowed = ALLOWED[group.program.model.precision]
     for chunk_index in (0, -1):  # the first full batch, and the ragged one
         tick()
         problem, passed = "", 0
         for epoch in range(1, TRIES + 1):
-            problem = _compare_step(nets, dataset, plain_step, initial, epoch, chunk_index, allowed)
+            problem = _compare_step(group, plain_step, initial, epoch, chunk_index, allowed)
             passed = meshes.least(int(not problem))  # in every process, or in none
             if passed:
                 break
@@ -138,11 +129,11 @@ def _check_group(
             problem = problem or "in another process"
             raise _wrong(f"one training step of {group.norm} norm", problem)
     tick()
-    images = jnp.asarray(np.resize(dataset.test_images, (EVALUATED, 32, 32, 3)))
+    images = jnp.asarray(np.resize(group.experiment.dataset.test_images, (EVALUATED, 32, 32, 3)))
     wanted = np.asarray(
         jax.jit(partial(_plain_logits, plain), compiler_options=_ONCE)(initial, images)
     )
-    for logits in nets.evaluate(nets.states([None]))[0].logits:
+    for logits in group.evaluate(group.states([None]))[0].logits:
         error = _relative(logits[:EVALUATED], wanted[: len(logits)], 0)
         if error > 10 * allowed[0]:  # logits of the initial net nearly cancel
             problem = f"logits are {100 * error:.3g}% off"
@@ -150,8 +141,7 @@ def _check_group(
 
 
 def _compare_step(
-    nets: Nets,
-    dataset: Dataset,
+    group: Group,
     plain_step: Any,
     initial: TrainState,
     epoch: int,
@@ -159,12 +149,13 @@ def _compare_step(
     allowed: tuple[float, float],
 ) -> str:
     """What a step of the training program and the plain step disagree in; empty for nothing."""
-    chunks, of_epoch = nets.chunks(epoch)
+    dataset, config = group.experiment.dataset, group.config
+    chunks, of_epoch = group.chunks(epoch)
     chunk = chunks[chunk_index]._replace(stop=chunks[chunk_index].start + 1)
     rows = meshes.fetch(chunk.batches)[0, chunk.start]
-    (_, _, seed), step = nets.group.nets[0], chunk.first_step + chunk.start
+    seed, step = group.nets[0].seed, chunk.first_step + chunk.start
     images, key = dataset.train_images[rows], derive_key(seed, "dropout", epoch, step)
-    if nets.config.augment != "none":
+    if config.augment != "none":
         places = crop_and_flip(derive_key(seed, "augment", epoch, step), len(rows))
         down, across = map(np.asarray, places)
         images = images[np.arange(len(rows))[:, None, None], down[:, :, None], across[:, None]]
@@ -174,15 +165,15 @@ def _compare_step(
         jnp.asarray(dataset.train_labels[rows]),
         key,
         of_epoch[1][0, step],
-        nets.config.weight_decay,
+        config.weight_decay,
     )
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, wanted_state))):
         raise ArithmeticError(
-            f"the first step of {nets.group.norm} norm gives numbers that are not finite, in plain "
+            f"the first step of {group.norm} norm gives numbers that are not finite, in plain "
             "float32 too: is learning_rate= too large, or does the norm or its gradient divide by "
             "zero?"
         )
-    states, steps = meshes.fetch(nets.train_chunk(nets.states([None]), chunk, of_epoch))
+    states, steps = meshes.fetch(group.train_chunk(group.states([None]), chunk, of_epoch))
     problem = ""
     for k, losses in enumerate(steps.losses):
         ours = losses[chunk.start], jax.tree.map(lambda leaf, k=k: leaf[k], states)

@@ -29,9 +29,9 @@ from jaxnorm.data.datasets import Dataset
 from jaxnorm.runs.environment import processor
 from jaxnorm.runs.runner import load_state
 from jaxnorm.storage.directory import RunDirectory
+from jaxnorm.training.fit import predict
 from jaxnorm.training.probes import precise_statistics
 from jaxnorm.training.step import Program, TrainState, derive_key
-from jaxnorm.training.trainer import predict
 
 BATCH = 125
 WAYS = ("running", "with dropout", "without dropout")

@@ -13,7 +13,7 @@ from jaxnorm.config import Config, UserError
 from jaxnorm.data import datasets
 from jaxnorm.runs import environment
 from jaxnorm.storage.directory import RunDirectory
-from jaxnorm.training import trainer
+from jaxnorm.training.fit import fit
 
 RANDOM = np.random.default_rng(0)
 TRAIN, TEST = (RANDOM.integers(0, 256, (n, 32, 32, 3), np.uint8) for n in (12, 6))
@@ -290,7 +290,7 @@ def test_a_name_that_is_not_utf8_is_recorded_so_that_it_is_found_again(write, sc
 def test_fit_of_another_dataset_than_the_configs_is_refused(write, settings):
     dataset = datasets.load(str(write()))
     with pytest.raises(UserError, match=r"is not what fit is given, <Dataset own\.npz"):
-        trainer.fit(Config(epochs=1, **settings), dataset)
+        fit(Config(epochs=1, **settings), dataset)
 
 
 def test_a_datasets_repr_is_short(write):

@@ -23,7 +23,7 @@ from jaxnorm.config import Config, UserError
 from jaxnorm.data import datasets as data
 from jaxnorm.runs import multihost, runner
 from jaxnorm.storage.directory import RunDirectory
-from jaxnorm.training import trainer
+from jaxnorm.training.fit import fit
 from jaxnorm.training.mesh import ONE
 
 pytestmark = pytest.mark.slow
@@ -40,13 +40,13 @@ FIT = """
 import sys
 import numpy as np
 from jaxnorm.runs import multihost
-from jaxnorm.training import trainer
+from jaxnorm.training.fit import fit
 from jaxnorm.training.mesh import MeshShape
 sys.path[:0] = sys.argv[4:]
 from test_multihost import config_of, few
 
 multihost.join()
-fits = trainer.fit(config_of(sys.argv[1]), few(), mesh=MeshShape.parse(sys.argv[2]))
+fits = fit(config_of(sys.argv[1]), few(), mesh=MeshShape.parse(sys.argv[2]))
 if multihost.is_process_0():
     losses = {str(seed): fit.step_losses for (_, seed), fit in fits.items()}
     np.savez(sys.argv[3], **losses)
@@ -114,13 +114,13 @@ def test_processes_that_share_batches_train_what_one_does(tmp_path):
     """
     arguments = ["-c", FIT, "batch", "seed=1,batch=2", tmp_path / "losses.npz"]
     processes = start(2, *arguments, HERE, HERE.parent)
-    wanted = trainer.fit(config_of("batch"), few(), mesh=ONE)
+    wanted = fit(config_of("batch"), few(), mesh=ONE)
     codes, errors, _ = finish(processes)
     assert codes == [0, 0], errors
     with np.load(tmp_path / "losses.npz") as losses:
-        for (_, seed), fit in wanted.items():
-            assert fit.step_losses.shape == (3,)
-            np.testing.assert_allclose(losses[str(seed)], fit.step_losses, rtol=1e-5)
+        for (_, seed), trained in wanted.items():
+            assert trained.step_losses.shape == (3,)
+            np.testing.assert_allclose(losses[str(seed)], trained.step_losses, rtol=1e-5)
 
 
 def test_a_lost_process_ends_the_others_and_two_go_on_to_the_same_results(scratch):
@@ -147,12 +147,12 @@ def test_a_lost_process_ends_the_others_and_two_go_on_to_the_same_results(scratc
     assert f"resuming after {len(complete)} of 24 epochs" in printed
     assert {*complete} <= {*(path / "metrics.jsonl").read_text().splitlines()}  # not trained again
     info, epochs = RunDirectory(path).info(), RunDirectory(path).epochs()
-    whole = trainer.fit(CONFIG, data.load("digits"), mesh=ONE)
-    for (norm, seed), fit in whole.items():
+    whole = fit(CONFIG, data.load("digits"), mesh=ONE)
+    for (norm, seed), trained in whole.items():
         of_seed = [epoch for epoch in epochs if epoch.seed == seed]
-        assert list(map(without_times, of_seed)) == list(map(without_times, fit.epochs))
+        assert list(map(without_times, of_seed)) == list(map(without_times, trained.epochs))
         _, state = runner.load_state(path, norm, seed)
-        chex.assert_trees_all_equal(jax.device_get(state), fit.state)
+        chex.assert_trees_all_equal(jax.device_get(state), trained.state)
     assert (info.environment.mesh, info.resumed[0].mesh) == ("seed=4,batch=1", "seed=2,batch=1")
     assert ", 4 processes" in info.environment.device
     assert (path / "report.html").exists()

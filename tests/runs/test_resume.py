@@ -17,8 +17,8 @@ from jaxnorm.storage import checkpoint
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.sweep import Sweep
 from jaxnorm.training import epoch as epochs
+from jaxnorm.training.fit import Callback, NonFiniteLoss
 from jaxnorm.training.mesh import ONE, MeshShape
-from jaxnorm.training.trainer import Callback, NonFiniteLoss
 
 CONFIG = Config(
     norm="layer", arch="three-layers", dataset="tiny", epochs=3, batch_size=16, seed=3, seeds=2

@@ -17,11 +17,12 @@ from jaxnorm.runs import runner
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.sweep import Sweep, name_of
 from jaxnorm.training import epoch as epochs
+from jaxnorm.training import experiment
 from jaxnorm.training import mesh as meshes
-from jaxnorm.training import trainer
+from jaxnorm.training.experiment import Experiment
+from jaxnorm.training.fit import Callback
 from jaxnorm.training.mesh import ONE, MeshShape
 from jaxnorm.training.selfcheck import self_check
-from jaxnorm.training.trainer import Callback
 
 
 class Diary(Callback):
@@ -203,17 +204,17 @@ def test_held_out_images_are_evaluated_and_never_trained_on(tiny, scratch):
 
 def test_what_cannot_be_trained_is_refused_before_training(tiny):
     with pytest.raises(UserError, match="batch_size=71 is larger than the 70"):
-        trainer.check(Config(batch_size=71), tiny)
+        experiment.check(Config(batch_size=71), tiny)
     with pytest.raises(UserError, match="of which 10 are held out"):
-        trainer.check(Config(batch_size=61, validation=10), tiny)
+        experiment.check(Config(batch_size=61, validation=10), tiny)
     with pytest.raises(UserError, match="validation=70 leaves none"):
-        trainer.check(Config(batch_size=1, validation=70), tiny)
+        experiment.check(Config(batch_size=1, validation=70), tiny)
     with pytest.raises(UserError, match="groups=3"):
-        trainer.check(Config(norm="group", batch_size=7, groups=3), tiny)
+        experiment.check(Config(norm="group", batch_size=7, groups=3), tiny)
     many = dataclasses.replace(tiny, class_names=tuple(map(str, range(200))))
     with pytest.raises(UserError, match=r"51,856 parameters.*allow_large"):
-        trainer.check(Config(batch_size=7), many)
-    counts = trainer.check(Config(batch_size=7, allow_large=True), many)
+        experiment.check(Config(batch_size=7), many)
+    counts = experiment.check(Config(batch_size=7, allow_large=True), many)
     assert counts == {"batch": 51_856, "group": 51_856, "layer": 52_492}
 
 
@@ -301,17 +302,17 @@ def test_a_net_whose_loss_is_not_finite_is_left_out_and_the_others_go_on(tiny, s
 def test_bfloat16_trains_near_float32_and_is_recorded(tiny, scratch):
     config = Config("layer", "three-layers", "tiny", 1, 35)
     low = dataclasses.replace(config, precision="bfloat16")
-    self_check([low], tiny)
+    self_check(Experiment([low], tiny))
     directory = run(low, tiny, scratch / "run")
     assert directory.info().config.precision == "bfloat16"
     losses = directory.step_losses(("layer", 1))
-    wanted = trainer.fit(config, tiny)["layer", 1].step_losses
+    wanted = jaxnorm.fit(config, tiny)["layer", 1].step_losses
     assert (losses != wanted).all()
     np.testing.assert_allclose(losses, wanted, rtol=0.02)
     _, state = runner.load_state(directory.path, "layer", 1)
     assert state.params["C1"]["kernel"].dtype == np.float32
     with pytest.raises(UserError, match="precision=tf32 needs an NVIDIA GPU"):
-        trainer.check(dataclasses.replace(config, precision="tf32"), tiny)
+        experiment.check(dataclasses.replace(config, precision="tf32"), tiny)
 
 
 def test_a_schedule_that_ends_does_not_grow_by_epochs():

@@ -11,7 +11,7 @@ from jaxnorm.config import Config
 from jaxnorm.model import ops
 from jaxnorm.model.layers import BUILT_IN
 from jaxnorm.training import epoch as epochs
-from jaxnorm.training.groups import Nets, groups
+from jaxnorm.training.experiment import Experiment
 from jaxnorm.training.mesh import ONE
 from jaxnorm.training.step import init_state
 
@@ -24,8 +24,7 @@ def lowered(tiny, norm, precision, nets, monkeypatch):
     monkeypatch.setattr(ops, "_on_cpu", lambda: False)
     monkeypatch.setattr(epochs, "nets_at_once", lambda *_: nets)
     config = Config(norm, "matched", "tiny", 1, 16, precision=precision, seeds=nets)
-    (group,) = groups([config], tiny, ONE)
-    made = Nets([config], tiny, group)
+    (made,) = Experiment([config], tiny, ONE).groups()
     (chunk, *_), keys = made.chunks(1)
     states = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((nets, *leaf.shape), leaf.dtype),

@@ -15,7 +15,7 @@ import pytest
 from jaxnorm.config import Config, UserError
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training.epoch import train_nets
-from jaxnorm.training.groups import Nets, groups
+from jaxnorm.training.experiment import Experiment
 from jaxnorm.training.mesh import ONE, MeshShape
 
 EIGHT = """
@@ -24,7 +24,7 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 import jax, numpy as np
 from jaxnorm.data import datasets as data
 from jaxnorm.training import mesh as meshes
-from jaxnorm.training import trainer
+from jaxnorm.training.fit import fit
 from jaxnorm.config import Config
 from jaxnorm.training.mesh import MeshShape
 
@@ -37,7 +37,7 @@ for norm, arch, batch in (("batch", "original", 48), ("layer", "matched", 44)):
     held_out = 32 if norm == "batch" else 0  # 144 and 176 images
     config = Config(norm, arch, "digits", 1, batch, 0.01, seeds=6, validation=held_out)
     one, spread = (
-        trainer.fit(config, digits, mesh=MeshShape(rows)) for rows in (1, 8)
+        fit(config, digits, mesh=MeshShape(rows)) for rows in (1, 8)
     )
     for net in one:
         pairs = [
@@ -115,9 +115,9 @@ def test_nets_come_first_in_a_job_of_several_processes_and_no_device_is_idle(mon
 def test_devices_of_a_batch_axis_share_each_batch(tiny, shape, shared):
     """They add up their gradients, which those that train nets of their own do not."""
     config = Config("layer", "three-layers", "tiny", 1, 16)
-    nets = Nets([config], tiny, next(groups([config], tiny, shape)))
-    (chunk, *_), of_epoch = nets.chunks(1)
-    arguments = nets.arguments(nets.states([None]), chunk, of_epoch)
+    group = next(Experiment([config], tiny, shape).groups())
+    (chunk, *_), of_epoch = group.chunks(1)
+    arguments = group.arguments(group.states([None]), chunk, of_epoch)
     assert ("all_reduce" in train_nets.lower(*arguments).as_text()) == shared
 
 

@@ -13,9 +13,9 @@ from helpers import SOON, difference, init, run, train_epoch
 from jaxnorm.config import Config
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training import step as train
-from jaxnorm.training.groups import learning_rates, program_of
+from jaxnorm.training.experiment import learning_rates, program_of
+from jaxnorm.training.fit import Callback, fit
 from jaxnorm.training.mesh import MeshShape
-from jaxnorm.training.trainer import Callback, fit
 
 TUNED = Config(
     recipe="tuned",

@@ -15,6 +15,7 @@ from jaxnorm.training import epoch as epochs
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training import selfcheck
 from jaxnorm.training import step as train
+from jaxnorm.training.experiment import Experiment
 
 CONFIG = Config(arch="three-layers", dataset="tiny", batch_size=32, epochs=1)
 EVEN = dataclasses.replace(CONFIG, norm="layer", batch_size=35)
@@ -25,13 +26,13 @@ EVEN = dataclasses.replace(CONFIG, norm="layer", batch_size=35)
 def test_a_right_installation_passes(tiny, norm):
     """Also where devices share a batch and where it is trained in pieces, as at 32 images."""
     assert meshes.choose(1, 32).batch == 2
-    selfcheck.self_check([dataclasses.replace(CONFIG, norm=norm)], tiny)
+    selfcheck.self_check(Experiment([dataclasses.replace(CONFIG, norm=norm)], tiny))
 
 
 def test_seeds_in_one_program_pass(tiny, monkeypatch):
     monkeypatch.setattr(epochs, "nets_at_once", lambda *_: 2)
     config = dataclasses.replace(CONFIG, norm="group", seeds=2, batch_size=14, validation=8)
-    selfcheck.self_check([config], tiny)
+    selfcheck.self_check(Experiment([config], tiny))
 
 
 @pytest.mark.slow
@@ -42,7 +43,7 @@ def test_the_residual_net_passes_on_digits(settings, precision):
     variances behind standardized kernels are near the initial averages.
     """
     config = Config("batch", dataset="digits", precision=precision, **settings)
-    selfcheck.self_check([config], load("digits"))
+    selfcheck.self_check(Experiment([config], load("digits")))
 
 
 @pytest.mark.slow
@@ -54,7 +55,7 @@ def test_means_near_zero_and_flat_images_pass(monkeypatch):
     net = (*blocks, Layer("GP", "mean-max"), Layer("c3", "head"))
     monkeypatch.setitem(ARCHS, "two-blocks", lambda norm: net)
     config = Config("batch", "two-blocks", "digits", 1, 32, recipe="tuned", seed=2)
-    selfcheck.self_check([config], load("digits"))
+    selfcheck.self_check(Experiment([config], load("digits")))
 
 
 def negated(function):
@@ -75,7 +76,7 @@ def test_a_wrong_operator_is_refused(tiny, monkeypatch, operator, wrong, momentu
     monkeypatch.setattr(ops, operator, wrong(getattr(ops, operator)))
     config = dataclasses.replace(EVEN, momentum=momentum)
     with pytest.raises(selfcheck.WrongNumbers, match="one training step of layer norm") as raised:
-        selfcheck.self_check([config], tiny)
+        selfcheck.self_check(Experiment([config], tiny))
     assert "off" in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -84,7 +85,7 @@ def test_of_three_batches_one_that_agrees_is_enough(tiny, monkeypatch):
     """Two of the first chunk agree badly, and none of the last."""
     answers = iter(["bad", "bad", "", ""])
     monkeypatch.setattr(selfcheck, "_compare_step", lambda *_: next(answers))
-    selfcheck.self_check([EVEN], tiny)
+    selfcheck.self_check(Experiment([EVEN], tiny))
     assert list(answers) == []
 
 
@@ -92,7 +93,7 @@ def test_a_wrong_evaluation_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(epochs, "_logits", negated(epochs._logits))
     config = dataclasses.replace(EVEN, momentum=0.83)
     with pytest.raises(selfcheck.WrongNumbers, match="the evaluation of layer norm"):
-        selfcheck.self_check([config], tiny)
+        selfcheck.self_check(Experiment([config], tiny))
 
 
 def test_a_wrong_ragged_batch_is_refused(tiny, monkeypatch):
@@ -105,7 +106,7 @@ def test_a_wrong_ragged_batch_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(epochs, "train_step", wrong)
     config = dataclasses.replace(CONFIG, norm="layer", momentum=0.84)
     with pytest.raises(selfcheck.WrongNumbers, match="the loss is 10% off"):
-        selfcheck.self_check([config], tiny)
+        selfcheck.self_check(Experiment([config], tiny))
 
 
 def test_the_known_miscompilation_is_refused(monkeypatch):
@@ -159,4 +160,4 @@ def test_what_another_process_finds_wrong_is_wrong_in_all(tiny, monkeypatch):
     monkeypatch.setattr(meshes, "least", lambda number: 0)
     config = dataclasses.replace(EVEN, momentum=0.85)
     with pytest.raises(selfcheck.WrongNumbers, match="in another process"):
-        selfcheck.self_check([config], tiny)
+        selfcheck.self_check(Experiment([config], tiny))

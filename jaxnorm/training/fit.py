@@ -2,7 +2,6 @@
 down. Both take what `train` yields.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm.config import RECIPES, Config, Net, UserError, counted, names_a_file
+from jaxnorm.config import RECIPES, Config, NetId, SweptNet, UserError, counted, names_a_file
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.model import arithmetic
-from jaxnorm.model.summary import check_nets
 from jaxnorm.storage.schema import Epoch
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training import mesh as meshes
-from jaxnorm.training.groups import Nets, SweptNet, groups, program_of
+from jaxnorm.training.experiment import Experiment, Group
 from jaxnorm.training.mesh import ONE, MeshShape
 from jaxnorm.training.step import Program, TrainState, init_state
 
@@ -33,8 +31,8 @@ class NonFiniteLoss(ArithmeticError):
     def __init__(self, net: SweptNet, epoch: int, step: int | None, loss: float) -> None:
         phase, where = ("evaluation", "") if step is None else ("training", f", step {step}")
         super().__init__(
-            f"the {phase} loss of {net[1]} norm, seed {net[2]}, is {loss} at epoch {epoch}{where}: "
-            "try a smaller learning_rate=; the epochs before it are kept"
+            f"the {phase} loss of {net.norm} norm, seed {net.seed}, is {loss} at epoch {epoch}"
+            f"{where}: try a smaller learning_rate=; the epochs before it are kept"
         )
         self.net, self.epoch, self.step = net, epoch, step
 
@@ -85,7 +83,7 @@ class Trained(NamedTuple):
     @property
     def net(self) -> SweptNet:
         """Which net it is."""
-        return self.run, self.record.norm, self.record.seed
+        return SweptNet(self.run, self.record.norm, self.record.seed)
 
 
 @dataclass(frozen=True, repr=False)
@@ -119,11 +117,11 @@ def fit(
     dataset: Dataset,
     callback: Callback | None = None,
     mesh: MeshShape | None = None,
-) -> dict[Net, Fit]:
+) -> dict[NetId, Fit]:
     """Trains every net of `config` on `dataset` without touching the disk.
 
     Returns a `Fit` for each (norm, seed) whose loss stayed finite. Raises `UserError`, also for a
-    dataset that is not the one of `config`, and `NonFiniteLoss` where no net's did.
+    dataset that is not the one of `config`, and `NonFiniteLoss` if no net's did.
     """
     named = Path(config.dataset).name if names_a_file(config.dataset) else config.dataset
     if (named, config.test_split) != (dataset.name, dataset.test_split):
@@ -131,24 +129,32 @@ def fit(
             f"dataset={config.dataset} with test_split={config.test_split} is not what fit is "
             f"given, {dataset}"
         )
-    counts, callback = check(config, dataset), callback or Callback()
-    history: dict[Net, list[Trained]] = {net: [] for net in config.nets}
-    for trained in train([config], dataset, callback, mesh):
-        history[trained.net[1:]].append(trained)
+    experiment, callback = Experiment([config], dataset, mesh), callback or Callback()
+    history: dict[NetId, list[Trained]] = {net: [] for net in config.nets}
+    for trained in train(experiment, callback):
+        history[trained.record.net].append(trained)
         callback.on_epoch(config, trained.record)
     fits = {}
-    for (norm, seed), done in history.items():
+    for net, done in history.items():
         if len(done) == config.epochs:
-            records, losses = [epoch.record for epoch in done], [epoch.losses for epoch in done]
-            program, last = program_of(config, norm, len(dataset.class_names)), done[-1]
-            results = (records, np.concatenate(losses), last.logits, last.state, program)
-            fits[norm, seed] = Fit(norm, seed, counts[norm], *results)
+            fits[net] = Fit(
+                norm=net.norm,
+                seed=net.seed,
+                parameters=experiment.parameters[0][net.norm],
+                epochs=[epoch.record for epoch in done],
+                step_losses=np.concatenate([epoch.losses for epoch in done]),
+                logits=done[-1].logits,
+                state=done[-1].state,
+                program=experiment.program(config, net.norm),
+            )
     return fits
 
 
 @arithmetic.standard()
 def predict(program: Program, state: TrainState, images: Any) -> jax.Array:
-    """Probabilities f32[N, classes] of u8[N, 32, 32, 3] images; ValueError for any other."""
+    """Returns probabilities f32[N, classes] of u8[N, 32, 32, 3] images; raises ValueError for any
+    other.
+    """
     images = images if hasattr(images, "dtype") else np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3):
         raise ValueError(
@@ -158,69 +164,44 @@ def predict(program: Program, state: TrainState, images: Any) -> jax.Array:
     return jax.nn.softmax(epochs.predict_logits(program, ONE, states, jnp.asarray(images))[0])
 
 
-def check(config: Config, dataset: Dataset) -> dict[str, int]:
-    """The parameters of each norm's net.
-
-    Raises `UserError` for what can be known to fail before training starts.
-    """
-    if config.precision == "tf32" and jax.default_backend() != "gpu":
-        raise UserError(
-            "precision=tf32 needs an NVIDIA GPU, and there is none: choose float32 or bfloat16"
-        )
-    images = f"the {len(dataset.train_labels)} training images of {dataset.name}"
-    count = len(dataset.train_labels) - config.validation
-    if count <= 0:
-        raise UserError(f"validation={config.validation} leaves none of {images} to train on")
-    if config.batch_size > count:
-        held = f", of which {config.validation} are held out" if config.validation else ""
-        raise UserError(f"batch_size={config.batch_size} is larger than {images}{held}")
-    return check_nets(config, len(dataset.class_names))
-
-
 def train(
-    configs: Sequence[Config],
-    dataset: Dataset,
+    experiment: Experiment,
     callback: Callback,
-    mesh: MeshShape | None = None,
     progress: Mapping[SweptNet, NetProgress] | None = None,
     share: Callable[[Any], Any] = lambda arrays: arrays,
 ) -> Iterator[Trained]:
-    """Trains the nets of a sweep to their last epoch, each from where it is; yields every epoch.
+    """Trains every net to its last epoch, each from where it is; yields every epoch.
 
-    A net whose loss is not finite is left out with a warning, and the others go on; where that
-    leaves none, `NonFiniteLoss` is raised. `share` gives every process of a job the arrays of
-    process 0.
+    A net whose loss is not finite is left out with a warning, and the others go on; if that leaves
+    none, `NonFiniteLoss` is raised. `share` gives every process of a job the arrays of process 0.
     """
-    progress, failed, total = progress or {}, [], sum(len(config.nets) for config in configs)
-    finished = {net for net, done in progress.items() if done.epochs == configs[net[0]].epochs}
-    if (untuned := configs[0].untuned) and len(finished) < total:
-        callback.on_warning(_untuned_text(configs[0], untuned))
-    for group in groups(configs, dataset, mesh, finished):
-        at = {net: progress.get(net, NetProgress()) for net in group.nets}
-        last_epoch, remaining = configs[group.nets[0][0]].epochs, list(group.nets)
-        # Nets that were cut off between their lines are an epoch apart: those behind catch up.
-        while remaining and (start := min(at[net].epochs for net in remaining)) < last_epoch:
-            behind = tuple(net for net in remaining if at[net].epochs == start)
-            stop = min({at[net].epochs for net in remaining} - {start}, default=last_epoch)
-            nets = Nets(configs, dataset, dataclasses.replace(group, nets=behind))
-            states = nets.states([_shared(nets, at[net].state, start, share) for net in behind])
-            callback.on_start(group.norm, [seed for _, _, seed in behind], nets.steps)
+    progress, failed, first = dict(progress or {}), [], experiment.configs[0]
+    groups = list(experiment.groups({net: done.epochs for net, done in progress.items()}))
+    if first.untuned and groups:
+        callback.on_warning(_untuned_text(first, first.untuned))
+    for group in groups:
+        while group.nets:
+            at = [progress.get(net, NetProgress()).state for net in group.nets]
+            states = group.states([_shared(group, state, share) for state in at])
+            callback.on_start(group.norm, [net.seed for net in group.nets], group.steps)
             try:
-                for epoch in range(start + 1, stop + 1):
-                    states, done = _train_epoch(nets, states, epoch, callback, dataset)
+                for epoch in range(group.start + 1, group.config.epochs + 1):
+                    states, done = _train_epoch(group, states, epoch, callback)
                     for trained in done:
-                        at[trained.net] = NetProgress(epoch, trained.state)
+                        progress[trained.net] = NetProgress(epoch, trained.state)
                         yield trained
+                break
             except NonFiniteLoss as error:
                 failed.append(error)
-                remaining.remove(error.net)
-                config = configs[error.net[0]]
-                if total > 1:
+                group = group.without(error.net, start=error.epoch - 1)
+                if len(experiment.nets) > 1:
+                    config = experiment.configs[error.net.run]
                     callback.on_warning(
                         f"batch size {config.batch_size}, learning rate "
-                        f"{config.rate(group.norm):g}: {error}; the others go on without this net"
+                        f"{config.rate(error.net.norm):g}: {error}; the others go on without this "
+                        "net"
                     )
-    if failed and len(failed) == total:
+    if failed and len(failed) == len(experiment.nets):
         raise failed[0]
 
 
@@ -235,26 +216,26 @@ def _untuned_text(config: Config, norms: Sequence[str]) -> str:
 
 
 def _shared(
-    nets: Nets, state: TrainState | None, epoch: int, share: Callable[[Any], Any]
+    group: Group, state: TrainState | None, share: Callable[[Any], Any]
 ) -> TrainState | None:
     """Process 0's state of a net; None for the initial one, which every process makes."""
-    if epoch == 0:
+    if group.start == 0:
         return None
     if state is None:
-        shapes = init_state.eval_shape(nets.program, 0, nets.standards[0])
+        shapes = init_state.eval_shape(group.program, 0, group.standards[0])
         state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     return share(jax.tree.map(np.asarray, state))
 
 
 def _train_epoch(
-    nets: Nets, state: TrainState, epoch: int, callback: Callback, dataset: Dataset
+    group: Group, state: TrainState, epoch: int, callback: Callback
 ) -> tuple[TrainState, list[Trained]]:
-    """One epoch of all nets and their evaluation."""
-    clock, filled = time.perf_counter(), nets.group.filled
+    """Trains and evaluates all nets of a group for one epoch."""
+    clock, filled = time.perf_counter(), group.filled
     losses, correct = np.zeros((len(filled), 0), np.float32), np.zeros(len(filled), int)
-    chunks, of_epoch = nets.chunks(epoch)
+    chunks, of_epoch = group.chunks(epoch)
     for chunk in chunks:
-        state, steps = nets.train_chunk(state, chunk, of_epoch)
+        state, steps = group.train_chunk(state, chunk, of_epoch)
         done = meshes.fetch(steps)
         losses = np.concatenate([losses, done.losses[:, chunk.start : chunk.stop]], axis=1)
         correct += done.correct
@@ -262,25 +243,31 @@ def _train_epoch(
             raise NonFiniteLoss(filled[i], epoch, int(step) + 1, float(losses[i, step]))
         callback.on_steps(epoch, losses.shape[1])
     trained = time.perf_counter()
-    test, validation = nets.evaluate(state)
+    test, validation = group.evaluate(state)
     tested = time.perf_counter()
     for evaluation in filter(None, (test, validation)):
         for i, *_ in np.argwhere(~np.isfinite(evaluation.logits))[:1]:
             raise NonFiniteLoss(filled[i], epoch, None, float(evaluation.loss[i]))
-    share = len(nets.group.nets)
-    seconds = round((trained - clock) / share, 3), round((tested - trained) / share, 3)
+    share, config = len(group.nets), group.config
     whole, results = meshes.fetch(state), []
-    for i, (run, norm, seed) in enumerate(nets.group.nets):
-        held_out = ()
-        if validation is not None:
-            accuracy = _fraction(validation.accuracy[i], nets.config.validation)
-            held_out = (float(validation.loss[i]), accuracy)
-        train_loss = _mean_loss(losses[i], nets.count, nets.config.batch_size)
-        accuracy = _fraction(test.accuracy[i], len(dataset.test_labels))
-        numbers = (train_loss, int(correct[i]) / nets.count, float(test.loss[i]), accuracy)
-        record = Epoch(norm, seed, epoch, *numbers, *seconds, *held_out)
+    for i, net in enumerate(group.nets):
+        record = Epoch(
+            norm=net.norm,
+            seed=net.seed,
+            epoch=epoch,
+            train_loss=_mean_loss(losses[i], group.train_count, config.batch_size),
+            train_accuracy=int(correct[i]) / group.train_count,
+            test_loss=float(test.loss[i]),
+            test_accuracy=_fraction(test.accuracy[i], test.logits.shape[1]),
+            train_seconds=round((trained - clock) / share, 3),
+            test_seconds=round((tested - trained) / share, 3),
+            validation_loss=float(validation.loss[i]) if validation else None,
+            validation_accuracy=(
+                _fraction(validation.accuracy[i], config.validation) if validation else None
+            ),
+        )
         net_state = jax.tree.map(lambda leaf, i=i: leaf[i], whole)
-        results.append(Trained(run, record, net_state, losses[i], np.asarray(test.logits[i])))
+        results.append(Trained(net.run, record, net_state, losses[i], np.asarray(test.logits[i])))
     return state, results
 
 
