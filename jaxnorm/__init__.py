@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxnorm.config import Config as Config
     from jaxnorm.config import UserError as UserError
+    from jaxnorm.config import study as study
+    from jaxnorm.config import tuned as tuned
     from jaxnorm.data.datasets import Dataset as Dataset
     from jaxnorm.data.datasets import load as load
     from jaxnorm.model.cnn import CNN as CNN
@@ -19,8 +21,10 @@ _HOMES = {
     "fit": "training.fit",
     "load": "data.datasets",
     "load_model": "runs.runner",
+    "study": "config",
+    "tuned": "config",
 }
-__all__ = ["CNN", "Config", "Dataset", "UserError", "fit", "load", "load_model"]
+__all__ = ["CNN", "Config", "Dataset", "UserError", "fit", "load", "load_model", "study", "tuned"]
 
 
 def __getattr__(name: str) -> Any:

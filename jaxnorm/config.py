@@ -19,48 +19,16 @@ from pydantic.dataclasses import dataclass
 Precision = Literal["float32", "tf32", "bfloat16"]
 ALL = ("batch", "group", "layer")
 """The study's three norms, in its order: what norm=all trains."""
-RECIPES: dict[str, dict[str, Any]] = {
-    "study": {
-        "arch": "original",
-        "batch_size": 128,
-        "learning_rate": 0.01,
-        "schedule": "constant",
-        "nesterov": False,
-        "weight_decay": 0.0,
-        "dropout": 0.1,
-        "augment": "none",
-        "label_smoothing": 0.0,
-        "weight_standardization": False,
-    },
-    "tuned": {
-        "arch": "residual",
-        "batch_size": 128,
-        "learning_rate": {"batch": 0.123, "group": 0.134, "layer": 0.134, "pixel": 0.134},
-        "schedule": "one-cycle",
-        "nesterov": True,
-        "weight_decay": 5e-4,
-        "dropout": 0.0,
-        "augment": "crop-flip",
-        "label_smoothing": 0.0,
-        "weight_standardization": True,
-    },
-}
-"""The settings of each recipe, which the user may replace; norms may have their own rates."""
-DIGITS = {
-    "study": {"batch_size": 32, "learning_rate": 0.05, "schedule": "one-cycle"},
-    "tuned": {"batch_size": 32, "learning_rate": 0.05},
-}
-"""What replaces them for digits: at a constant rate a late epoch's accuracy can jump by points."""
+TUNED_RATES = {"batch": 0.123, "group": 0.134, "layer": 0.134, "pixel": 0.134}
+"""The learning rates that a fair tuning of the tuned recipe found (notebooks/pages/tuned.md)."""
 OTHER_RATE = 0.1
-"""The learning rate of a norm for which a recipe has none of its own."""
+"""The learning rate of the tuned recipe for a norm that was not tuned."""
 SWEPT = ("batch_size", "learning_rate", "weight_decay")
 """The settings that a sweep takes several values of, besides norms and seeds."""
 Rate = Annotated[float, Field(gt=0, lt=3e38)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-RECIPE: Any = None
-"""Marks a setting whose default is the recipe's."""
 T = TypeVar("T")
 
 
@@ -129,7 +97,8 @@ def _raising_user_errors(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @typed
 class Config:
-    """All that decides a result. The defaults are the study's own settings.
+    """All that decides a result, as plain values. The defaults are the study's own settings;
+    `study` and `tuned` return the settings of a recipe.
 
     Raises `UserError` for a value that cannot be trained with.
 
@@ -151,15 +120,16 @@ class Config:
     epochs
         Passes over the training set.
     batch_size
-        Images in a batch. Default: 128, and 32 for digits.
+        Images in a batch. The recipes take 128, and 32 for digits.
     learning_rate
-        Of SGD; the peak of a schedule. Tuned: each norm's own.
+        The learning rate of SGD, or the highest of a schedule; one for all norms, or one for each.
+        The tuned recipe has one for each.
     linear_scaling
         Multiply the learning rate by BATCH_SIZE / 128, for digits by BATCH_SIZE / 32 (Goyal et
         al., "Accurate, Large Minibatch SGD", 2017).
     recipe
-        "study", or "tuned", which treats every norm well: the defaults of the settings below that
-        name none.
+        The recipe that gives the settings that are not named: "study", the study's own; or
+        "tuned", which treats every norm well.
     schedule
         Of the learning rate: "constant"; or "one-cycle", up in a straight line and down to zero,
         the default of the tuned recipe and of the digits.
@@ -196,25 +166,29 @@ class Config:
         norms and losses are float32 in any case.
     allow_large
         Allow a net of more than 50,000 parameters.
+    usual_batch
+        The batch size that the learning rate is for, by which linear scaling divides.
+    untuned
+        Norms whose learning rate was not tuned, though the recipe has tuned rates for others.
     """
 
     norm: str = "all"
-    arch: str = RECIPE
+    arch: str = "original"
     dataset: str = "cifar10"
     epochs: Annotated[int, Field(ge=1, le=1_000_000)] = 20
-    batch_size: Positive = RECIPE
-    learning_rate: Rate | dict[str, Rate] = RECIPE
+    batch_size: Positive = 128
+    learning_rate: Rate | dict[str, Rate] = 0.01
     linear_scaling: bool = False
     recipe: Literal["study", "tuned"] = "study"
-    schedule: Literal["constant", "one-cycle"] = RECIPE
+    schedule: Literal["constant", "one-cycle"] = "constant"
     warmup: Annotated[float, Field(gt=0, lt=1)] = 0.25
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    nesterov: bool = RECIPE
-    weight_decay: Annotated[float, Field(ge=0, lt=1)] = RECIPE
-    dropout: Annotated[float, Field(ge=0, le=0.999)] = RECIPE
-    augment: Literal["none", "crop-flip"] = RECIPE
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = RECIPE
-    weight_standardization: bool = RECIPE
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, le=0.999)] = 0.1
+    augment: Literal["none", "crop-flip"] = "none"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_standardization: bool = False
     groups: Positive = 4
     seed: Count = 1
     seeds: Annotated[int, Field(ge=1, le=10_000)] = 1
@@ -222,13 +196,11 @@ class Config:
     precision: Precision = "float32"
     allow_large: bool = False
     test_split: str = "test"
+    usual_batch: Positive = 128
+    untuned: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dataset", valid_text(self.dataset))
-        of_digits = DIGITS[self.recipe] if self.dataset == "digits" else {}
-        for name, default in {**RECIPES[self.recipe], **of_digits}.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
         norm = r"[\w.]+(:\w+)?"
         names = {"norm": rf"{norm}(,{norm})*", "arch": r"[\w-]+", "dataset": r"\S(.*\S)?"}
         names["test_split"] = r"\w[\w.-]*"
@@ -238,14 +210,18 @@ class Config:
                 raise UserError(f"{name}={value[:40]} is wrong: it must be a name{several}")
         if len(set(self.norms)) < len(self.norms):
             raise UserError(f"norm={self.norm} is wrong: a norm is there twice")
+        rates = self.learning_rate
+        if isinstance(rates, dict) and (without := [n for n in self.norms if n not in rates]):
+            raise UserError(
+                f"learning_rate= has no rate for {' and '.join(without)} norm: give one"
+            )
         if self.seed + self.seeds > 2**31:
             raise UserError(f"seed={self.seed} is wrong: every seed must be below 2**31")
 
     @property
     def norms(self) -> tuple[str, ...]:
         """The norms to train, in order."""
-        named = [ALL if name == "all" else (name,) for name in self.norm.split(",")]
-        return tuple(itertools.chain(*named))
+        return norms_of(self.norm)
 
     @property
     def seed_numbers(self) -> range:
@@ -258,28 +234,14 @@ class Config:
         return [NetId(norm, seed) for seed in self.seed_numbers for norm in self.norms]
 
     def unscaled_rate(self, norm: str) -> float:
-        """The learning rate of a norm before linear scaling, as a flag gives it."""
+        """Returns the learning rate of a norm before linear scaling, as a flag gives it."""
         rate = self.learning_rate
-        return rate.get(norm, OTHER_RATE) if isinstance(rate, dict) else rate
+        return rate[norm] if isinstance(rate, dict) else rate
 
     def rate(self, norm: str) -> float:
-        """The learning rate that a norm trains with, scaled if that is asked for."""
+        """Returns the learning rate that a norm trains with, scaled if that is asked for."""
         scale = self.batch_size / self.usual_batch if self.linear_scaling else 1
         return self.unscaled_rate(norm) * scale
-
-    @property
-    def usual_batch(self) -> int:
-        """The batch size that the recipe's learning rate is for: linear scaling multiplies by
-        batch_size / usual_batch.
-        """
-        recipes = DIGITS if self.dataset == "digits" else RECIPES
-        return recipes[self.recipe]["batch_size"]
-
-    @property
-    def untuned(self) -> list[str]:
-        """The norms that train at `OTHER_RATE`, where the recipe has a tuned rate for others."""
-        rates = self.learning_rate
-        return [n for n in self.norms if n not in rates] if isinstance(rates, dict) else []
 
     @property
     def rate_text(self) -> str:
@@ -289,6 +251,59 @@ class Config:
     def steps(self, train_count: int) -> int:
         """Batches in an epoch, a ragged last one included, where there are so many images."""
         return math.ceil((train_count - self.validation) / self.batch_size)
+
+
+def norms_of(norm: str) -> tuple[str, ...]:
+    """Returns the norms that the setting `norm` names, in order."""
+    named = [ALL if name == "all" else (name,) for name in norm.split(",")]
+    return tuple(itertools.chain(*named))
+
+
+def study(**changes: Any) -> Config:
+    """Returns the study's own settings with these changes: the original nets, SGD at a constant
+    rate of 0.01, dropout 0.1, no augmentation.
+
+    For digits the batch is 32 and the rate 0.05 on a one-cycle schedule, because at a constant rate
+    the accuracy of a late epoch can jump by points.
+    """
+    digits = {**_DIGITS, "schedule": "one-cycle"} if changes.get("dataset") == "digits" else {}
+    return Config(**{**digits, **changes})
+
+
+def tuned(**changes: Any) -> Config:
+    """Returns settings that treat every norm well, with these changes: a residual net with
+    standardized kernels, a one-cycle schedule, crops and flips, and the learning rate that a fair
+    tuning found for each norm (`notebooks/pages/tuned.md`). Norms that were not tuned train at
+    `OTHER_RATE`, and `untuned` names them.
+    """
+    norms = norms_of(changes.get("norm", "all"))
+    values: dict[str, Any] = {
+        "recipe": "tuned",
+        "arch": "residual",
+        "learning_rate": {norm: TUNED_RATES.get(norm, OTHER_RATE) for norm in norms},
+        "untuned": tuple(norm for norm in norms if norm not in TUNED_RATES),
+        "schedule": "one-cycle",
+        "nesterov": True,
+        "weight_decay": 5e-4,
+        "dropout": 0.0,
+        "augment": "crop-flip",
+        "weight_standardization": True,
+    }
+    if changes.get("dataset") == "digits":
+        values |= _DIGITS
+    if not isinstance(values["learning_rate"], dict) or "learning_rate" in changes:
+        values["untuned"] = ()  # one rate for all, or the user's own
+    return Config(**{**values, **changes})
+
+
+_DIGITS = {"batch_size": 32, "usual_batch": 32, "learning_rate": 0.05}
+RECIPES: dict[str, Callable[..., Config]] = {"study": study, "tuned": tuned}
+"""What `--recipe` chooses from."""
+OF_RECIPE = ("arch", "batch_size", "learning_rate", "schedule", "nesterov", "weight_decay")
+OF_RECIPE += ("dropout", "augment", "weight_standardization")
+"""The settings whose default depends on the recipe."""
+RECORDED = ("usual_batch", "untuned")
+"""What a recipe records of its learning rates; no flag sets it."""
 
 
 def valid_text(text: str) -> str:
@@ -332,8 +347,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def product(base: Mapping[str, Any], swept: Mapping[str, Sequence[Any]]) -> list[Config]:
-    """A configuration for each combination of the swept values, over the same other settings.
+def product(
+    recipe: Callable[..., Config], base: Mapping[str, Any], swept: Mapping[str, Sequence[Any]]
+) -> list[Config]:
+    """Returns a configuration for each combination of the swept values, over the same other
+    settings.
 
     Raises `UserError` for a value that is there twice, and as `Config` does.
     """
@@ -341,4 +359,4 @@ def product(base: Mapping[str, Any], swept: Mapping[str, Sequence[Any]]) -> list
         if len(set(values)) < len(values):
             raise UserError(f"{name}={values[0]} and more: a value is there twice")
     combinations = itertools.product(*swept.values())
-    return [Config(**base, **dict(zip(swept, values, strict=True))) for values in combinations]
+    return [recipe(**base, **dict(zip(swept, values, strict=True))) for values in combinations]

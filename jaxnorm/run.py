@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 from cyclopts import App, Group, Parameter
 
 from jaxnorm import cli
-from jaxnorm.config import SWEPT, Config, UserError, product, valid_text
+from jaxnorm.config import (
+    OF_RECIPE,
+    RECIPES,
+    RECORDED,
+    SWEPT,
+    Config,
+    UserError,
+    product,
+    valid_text,
+)
 
 if TYPE_CHECKING:
     from jaxnorm.analysis.results import Run
@@ -98,12 +107,14 @@ def _settings_class() -> type:
     hints, fields = get_type_hints(Config), []
     for field in dataclasses.fields(Config):
         kind, default = hints[field.name], field.default
+        if field.name in RECORDED:
+            continue
         if field.name in SWEPT:
             value = get_args(kind)[0] if get_args(kind) else kind
             several = Parameter(consume_multiple=True, negative_iterable=())
             kind, default = Annotated[tuple[value, ...], several], ()
-        elif default is None:  # of the recipe, which may be undone
-            kind = Annotated[kind | None, Parameter(negative_bool="no-")]
+        elif field.name in OF_RECIPE:  # which may be undone
+            kind, default = Annotated[kind | None, Parameter(negative_bool="no-")], None
         if hints[field.name] is int:
             kind = Annotated[kind, cli.WHOLE]
         fields.append((field.name, kind, dataclasses.field(default=default)))
@@ -130,13 +141,19 @@ def main(
     options: Annotated[Options, OPTIONS] = NO_OPTIONS,
 ) -> int:
     """Trains and reports; returns the exit code."""
-    return start(product(*split(settings)), options, report)
+    return start(configs_of(*split(settings)), options, report)
 
 
 def split(settings: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings that are given: those that all runs share, and the values of the swept ones."""
     named = {name: value for name, value in vars(settings).items() if value not in (None, ())}
     return named, {name: named.pop(name) for name in SWEPT if name in named}
+
+
+def configs_of(named: dict[str, Any], swept: dict[str, Any]) -> list[Config]:
+    """Returns the settings of each run, by the recipe that is named."""
+    named = dict(named)
+    return product(RECIPES[named.pop("recipe")], named, swept)
 
 
 def start(configs: list[Config], options: Options, finish: "Finish") -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from cyclopts import App, Parameter
 
 from jaxnorm import cli, run
-from jaxnorm.config import UserError, product
+from jaxnorm.config import UserError
 
 HELD_OUT, OF_DIGITS = 5_000, 144
 """Training images on which a trial is judged, where nothing else is asked for: a tenth of those of
@@ -92,9 +92,9 @@ def main(
             raise UserError(f"{name}={' '.join(map(str, values))}: a tuning takes one value of it")
     held_out = OF_DIGITS if named["dataset"] == "digits" else HELD_OUT
     named["validation"] = named["validation"] or held_out
-    product(named, swept)  # raises for what cannot be trained with, before rates are drawn
+    run.configs_of(named, swept)  # raises for what cannot be trained with, before rates are drawn
     swept["learning_rate"] = trials.draw(named["seed"])
-    return run.start(product(named, swept), options, run.report_tuning)
+    return run.start(run.configs_of(named, swept), options, run.report_tuning)
 
 
 if __name__ == "__main__":

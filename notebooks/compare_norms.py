@@ -35,7 +35,7 @@ from jaxnorm.training.fit import Callback
 DATASET, EPOCHS, SEEDS = "digits", 4, 2
 
 # %%
-config = jaxnorm.Config(
+config = jaxnorm.study(
     norm="all", arch="matched", dataset=DATASET, epochs=EPOCHS, learning_rate=0.02, seeds=SEEDS
 )
 dataset = jaxnorm.load(config.dataset)

@@ -59,7 +59,7 @@ show(exploring.draw_averaged(masks))
 # former says little.
 
 # %%
-config = jaxnorm.Config(arch="matched", dataset="digits", epochs=EPOCHS, learning_rate=0.02)
+config = jaxnorm.study(arch="matched", dataset="digits", epochs=EPOCHS, learning_rate=0.02)
 fits = jaxnorm.fit(config, dataset)
 measured = {
     norm: probes.measure(fit.program, fit.state, dataset, fit.logits, fit.seed)

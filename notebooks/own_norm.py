@@ -58,7 +58,7 @@ class FilterResponseNorm(nn.Module):
 
 # %%
 dataset = jaxnorm.load("digits")
-config = jaxnorm.Config(
+config = jaxnorm.study(
     norm="all,__main__:FilterResponseNorm",
     arch="matched",
     dataset="digits",

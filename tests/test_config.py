@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxnorm.config import ALL, RECIPES, Config, UserError, from_json, typed
+from jaxnorm.config import (
+    ALL,
+    OTHER_RATE,
+    RECIPES,
+    TUNED_RATES,
+    Config,
+    UserError,
+    from_json,
+    study,
+    tuned,
+    typed,
+)
 
 
 def test_defaults_are_the_studys():
@@ -23,9 +34,19 @@ def test_defaults_are_the_studys():
     assert (config.dropout, config.groups, config.arch) == (0.1, 4, "original")
 
 
-def test_digits_have_a_smaller_batch_unless_one_is_asked_for():
-    assert Config(dataset="digits").batch_size == 32
-    assert Config(dataset="digits", batch_size=64).batch_size == 64
+def test_the_recipes_have_a_smaller_batch_for_digits_unless_one_is_asked_for():
+    for recipe in RECIPES.values():
+        assert recipe(dataset="digits").batch_size == 32
+        assert recipe(dataset="digits", batch_size=64).batch_size == 64
+    assert study(dataset="digits").schedule == "one-cycle"
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values())
+def test_replacing_one_setting_changes_no_other(recipe):
+    before = recipe(dataset="digits")
+    after = dataclasses.replace(before, dataset="cifar10")
+    assert dataclasses.replace(after, dataset="digits") == before
+    assert after.batch_size == 32
 
 
 def test_a_wrong_learning_rate_of_one_norm_is_named():
@@ -165,33 +186,32 @@ def test_settings_cannot_be_changed_afterwards():
         Config().epochs = 3
 
 
-def test_a_recipe_sets_what_is_not_asked_for_and_each_setting_exists_alone():
-    study, tuned = Config(), Config(recipe="tuned")
-    assert (study.arch, study.schedule, study.weight_decay, study.augment) == (
-        *("original", "constant", 0.0, "none"),
-    )
-    assert (tuned.arch, tuned.schedule, tuned.augment) == ("residual", "one-cycle", "crop-flip")
-    assert tuned.nesterov
-    assert tuned.weight_standardization
-    assert not study.weight_standardization
-    assert not Config(recipe="tuned", weight_standardization=False).weight_standardization
-    assert tuned.rate("batch") == RECIPES["tuned"]["learning_rate"]["batch"]
-    assert Config(recipe="tuned", learning_rate=0.3).rate("group") == 0.3
-    scaled = Config(recipe="tuned", batch_size=16, linear_scaling=True)
-    assert scaled.rate("batch") == tuned.rate("batch") / 8
+def test_a_recipe_sets_what_is_not_asked_for():
+    config = tuned()
+    assert (config.arch, config.schedule, config.augment) == ("residual", "one-cycle", "crop-flip")
+    assert config.nesterov
+    assert config.weight_standardization
+    assert study() == Config()
+    assert not tuned(weight_standardization=False).weight_standardization
+    assert config.rate("batch") == TUNED_RATES["batch"]
+    assert tuned(learning_rate=0.3).rate("group") == 0.3
+    assert tuned(dropout=0.2).dropout == 0.2
+
+
+def test_linear_scaling_divides_by_the_batch_that_the_rate_is_for():
+    assert tuned(batch_size=16, linear_scaling=True).rate("batch") == TUNED_RATES["batch"] / 8
     digits = {"dataset": "digits", "linear_scaling": True}
-    assert [Config(**digits, batch_size=size).rate("batch") for size in (32, 64)] == [0.05, 0.1]
+    assert [study(**digits, batch_size=size).rate("batch") for size in (32, 64)] == [0.05, 0.1]
 
 
-def test_norms_of_which_a_recipe_tuned_no_rate_are_known():
+def test_norms_of_which_a_recipe_tuned_no_rate_are_recorded():
     norm = "batch,instance,rms,mine:Norm"
-    assert Config(norm, "matched", recipe="tuned").untuned == ["instance", "rms", "mine:Norm"]
-    assert Config(recipe="tuned").untuned == []
-    assert Config(norm, "matched", recipe="tuned", learning_rate=0.1).untuned == []
-    assert Config(norm, "matched").untuned == []
-    assert Config(recipe="tuned", dropout=0.2).dropout == 0.2
-    assert Config(augment="crop-flip").arch == "original"
-    assert Config(recipe="tuned", dataset="digits").batch_size == 32
+    assert tuned(norm=norm).untuned == ("instance", "rms", "mine:Norm")
+    assert tuned(norm=norm).rate("rms") == OTHER_RATE
+    for config in (tuned(), tuned(norm=norm, learning_rate=0.1), study(norm=norm)):
+        assert config.untuned == ()
+    with pytest.raises(UserError, match="learning_rate= has no rate for rms norm"):
+        dataclasses.replace(tuned(), norm="batch,rms")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from matplotlib.image import imread
 
 from jaxnorm.analysis import figures, sweeps, tables
 from jaxnorm.analysis.results import Run
-from jaxnorm.config import RECIPES, Config
+from jaxnorm.config import RECIPES, TUNED_RATES
 from jaxnorm.storage.directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,8 +92,8 @@ def test_a_committed_report_says_what_the_records_say_today(name):
 @pytest.mark.parametrize("name", fill_pages.RUNS)
 def test_a_committed_run_was_trained_with_its_recipe_as_it_is_today(name):
     config = RunDirectory(RESULTS / name).info().config
-    named = {field: getattr(config, field) for field in ("norm", "arch", "recipe", "seed", "seeds")}
-    today = Config(**named)
+    named = {field: getattr(config, field) for field in ("norm", "arch", "seed", "seeds")}
+    today = RECIPES[config.recipe](**named)
     assert [today.rate(norm) for norm in config.norms] == [config.rate(n) for n in config.norms]
     # Rates of norms that it did not train may have been tuned since.
     assert dataclasses.replace(today, learning_rate=config.learning_rate) == config
@@ -102,7 +102,7 @@ def test_a_committed_run_was_trained_with_its_recipe_as_it_is_today(name):
 def test_the_recipes_learning_rates_are_what_the_tuning_found():
     trials_of = sweeps.trials(fill_pages.tunings())
     best = {norm: max(trials, key=lambda t: t.accuracy).rate for norm, trials in trials_of.items()}
-    assert best == RECIPES["tuned"]["learning_rate"]
+    assert best == TUNED_RATES
     assert len({tuple(trial.rate for trial in trials) for trials in trials_of.values()}) == 1
     assert not any(trial.failed for trials in trials_of.values() for trial in trials)
     for name, figure in sweeps.draw_tuning(fill_pages.tunings()):

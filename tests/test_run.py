@@ -15,7 +15,7 @@ from helpers import SMALL, call
 import jaxnorm
 from jaxnorm import cli, report, run
 from jaxnorm.analysis import figures, sweeps
-from jaxnorm.config import Config, UserError, product
+from jaxnorm.config import UserError, product, study
 from jaxnorm.data import cache
 from jaxnorm.data import datasets as data
 from jaxnorm.model import ops
@@ -352,7 +352,7 @@ def test_a_report_that_fails_after_training_looks_like_no_lost_run(
 
 
 def test_how_to_report_a_sweep_makes_its_table(inside):
-    hint = run._how_to_report(Sweep("s", product({}, {"batch_size": (35, 70)})))
+    hint = run._how_to_report(Sweep("s", product(study, {}, {"batch_size": (35, 70)})))
     assert hint.endswith("python -m jaxnorm.run --resume s makes it")
 
 
@@ -474,5 +474,5 @@ def test_digits_from_the_shell_without_tensorflow_or_network_cold_and_warm(insid
 @pytest.mark.slow
 def test_layer_norm_reads_digits_under_every_seed():
     """The newcomer's table: the norm whose last epoch jumps most, with the digits' own settings."""
-    fits = jaxnorm.fit(Config("layer", dataset="digits", seeds=3), data.load("digits"))
+    fits = jaxnorm.fit(study(norm="layer", dataset="digits", seeds=3), data.load("digits"))
     assert min(fit.epochs[-1].test_accuracy for fit in fits.values()) > 0.95

@@ -229,12 +229,11 @@ def finding(run: Run) -> str:
 
 
 def _untuned(config: Config) -> str:
-    """The learning rate of each norm, in a sentence, where norms have their own and some do not."""
-    rates = config.learning_rate
-    if not isinstance(rates, dict) or rates.keys() >= {*config.norms}:
+    """The learning rate of each norm, in a sentence, if some were tuned and some were not."""
+    if not config.untuned:
         return ""
     texts = [
-        f"{norm} norm {config.rate(norm):g} ({'tuned' if norm in rates else 'not tuned'})"
+        f"{norm} norm {config.rate(norm):g} ({'not tuned' if norm in config.untuned else 'tuned'})"
         for norm in config.norms
     ]
     return f"Learning rates: {listed(texts)}."

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxnorm.config import Config
+from jaxnorm.config import Config, study, tuned
 
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 IMAGES = 10_000
@@ -64,8 +64,8 @@ def batches_of(batch_size: int) -> np.ndarray:
 
 def config_of(job: Job) -> Config:
     """The settings of the net: the residual one is trained by the tuned recipe."""
-    recipe = "tuned" if job.arch == "residual" else "study"
-    return Config(job.norm, job.arch, batch_size=job.batch_size, recipe=recipe)
+    recipe = tuned if job.arch == "residual" else study
+    return recipe(norm=job.norm, arch=job.arch, batch_size=job.batch_size)
 
 
 def jax_setup(job: Job) -> tuple[Any, Any, Any, tuple]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm.config import RECIPES, Config, NetId, SweptNet, UserError, counted, names_a_file
+from jaxnorm.config import TUNED_RATES, Config, NetId, SweptNet, UserError, counted, names_a_file
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.model import arithmetic
 from jaxnorm.storage.schema import Epoch
@@ -210,7 +210,7 @@ def _untuned_text(config: Config, norms: Sequence[str]) -> str:
     return (
         f"the {config.recipe} recipe has no learning rate for {' and '.join(norms)} norm: "
         f"{config.rate(norms[0]):g} is taken, which was not tuned as those of "
-        f"{', '.join(RECIPES[config.recipe]['learning_rate'])} were; python -m jaxnorm.tune "
+        f"{', '.join(TUNED_RATES)} were; python -m jaxnorm.tune "
         f"--recipe {config.recipe} --norm {','.join(norms)} finds a good one"
     )
 

@@ -9,7 +9,7 @@ from helpers import run
 
 from jaxnorm import cli
 from jaxnorm import run as command
-from jaxnorm.config import Config, UserError
+from jaxnorm.config import Config, UserError, tuned
 from jaxnorm.data import datasets
 from jaxnorm.runs import environment
 from jaxnorm.storage.directory import RunDirectory
@@ -242,7 +242,7 @@ def test_renaming_a_file_changes_no_number(write, name):
             ours, theirs = (getattr(data, field.name) for data in (dataset, wanted))
             np.testing.assert_array_equal(ours, theirs)
     assert dataset.caption == f"the file {dataset.name}"
-    settings = [vars(Config(recipe="tuned", dataset=given)) for given in (path, "own.npz")]
+    settings = [vars(tuned(dataset=given)) for given in (path, "own.npz")]
     assert {**settings[0], "dataset": ""} == {**settings[1], "dataset": ""}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import difference, run
 
-from jaxnorm.config import Config, UserError, product
+from jaxnorm.config import Config, UserError, product, study
 from jaxnorm.runs import runner
 from jaxnorm.storage import checkpoint
 from jaxnorm.storage.directory import RunDirectory
@@ -401,6 +401,7 @@ def test_a_line_says_what_it_should(whole):
 def test_a_sweep_that_is_refused_is_left_as_it_was(tiny, scratch):
     """Its first run could go on; the second has no checkpoint to go on from."""
     configs = product(
+        study,
         {"norm": "layer", "arch": "three-layers", "dataset": "tiny", "epochs": 1},
         {"batch_size": (35, 70)},
     )

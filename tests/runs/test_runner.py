@@ -11,7 +11,7 @@ from helpers import difference, run, without_times
 
 import jaxnorm
 from jaxnorm.analysis import stats
-from jaxnorm.config import Config, UserError, product
+from jaxnorm.config import Config, UserError, product, study
 from jaxnorm.data import datasets as data
 from jaxnorm.runs import runner
 from jaxnorm.storage.directory import RunDirectory
@@ -141,7 +141,7 @@ def test_a_seed_of_a_sweep_is_that_seed_alone_bit_for_bit(tiny_run, tiny):
 
 def test_a_weight_decay_of_a_sweep_is_that_of_the_run_alone(tiny, scratch):
     base = {"norm": "layer", "arch": "three-layers", "dataset": "tiny", "epochs": 1}
-    configs = product({**base, "batch_size": 35}, {"weight_decay": (0.0, 0.5)})
+    configs = product(study, {**base, "batch_size": 35}, {"weight_decay": (0.0, 0.5)})
     sweep = Sweep.create(scratch / "s", configs, "x")
     runner.run(sweep, tiny, mesh=MeshShape(seed=2))
     losses = [directory.step_losses(("layer", 1)) for directory in sweep.directories]
@@ -248,7 +248,7 @@ class StopAfter(Callback):
 
 
 def test_a_sweep_that_is_killed_while_it_grows_goes_on_growing(tiny, scratch):
-    configs = product({**BASE, "batch_size": 35}, {"learning_rate": (0.01, 0.002)})
+    configs = product(study, {**BASE, "batch_size": 35}, {"learning_rate": (0.01, 0.002)})
     runner.run(Sweep.create(scratch / "s", configs, "x"), tiny)
     grown = [dataclasses.replace(config, seeds=2) for config in configs]
     with pytest.raises(Stopped):
@@ -264,7 +264,7 @@ def test_a_sweep_that_is_killed_while_it_grows_goes_on_growing(tiny, scratch):
 
 def test_a_sweep_stopped_twice_trains_nothing_twice(tiny, scratch):
     """And each of its runs is the run alone, bit for bit."""
-    configs = product(BASE, {"batch_size": (35, 70), "learning_rate": (0.01, 0.002)})
+    configs = product(study, BASE, {"batch_size": (35, 70), "learning_rate": (0.01, 0.002)})
     sweep = Sweep.create(scratch / "s", configs, "x")
     heard, lines = [], {}
     for stop in (3, 2, 99):
@@ -291,7 +291,7 @@ def test_a_sweep_stopped_twice_trains_nothing_twice(tiny, scratch):
 
 def test_a_net_whose_loss_is_not_finite_is_left_out_and_the_others_go_on(tiny, scratch):
     rates = {"batch_size": (35,), "learning_rate": (0.01, 1e30)}
-    sweep = Sweep.create(scratch / "s", product(BASE, rates), "x")
+    sweep = Sweep.create(scratch / "s", product(study, BASE, rates), "x")
     callback = StopAfter(99)
     runner.run(sweep, tiny, "x", callback)
     (warning,) = callback.warnings

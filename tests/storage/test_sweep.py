@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxnorm.config import Config, UserError, product
+from jaxnorm.config import UserError, product, study
 from jaxnorm.storage.sweep import Sweep, name_of
 
 BASE = {"norm": "layer", "dataset": "tiny", "epochs": 2}
@@ -12,18 +12,18 @@ NAMES = [f"batch-{size}-rate-{rate}" for size in (35, 70) for rate in ("0.01", "
 
 
 def configs():
-    return product(BASE, {"batch_size": (35, 70), "learning_rate": (0.01, 0.002)})
+    return product(study, BASE, {"batch_size": (35, 70), "learning_rate": (0.01, 0.002)})
 
 
 def test_every_combination_is_a_run():
     assert [name_of(config) for config in configs()] == NAMES
     assert {config.epochs for config in configs()} == {2}
-    (default,) = product({"dataset": "digits"}, {})
-    assert default == Config(dataset="digits")
+    (default,) = product(study, {"dataset": "digits"}, {})
+    assert default == study(dataset="digits")
     with pytest.raises(UserError, match="batch_size=4 and more: a value is there twice"):
-        product(BASE, {"batch_size": (4, 4)})
+        product(study, BASE, {"batch_size": (4, 4)})
     with pytest.raises(UserError, match=r"learning_rate=-1\.0"):
-        product(BASE, {"learning_rate": (0.1, -1.0)})
+        product(study, BASE, {"learning_rate": (0.1, -1.0)})
 
 
 def test_a_folder_is_read_back_and_checked(scratch):

@@ -1,6 +1,6 @@
 """Which nets train together, and on how many devices."""
 
-from jaxnorm.config import Config, SweptNet, product
+from jaxnorm.config import Config, SweptNet, product, study
 from jaxnorm.training.experiment import Experiment, mesh_for
 from jaxnorm.training.mesh import MeshShape
 
@@ -24,12 +24,12 @@ def test_finished_nets_take_no_place_beside_those_that_are_left(tiny):
 def test_runs_train_together_where_they_differ_in_arguments_of_the_program_alone(tiny):
     """Whatever else a sweep may take, such as dropout, is compiled."""
     settings = {"norm": "layer", "batch_size": 16}
-    configs = product(settings, {"dropout": (0.0, 0.1), "weight_decay": (0.0, 0.1, 0.2)})
+    configs = product(study, settings, {"dropout": (0.0, 0.1), "weight_decay": (0.0, 0.1, 0.2)})
     two = MeshShape(seed=2)
     of = [[net.run for net in group.nets] for group in Experiment(configs, tiny, two).groups()]
     assert of == [[0, 1], [2], [3, 4], [5]]
     swept = {"weight_decay": (0.0, 0.1), "learning_rate": (0.1, 0.2)}
-    of = [group.nets for group in Experiment(product(settings, swept), tiny, two).groups()]
+    of = [group.nets for group in Experiment(product(study, settings, swept), tiny, two).groups()]
     assert of == [((i, "layer", 1), (i + 1, "layer", 1)) for i in (0, 2)]
 
 
@@ -46,6 +46,6 @@ def test_nets_at_the_same_epoch_train_together(tiny):
 
 def test_nets_of_another_batch_size_take_no_devices():
     swept = {"batch_size": (32, 64), "learning_rate": (0.1, 0.2)}
-    configs = product({"norm": "layer"}, swept)[1:]  # one of 32, two of 64
+    configs = product(study, {"norm": "layer"}, swept)[1:]  # one of 32, two of 64
     assert mesh_for(configs, configs[0], None) == MeshShape(1, 2)
     assert mesh_for(configs, configs[1], None) == MeshShape(2, 1)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxnorm.config import Config
+from jaxnorm.config import Config, study, tuned
 from jaxnorm.model import summary
 from jaxnorm.model.cnn import CNN
 from jaxnorm.training.experiment import Experiment
@@ -44,8 +44,8 @@ def test_an_untuned_learning_rate_beside_tuned_ones_is_said(tiny):
         def on_start(self, norm, seeds, steps):
             raise KeyboardInterrupt
 
-    for settings in ({"recipe": "tuned"}, {"recipe": "tuned", "learning_rate": 0.1}, {}):
-        config = Config("batch,rms,own_norm:OwnNorm", **{**SETTINGS, **settings})
+    settings = {**SETTINGS, "norm": "batch,rms,own_norm:OwnNorm"}
+    for config in (tuned(**settings), tuned(**settings, learning_rate=0.1), study(**settings)):
         with pytest.raises(KeyboardInterrupt):
             next(train(Experiment([config], tiny), Stops()))
     (text,) = heard

@@ -10,15 +10,14 @@ import optax
 import pytest
 from helpers import SOON, difference, init, run, train_epoch
 
-from jaxnorm.config import Config
+from jaxnorm.config import tuned
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training import step as train
 from jaxnorm.training.experiment import learning_rates, program_of
 from jaxnorm.training.fit import Callback, fit
 from jaxnorm.training.mesh import MeshShape
 
-TUNED = Config(
-    recipe="tuned",
+TUNED = tuned(
     norm="group",
     arch="three-layers",
     dataset="tiny",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnorm.config import Config
+from jaxnorm.config import Config, study, tuned
 from jaxnorm.data.datasets import load
 from jaxnorm.model import ops
 from jaxnorm.model.cnn import ARCHS, Layer
@@ -36,13 +36,13 @@ def test_seeds_in_one_program_pass(tiny, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"arch": "residual"}, {"recipe": "tuned"}])
+@pytest.mark.parametrize(("recipe", "arch"), [(study, "residual"), (tuned, "residual")])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_residual_net_passes_on_digits(settings, precision):
+def test_the_residual_net_passes_on_digits(recipe, arch, precision):
     """Its last batch has 29 images, over which XLA rounds a maximum's input in two ways; and the
     variances behind standardized kernels are near the initial averages.
     """
-    config = Config("batch", dataset="digits", precision=precision, **settings)
+    config = recipe(norm="batch", arch=arch, dataset="digits", precision=precision)
     selfcheck.self_check(Experiment([config], load("digits")))
 
 
@@ -54,7 +54,7 @@ def test_means_near_zero_and_flat_images_pass(monkeypatch):
     blocks = (Layer("C1", "block", 4, padding=1), Layer("C2", "block", 8, padding=1))
     net = (*blocks, Layer("GP", "mean-max"), Layer("c3", "head"))
     monkeypatch.setitem(ARCHS, "two-blocks", lambda norm: net)
-    config = Config("batch", "two-blocks", "digits", 1, 32, recipe="tuned", seed=2)
+    config = tuned(norm="batch", arch="two-blocks", dataset="digits", epochs=1, seed=2)
     selfcheck.self_check(Experiment([config], load("digits")))
 
 
