@@ -52,13 +52,14 @@ def test_an_own_norm_net_and_data_go_through_run_resume_and_report(
     own_data, scratch, capsys, monkeypatch
 ):
     path, _ = own_data
+    path = path.rename(scratch / "caf\udce9.npz")  # no UTF-8
     out = scratch / "run"
     settings = ("--norm", "own_norm:OwnNorm", "--arch", NET, "--batch-size", "35")
     flags = (*settings, "--dataset", path, "--skip-self-check")
     with monkeypatch.context() as patch:
         patch.setattr(figures, "FIGURES", (figures.together,))  # the report below draws them all
         assert call(run.app, *flags, "--epochs", "1", "--out", out) == 0
-        moved = path.rename(scratch / "caf\udce9.npz")  # no UTF-8
+        moved = path.rename(scratch / "moved.npz")
         resume = ("--resume", out, "--epochs", "2", "--skip-self-check")
         assert call(run.app, *resume) == call(run.app, *resume, "--dataset", "digits") == 2
         missing, other = capsys.readouterr().err.splitlines()

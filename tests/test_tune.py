@@ -54,15 +54,6 @@ def test_every_norm_has_the_same_trials_and_the_best_on_held_out_images_wins(
     assert table.plain() in capsys.readouterr().out
 
 
-def test_a_tuning_with_linear_scaling_names_the_rates_that_the_flag_takes(sweep):
-    runs = [
-        Run(sweep(f"at {rate}", linear_scaling=True, learning_rate=rate)) for rate in (0.1, 0.4)
-    ]
-    for pairs in sweeps.trials(runs).values():
-        assert [rate for rate, _ in pairs] == [0.1, 0.4]
-    assert [row[0] for row in sweeps.every_trial(runs).rows] == ["0.1", "0.4"]
-
-
 def test_summary_prints_the_layer_tables_and_trains_nothing(scratch, capsys):
     assert call("--summary", "--norm", "layer", "--out", scratch / "t") == 0
     assert capsys.readouterr().out.split()[-2:] == ["total", "46,412"]

