@@ -3,6 +3,7 @@
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 
 from jaxnorm.analysis import drawing, sweeps
 from jaxnorm.analysis.results import Run
-from jaxnorm.analysis.stats import Sample
+from jaxnorm.analysis.stats import Sample, differences
 from jaxnorm.analysis.tables import MINUS, Table, listed, points
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.sweep import Sweep
@@ -62,75 +63,118 @@ class Answer:
 
     def sentences(self) -> str:
         """What the study finds, each sentence with its n and its intervals, as a Markdown list."""
-        sentences = (self.at_the_end(), self.by_learning_rate(), self.by_batch_size())
-        return "\n".join(f"- {sentence}" for sentence in sentences) + "\n"
+        sentences = (self.at_the_end(), self.behind(), self.by_learning_rate())
+        return "\n".join(f"- {sentence}" for sentence in (*sentences, self.by_batch_size())) + "\n"
 
     def at_the_end(self) -> str:
         """Where each norm ends under the tuned recipe, and which differences are shown."""
         samples = {norm: self.tuned.sample(norm) for norm in self.tuned.summaries}
-        ends = [
-            f"{sample.mean:.1%}{between(sample)} with {norm} norm"
-            for norm, sample in samples.items()
+        ends = [f"{x.mean:.1%}{between(x)} with {norm} norm" for norm, x in samples.items()]
+        pairs = [
+            f"{pair.first} minus {pair.second} norm is {points(pair.sample.mean)} points"
+            f"{between(pair.sample, points)}, p {pair.adjusted_p:.2g}, "
+            f"{'shown' if pair.shown else 'not shown'}"
+            for pair in self.tuned.differences
         ]
-        pairs = self.tuned.differences
-        shown, others = (
-            [
-                f"{pair.first} norm minus {pair.second} norm is {points(pair.sample.mean)} points"
-                f"{between(pair.sample, points)}, p {pair.adjusted_p:.2g}"
-                for pair in pairs
-                if pair.shown == wanted
-            ]
-            for wanted in (True, False)
-        )
-        verdicts = [f"shown: {listed(shown)}"] if shown else []
-        verdicts += [f"not shown: {listed(others)}"] if others else []
         return (
             f"**After {self.tuned.info.config.epochs} epochs of the tuned recipe** test accuracy "
-            f"is {listed(ends)}; {'; '.join(verdicts)} (paired by seed, n = "
-            f"{fewest([self.tuned])}; 95 % intervals, each for itself; p of exact sign flips after "
-            "Holm for three pairs)."
+            f"is {listed(ends)}. Paired by seed, {'; '.join(pairs)} (n = {fewest([self.tuned])}; "
+            "95 % intervals, not corrected for their number; p: exact sign-flip test, "
+            f"Holm-corrected for three pairs; shown: p < 0.05{self.growth()})."
+        )
+
+    def growth(self) -> str:
+        """How the seeds were added, and what was not shown before the last ones were; in words."""
+        info = self.tuned.info
+        commands = " ".join(e.command for e in (info.environment, *info.resumed))
+        counts = list(dict.fromkeys(map(int, re.findall(r"--seeds (\d+)", commands))))
+        if len(counts) < 2:
+            return ""
+        last = {
+            norm: {seed: nets[seed].last for seed in list(nets)[: counts[-2]]}
+            for norm, nets in self.tuned.summaries.items()
+        }
+        before = differences(last, info.dataset.test_count)
+        gained = [
+            f"{then.first} minus {then.second} was not (p {then.adjusted_p:.2g})"
+            for then, now in zip(before, self.tuned.differences, strict=True)
+            if now.shown and not then.shown
+        ]
+        grown = "; seeds were added, " + " to ".join(map(str, counts))
+        return grown + (f": at {counts[-2]} {listed(gained)}" if gained else "")
+
+    def behind(self) -> str:
+        """How far layer norm ends behind batch norm, on one net and on the study's."""
+        runs = [Run(RunDirectory(RESULTS / name)) for name in ("tuned", "matched", "original")]
+        pairs = [
+            pair
+            for run in runs
+            for pair in run.differences
+            if (pair.first, pair.second) == ("batch", "layer")
+        ]
+        assert all(pair.shown for pair in pairs)
+        tuned, matched, original = (f"{100 * pair.sample.mean:.1f}" for pair in pairs)
+        return (
+            f"**Layer norm is not far behind**: on one net it ends {tuned} points below batch norm "
+            f"by the tuned recipe and {matched} by the study's; with the study's own nets "
+            f"{original} (n = {fewest(runs)} each, all shown)."
         )
 
     def by_learning_rate(self) -> str:
-        """In which range the learning rate hardly matters, and what the two highest cost: of one
+        """In which range the learning rate hardly matters, and where the two highest end: of one
         net each, so that nothing is shown.
         """
         config, trials = self.rates[0].info.config, sweeps.trials(self.rates)
         best = {norm: max(trial.accuracy for trial in all_of) for norm, all_of in trials.items()}
         half = max(1.96 * math.sqrt(p * (1 - p) / config.validation) for p in best.values())
-        rates = [trial.rate for trial in next(iter(trials.values()))]
         lost = {norm: [best[norm] - trial.accuracy for trial in trials[norm]] for norm in trials}
-        near = [
-            r
-            for r, all_lost in zip(rates, zip(*lost.values(), strict=True), strict=True)
-            if max(all_lost) <= half
-        ]
-        assert near == rates[rates.index(near[0]) : rates.index(near[-1]) + 1]  # no hole in it
-        less, most = (
-            listed([f"{norm} norm {100 * costs[end]:.1f}" for norm, costs in lost.items()])
-            for end in (-2, -1)
-        )
+        rates = [trial.rate for trial in next(iter(trials.values()))]
+        most = [max(all_lost) for all_lost in zip(*lost.values(), strict=True)]
+        near = [i for i, cost in enumerate(most) if cost <= half]
+        assert near == list(range(near[0], near[-1] + 1))  # no hole in it
+
+        def ends(i: int) -> str:
+            """How far below its best rate each norm ends at a rate."""
+            return listed(
+                [
+                    f"{norm} norm "
+                    + (
+                        f"{100 * lost[norm][i]:.1f}"
+                        if trials[norm][i].accuracy > 0.11
+                        else "at chance"
+                    )
+                    for norm in trials
+                ]
+            )
+
         return (
-            f"**Learning rates from {near[0]:g} to {near[-1]:g}** cost no net more than "
-            f"{100 * half:.1f} points of its norm's best rate, half the 95 % interval of one "
-            f"accuracy on {config.validation:,} held-out images; {rates[-2]:g} costs {less} "
-            f"points; {rates[-1]:g} costs {most} ({config.epochs} epochs, n = {config.seeds}, "
-            "which can show no difference)."
+            f"**At the {len(near)} learning rates tried from {rates[near[0]]:g} to "
+            f"{rates[near[-1]]:g}** every net ends within {100 * max(most[i] for i in near):.1f} "
+            f"points of its norm's best; at {rates[-2]:g} {ends(-2)} points below it, at "
+            f"{rates[-1]:g} {ends(-1)} ({config.epochs} epochs, {config.validation:,} held-out "
+            f"images, n = {config.seeds}, which can show no difference)."
         )
 
     def by_batch_size(self) -> str:
         """What small and large batches change, with intervals and no verdict: no family of tests
         was fixed for them, and so few pairs could show none.
         """
+        info = self.batch_sizes[0].info
+        assert info.config.linear_scaling
+        steps = {
+            size: f"{info.config.epochs * math.ceil(info.dataset.train_count / size):,}"
+            for size in (*COMPARED, REFERENCE)
+        }
         changes = [
             f"{norm} norm at {size} {points(change.mean)}{between(change, points)}"
             for norm, size, change in self.changes()
         ]
         return (
-            f"**Batches of {' or '.join(map(str, COMPARED))} instead of {REFERENCE}** change "
-            f"accuracy, in points: {listed(changes)} (after "
-            f"{self.batch_sizes[0].info.config.epochs} epochs; 95 % intervals, each for itself, "
-            f"and no verdict: n = {fewest(self.batch_sizes)} pairs can show no difference)."
+            f"**Batches of {' or '.join(map(str, COMPARED))} instead of {REFERENCE}, the learning "
+            f"rate in proportion** ({' or '.join(steps[size] for size in COMPARED)} steps instead "
+            f"of {steps[REFERENCE]}), change accuracy by, in points: {listed(changes)} "
+            f"({info.config.epochs} epochs; 95 % intervals, no verdict: n = "
+            f"{fewest(self.batch_sizes)} pairs can show no difference)."
         )
 
     def changes(self) -> list[tuple[str, int, Sample]]:
