@@ -39,7 +39,7 @@ WHOLE = Parameter(converter=_whole)
 
 
 def _path(kind: Any, tokens: Sequence[Any]) -> Any:
-    if kind is str and re.match("https?://", tokens[0].value):
+    if kind is str and re.match("https?://", tokens[0].value, re.IGNORECASE):
         return tokens[0].value
     return kind(local_path(tokens[0].value))
 

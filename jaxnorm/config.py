@@ -7,6 +7,7 @@ Errors name a setting as `name=value`; `cli.py` turns that into a flag.
 import functools
 import itertools
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -125,11 +126,11 @@ class Config:
         The learning rate of SGD, or the highest of a schedule; one for all norms, or one for each.
         The tuned recipe has one for each.
     linear_scaling
-        Multiply the learning rate by BATCH_SIZE / 128, for digits by BATCH_SIZE / 32 (Goyal et
-        al., "Accurate, Large Minibatch SGD", 2017).
+        Multiply the learning rate by the batch size over the one that it is for, which is 128, and
+        32 for digits (Goyal et al., "Accurate, Large Minibatch SGD", 2017).
     recipe
-        The recipe that gives the settings that are not named: "study", the study's own; or
-        "tuned", which treats every norm well.
+        The recipe whose settings these are, but for those that were changed: "study", the study's
+        own; or "tuned", which treats every norm well.
     schedule
         Of the learning rate: "constant"; or "one-cycle", up in a straight line and down to zero,
         the default of the tuned recipe and of the digits.
@@ -210,6 +211,10 @@ class Config:
                 raise UserError(f"{name}={value[:40]} is wrong: it must be a name{several}")
         if len(set(self.norms)) < len(self.norms):
             raise UserError(f"norm={self.norm} is wrong: a norm is there twice")
+        if self.recipe == "tuned" and all(
+            getattr(self, name) == getattr(type(self), name) for name in OF_RECIPE
+        ):
+            raise UserError("recipe=tuned, and every setting is the study's: call tuned() instead")
         rates = self.learning_rate
         if isinstance(rates, dict) and (without := [n for n in self.norms if n not in rates]):
             raise UserError(
@@ -280,7 +285,7 @@ def tuned(**changes: Any) -> Config:
     values: dict[str, Any] = {
         "recipe": "tuned",
         "arch": "residual",
-        "learning_rate": {norm: TUNED_RATES.get(norm, OTHER_RATE) for norm in norms},
+        "learning_rate": {**dict.fromkeys(norms, OTHER_RATE), **TUNED_RATES},
         "untuned": tuple(norm for norm in norms if norm not in TUNED_RATES),
         "schedule": "one-cycle",
         "nesterov": True,
@@ -333,6 +338,8 @@ def local_path(path: Path | str) -> Path:
 
     Raises `UserError` for an address, such as gs://bucket/run, and where there is no such home.
     """
+    if str(path).startswith("~") and os.environ.get("HOME") == "":
+        raise UserError(f"{path}: HOME is empty, so there is no home folder: give the whole path")
     if re.match(r"[A-Za-z][\w+.-]+:/", str(path)):
         address = re.sub(":/+", "://", str(path), count=1)
         raise UserError(f"{address} is an address: name a file or folder of this machine")

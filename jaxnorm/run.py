@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import importlib
 import itertools
+import json
 import os
 import shlex
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from jaxnorm.config import (
     SWEPT,
     Config,
     UserError,
+    from_json,
     product,
     valid_text,
 )
@@ -162,6 +164,12 @@ def start(configs: list[Config], options: Options, finish: "Finish") -> int:
         from jaxnorm.storage.sweep import folder_of
 
         options = dataclasses.replace(options, resume=folder_of(options.resume))
+    try:
+        options = _prepare_jax(options)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"JAX does not take the environment: {error}") from None
     if options.summary:
         if options.resume:
             from jaxnorm.storage.sweep import Sweep
@@ -169,10 +177,6 @@ def start(configs: list[Config], options: Options, finish: "Finish") -> int:
             configs = _grown(configs, Sweep.open(options.resume).configs, options)
         _print_summary(configs[0], options)
         return 0
-    try:
-        options = _prepare_jax(options)
-    except ValueError as error:
-        raise UserError(f"JAX does not take the environment: {error}") from None
     from jaxnorm.runs import multihost
     from jaxnorm.training import mesh
 
@@ -228,7 +232,7 @@ def _train(requested: list[Config], options: Options, finish: "Finish") -> int:
     out = options.resume or options.out or _default_out(requested[0])
     process_0 = multihost.is_process_0()
     task = multihost.from_process_0(lambda: _what_to_train(requested, out, options))
-    configs = [Config(**values) for values in task["configs"]]
+    configs = [from_json(Config, json.dumps(values)) for values in task["configs"]]
     if task["unverified"]:
         options = dataclasses.replace(options, allow_unverified=True)
     if options.tensorboard:

@@ -30,6 +30,7 @@ from jaxnorm.analysis import figures, tables
 from jaxnorm.analysis.results import Run
 from jaxnorm.runs import runner
 from jaxnorm.storage.sweep import Sweep
+from jaxnorm.training.experiment import Experiment
 from jaxnorm.training.fit import Callback
 
 DATASET, EPOCHS, SEEDS = "digits", 4, 2
@@ -62,7 +63,7 @@ class Log(Callback):
         )
 
 
-runner.run(sweep, dataset, "compare_norms.ipynb", Log())
+runner.run(sweep, Experiment(sweep.configs, dataset), "compare_norms.ipynb", Log())
 run = Run(sweep.folder)
 figures.save_examples(run, dataset)
 

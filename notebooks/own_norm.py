@@ -32,6 +32,7 @@ from jaxnorm.analysis import tables
 from jaxnorm.analysis.results import Run
 from jaxnorm.runs import runner
 from jaxnorm.storage.sweep import Sweep
+from jaxnorm.training.experiment import Experiment
 
 EPOCHS, SEEDS = 4, 2
 
@@ -66,7 +67,7 @@ config = jaxnorm.study(
     seeds=SEEDS,
 )
 sweep = Sweep.create(Path(tempfile.mkdtemp()) / "run", [config], "own_norm.ipynb")
-runner.run(sweep, dataset, "own_norm.ipynb")
+runner.run(sweep, Experiment(sweep.configs, dataset), "own_norm.ipynb")
 run = Run(sweep.folder)
 
 # %% [markdown]

@@ -140,14 +140,14 @@ def sweep(tiny, scratch):
     """
     from jaxnorm.analysis import figures, stats
     from jaxnorm.analysis.results import Run
-    from jaxnorm.config import Config
+    from jaxnorm.config import RECIPES
     from jaxnorm.runs import environment
     from jaxnorm.storage.directory import RunDirectory
     from jaxnorm.storage.schema import Epoch
 
-    def write(name="sweep", accuracies=ACCURACIES, dataset=tiny, **settings):
+    def write(name="sweep", accuracies=ACCURACIES, dataset=tiny, recipe="study", **settings):
         values = {"arch": "matched", "dataset": "tiny", "epochs": 2, "batch_size": 16, "seeds": 3}
-        config = Config(**{**values, **settings})
+        config = RECIPES[recipe](**{**values, **settings})
         directory = RunDirectory.create(scratch / name)
         counts = dict.fromkeys(config.norms, 45_584)
         directory.write_info(environment.describe(config, dataset, counts, "python -m x"))

@@ -106,8 +106,14 @@ def run(config, dataset, path, callback=None, mesh=None, **about):
     """Trains a run, or resumes it; returns its directory."""
     sweep = Sweep(path, [config])
     sweep.folder.path.mkdir(parents=True, exist_ok=True)
-    runner.run(sweep, Experiment([config], dataset, mesh), "python -m x", callback, **about)
+    train(sweep, dataset, callback, mesh, **about)
     return sweep.folder
+
+
+def train(sweep, dataset, callback=None, mesh=None, **about):
+    """Trains the runs of a sweep, or resumes them."""
+    experiment = Experiment(sweep.configs, dataset, mesh)
+    runner.run(sweep, experiment, "python -m x", callback, **about)
 
 
 def without_times(epoch):

@@ -178,6 +178,14 @@ class DeterministicArgument(nn.Module):
         return nn.Dropout(0.1, deterministic=deterministic)(x)
 
 
+class RunningArgument(nn.Module):
+    """Nothing gives this argument either; Flax's own batch norm has a field of the same name."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, use_running_average: bool = False) -> jax.Array:
+        return x
+
+
 class SowsAside(nn.Module):
     """Sows for those who look, which no net keeps."""
 

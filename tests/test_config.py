@@ -118,7 +118,7 @@ def test_json_with_an_unknown_or_wrong_field_is_refused_by_name(field):
     with pytest.raises(UserError, match=f"{field}_too"):
         from_json(Config, json.dumps({**values, f"{field}_too": 1}))
     with pytest.raises(UserError, match=field):
-        from_json(Config, json.dumps({**values, field: ["wrong"]}))
+        from_json(Config, json.dumps({**values, field: [["wrong"]]}))
 
 
 @typed
@@ -210,6 +210,8 @@ def test_norms_of_which_a_recipe_tuned_no_rate_are_recorded():
     assert tuned(norm=norm).rate("rms") == OTHER_RATE
     for config in (tuned(), tuned(norm=norm, learning_rate=0.1), study(norm=norm)):
         assert config.untuned == ()
+    with pytest.raises(UserError, match=r"call tuned\(\) instead"):
+        Config(recipe="tuned")
     with pytest.raises(UserError, match="learning_rate= has no rate for rms norm"):
         dataclasses.replace(tuned(), norm="batch,rms")
 

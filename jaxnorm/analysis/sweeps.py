@@ -154,7 +154,8 @@ def tuning(runs: Sequence[Run]) -> Table:
         "Test accuracy is recorded too and decides nothing."
     )
     if config.linear_scaling:
-        note += " Learning rates are those before they are multiplied by batch / 128."
+        scale = f"batch / {config.usual_batch}"
+        note += f" Learning rates are those before they are multiplied by {scale}."
     return Table(
         "The tuning", ["norm", "best learning rate", "accuracy", half, "failed"], rows, note
     )

@@ -119,7 +119,7 @@ def results(run: Run) -> Table:
     """A row a norm: the last epoch first, then the study's rule; and how it was measured."""
     numbers, rows = [number for number in NUMBERS if number.shown(run)], []
     for norm in run.info.config.norms:
-        cells = ["not trained yet"] * len(numbers)
+        cells = ["no finished net"] * len(numbers)
         if norm in run.summaries:
             cells = [number.text(run, norm) for number in numbers]
         rows.append([norm, *cells])
@@ -208,7 +208,7 @@ def finding(run: Run) -> str:
     where, ends = "With the study's own nets, which differ in more than the norm", []
     config, untuned = run.info.config, _untuned(run.info.config)
     if config.arch != "original":
-        apart = untuned and len({config.rate(norm) for norm in config.norms}) > 1
+        apart = len({config.rate(norm) for norm in config.norms}) > 1
         only = "the norm and its learning rate differ" if apart else "the norm differs"
         where = f"With one net in which only {only}"
     samples = {norm: run.sample(norm) for norm in run.summaries}

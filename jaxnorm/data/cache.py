@@ -10,19 +10,19 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 
-from jaxnorm.config import UserError
+from jaxnorm.config import UserError, local_path
 
 
 def default_data_dir() -> Path:
     """Where TFDS keeps its datasets: TFDS_DATA_DIR, or ~/tensorflow_datasets. Raises `UserError` if
     that needs a home directory and the user has none.
     """
-    path = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    given = os.environ.get("TFDS_DATA_DIR")
     try:
-        if not path.startswith("~") or os.environ.get("HOME") != "":
-            return Path(path).expanduser()
-    except RuntimeError:  # HOME is unset, and the system does not know the user
-        pass
+        return local_path(given or "~/tensorflow_datasets")
+    except UserError:
+        if given:
+            raise
     raise UserError(
         "there is no home directory to look for datasets in (HOME is not set): give data_dir="
     )

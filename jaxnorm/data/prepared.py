@@ -35,7 +35,8 @@ def find(name: str, directory: Path) -> Path:
         if versions := [note.parent for note in notes]:
             return max(versions, key=lambda path: list(map(int, re.findall(r"\d+", path.name))))
     folders = [note.parent.parent for note in directory.glob("**/dataset_info.json")]
-    known = sorted({path.relative_to(directory).as_posix() for path in folders} - {"."})
+    within = [path for path in folders if directory in path.parents]
+    known = sorted(path.relative_to(directory).as_posix() for path in set(within))
     text = f"dataset={name} is neither cifar10 nor digits"
     if os.path.isdir(os.path.expanduser(name)):
         text = f"dataset={name} is a folder"

@@ -264,9 +264,10 @@ def custom_norm(path: str, train: bool, name: str | None) -> nn.Module:
     fields = {field.name for field in dataclasses.fields(kind)}
     if "use_running_average" in fields:
         return kind(use_running_average=not train, name=name)
-    if other := (fields | inspect.signature(kind.__call__).parameters.keys()) & _OTHER_MODES:
+    asked = fields | inspect.signature(kind.__call__).parameters.keys()
+    if other := asked & {*_OTHER_MODES, "use_running_average"}:
         raise UserError(
-            f"norm={path} has {min(other)}, which is never set: give it a field "
+            f"norm={path} takes {min(other)}, which is never set: give it a field "
             "use_running_average instead, which is False in training and True in evaluation"
         )
     return kind(name=name)

@@ -130,7 +130,7 @@ class RunDirectory:
         except OtherFields as error:
             raise UserError(
                 f"{self.path / name} cannot be read: an older or newer jaxnorm wrote it ({error}); "
-                'read it with the version that its "versions" or "git_revision" name'
+                "read it with the version that the run's run.json names"
             ) from None
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path / name} cannot be read: {error}") from None

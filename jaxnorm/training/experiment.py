@@ -107,8 +107,8 @@ class Experiment:
     mesh: MeshShape | None = None
 
     def __post_init__(self) -> None:
-        assert len(self.parameters) == len(self.configs)
         for config in self.configs:
+            check(config, self.dataset)
             self.mesh_for(config)
 
     @functools.cached_property

@@ -179,7 +179,8 @@ def train(
     groups = list(experiment.groups({net: done.epochs for net, done in progress.items()}))
     if first.untuned and groups:
         callback.on_warning(_untuned_text(first, first.untuned))
-    for group in groups:
+    while groups:
+        group = groups.pop(0)  # its arrays are let go when it has trained
         while group.nets:
             at = [progress.get(net, NetProgress()).state for net in group.nets]
             states = group.states([_shared(group, state, share) for state in at])

@@ -195,7 +195,7 @@ def test_one_seed_finds_nothing(sweep):
 
 def test_an_unfinished_norm_says_so(sweep):
     table = tables.results(Run(sweep(epochs=3)))
-    assert set(table.rows[0][1:]) == {"not trained yet"}
+    assert set(table.rows[0][1:]) == {"no finished net"}
     assert tables.finding(Run(sweep("other", epochs=3))).startswith("No net is finished")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxnorm.config import UserError
+from jaxnorm.config import UserError, local_path
 from jaxnorm.data import cache as places
 
 
@@ -31,6 +31,11 @@ def test_without_a_home_only_what_needs_one_is_refused(monkeypatch, home):
         places.default_data_dir()
     monkeypatch.setenv("TFDS_DATA_DIR", "/data")
     assert places.default_data_dir() == Path("/data")
+    monkeypatch.setenv("TFDS_DATA_DIR", "gs://tfds-data/datasets")
+    with pytest.raises(UserError, match="gs://tfds-data/datasets is an address"):
+        places.default_data_dir()
+    with pytest.raises(UserError, match="home folder"):
+        local_path("~/run")
 
 
 def test_a_private_directory_is_made_private_or_not_used(scratch, monkeypatch):

@@ -344,6 +344,8 @@ def test_what_was_meant_is_guessed_in_one_line(inside, name, message):
     (inside / "x.npy").write_bytes(b"")
     with pytest.raises(UserError, match=re.escape(message)) as error:
         data.load(name, inside / "tfds")
+    with pytest.raises(UserError, match=r"of your own data an \.npz file is read"):
+        data.load(name, inside / "tfds" / "tiny_set" / "1.0.0")  # which holds no other
     assert ".npz" in str(error.value)
     assert "\n" not in str(error.value)
 

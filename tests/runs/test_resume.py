@@ -9,7 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import difference, run
+from helpers import difference, run, train
 
 from jaxnorm.config import Config, UserError, product, study
 from jaxnorm.runs import runner
@@ -406,14 +406,14 @@ def test_a_sweep_that_is_refused_is_left_as_it_was(tiny, scratch):
         {"batch_size": (35, 70)},
     )
     sweep = Sweep.create(scratch / "s", configs, "x")
-    runner.run(sweep, tiny)
+    train(sweep, tiny)
     shutil.rmtree(sweep.directories[1].path / "checkpoints")
     files = [path for path in sweep.folder.path.rglob("*.json*") if path.is_file()]
     before = {path: path.read_bytes() for path in files}
     longer = [dataclasses.replace(config, epochs=2) for config in configs]
     with pytest.raises(UserError, match="is finished and has no whole checkpoint"):
-        runner.run(Sweep(scratch / "s", longer), tiny)
+        train(Sweep(scratch / "s", longer), tiny)
     assert {path: path.read_bytes() for path in files} == before
     again = Sweep.open(scratch / "s")
     assert again.configs == configs
-    runner.run(again, tiny)
+    train(again, tiny)

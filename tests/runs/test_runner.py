@@ -7,7 +7,7 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import difference, run, without_times
+from helpers import difference, run, train, without_times
 
 import jaxnorm
 from jaxnorm.analysis import stats
@@ -143,7 +143,7 @@ def test_a_weight_decay_of_a_sweep_is_that_of_the_run_alone(tiny, scratch):
     base = {"norm": "layer", "arch": "three-layers", "dataset": "tiny", "epochs": 1}
     configs = product(study, {**base, "batch_size": 35}, {"weight_decay": (0.0, 0.5)})
     sweep = Sweep.create(scratch / "s", configs, "x")
-    runner.run(sweep, tiny, mesh=MeshShape(seed=2))
+    train(sweep, tiny, mesh=MeshShape(seed=2))
     losses = [directory.step_losses(("layer", 1)) for directory in sweep.directories]
     assert losses[0][-1] != losses[1][-1]
     for config, of_sweep in zip(configs, losses, strict=True):
@@ -249,16 +249,16 @@ class StopAfter(Callback):
 
 def test_a_sweep_that_is_killed_while_it_grows_goes_on_growing(tiny, scratch):
     configs = product(study, {**BASE, "batch_size": 35}, {"learning_rate": (0.01, 0.002)})
-    runner.run(Sweep.create(scratch / "s", configs, "x"), tiny)
+    train(Sweep.create(scratch / "s", configs, "x"), tiny)
     grown = [dataclasses.replace(config, seeds=2) for config in configs]
     with pytest.raises(Stopped):
-        runner.run(Sweep(scratch / "s", grown), tiny, callback=StopAfter(1))
+        train(Sweep(scratch / "s", grown), tiny, callback=StopAfter(1))
     sweep = Sweep.open(scratch / "s")  # as `--resume` without any other flag
     assert sweep.configs == grown
     with pytest.raises(UserError, match="seeds=1 conflicts with the run"):
-        runner.run(Sweep(scratch / "s", configs), tiny)
+        train(Sweep(scratch / "s", configs), tiny)
     assert Sweep.open(scratch / "s").configs == grown
-    runner.run(sweep, tiny)
+    train(sweep, tiny)
     assert [len(directory.epochs()) for directory in sweep.directories] == [4, 4]
 
 
@@ -270,7 +270,7 @@ def test_a_sweep_stopped_twice_trains_nothing_twice(tiny, scratch):
     for stop in (3, 2, 99):
         callback = StopAfter(stop)
         try:
-            runner.run(sweep, tiny, "x", callback)
+            train(sweep, tiny, callback)
         except Stopped:
             assert stop < 99
         heard += callback.heard
@@ -293,7 +293,7 @@ def test_a_net_whose_loss_is_not_finite_is_left_out_and_the_others_go_on(tiny, s
     rates = {"batch_size": (35,), "learning_rate": (0.01, 1e30)}
     sweep = Sweep.create(scratch / "s", product(study, BASE, rates), "x")
     callback = StopAfter(99)
-    runner.run(sweep, tiny, "x", callback)
+    train(sweep, tiny, callback)
     (warning,) = callback.warnings
     assert "batch size 35, learning rate 1e+30: the training loss of layer norm" in warning
     assert [len(directory.epochs()) for directory in sweep.directories] == [2, 0]
