@@ -49,7 +49,7 @@ PATH = Parameter(converter=_path)
 
 
 def arguments() -> list[str]:
-    """What the command was called with."""
+    """Returns the arguments that the command was called with."""
     return list(_arguments)
 
 
@@ -61,7 +61,7 @@ def given() -> set[str]:
 
 
 def program() -> list[str]:
-    """How the command is called."""
+    """Returns the words by which the command is called."""
     return _program.split()
 
 
@@ -83,7 +83,7 @@ def advising(hint: str) -> Iterator[None]:
 
 
 class Unreported(Exception):
-    """What stopped the report of nets that are trained."""
+    """The report of trained nets could not be made."""
 
 
 @contextlib.contextmanager

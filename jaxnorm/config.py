@@ -319,7 +319,7 @@ def valid_text(text: str) -> str:
 
 
 def names_a_file(dataset: str) -> bool:
-    """Whether the setting `dataset` is the path of an .npz file, and not a name."""
+    """Returns whether the setting `dataset` is the path of an .npz file, and not a name."""
     return dataset.lower().endswith(".npz")
 
 

@@ -26,8 +26,8 @@ Named = Iterator[tuple[str, Figure]]
 
 
 class Look(NamedTuple):
-    """How a norm is drawn: `line` is the dashes of its line, `second` those of another line of it,
-    `label` what a legend calls it.
+    """The look of a norm: `line` is the dashes of its line, `second` those of another line of it,
+    `label` its name in a legend.
     """
 
     colour: str
@@ -134,7 +134,7 @@ def plot_marked(
 
 
 def spread(count: int, apart: float) -> np.ndarray:
-    """Where to draw each of `count` norms beside a place: f64[count] around 0, `apart` from each
-    other, or closer where they would reach the next place, which is 1 away.
+    """Returns the places of `count` norms beside a position: f64[count] around 0, `apart` from each
+    other, or closer if they would reach the next position, which is 1 away.
     """
     return (np.arange(count) - (count - 1) / 2) * min(apart, 0.85 / max(1, count))

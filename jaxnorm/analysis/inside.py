@@ -29,7 +29,7 @@ Probes = Mapping[str, Mapping[str, np.ndarray]]
 
 
 def inside(run: Run) -> Named:
-    """What the norms do inside the trained nets of the first seed."""
+    """Draws what the norms do inside the trained nets of the first seed."""
     measured = run.probes(ACTIVATIONS | GRADIENTS | BATCHES)
     firsts = {norm: min(nets) for norm, nets in measured.items()}
     seeds = [f"seed {seed} ({norm} norm)" for norm, seed in firsts.items()]
@@ -41,9 +41,9 @@ def inside(run: Run) -> Named:
 
 
 def of_probes(probes: Probes, caption: str, norms: Sequence[str] = ()) -> Named:
-    """What `probes.measure` gave of each norm: activations before and after each norm, the gradient
-    of each layer, and batch norm's gap between training and evaluation. Each norm looks as in the
-    other figures of a run of `norms`.
+    """Draws what `probes.measure` gave of each norm: activations before and after each norm, the
+    gradient of each layer, and batch norm's gap between training and evaluation. Each norm looks as
+    in the other figures of a run of `norms`.
     """
     if not probes:
         return
@@ -136,6 +136,6 @@ def _caption(run: Run, measured: Mapping[str, list]) -> str:
 
 
 def _once(axes: Axes) -> tuple[list, list]:
-    """What a legend shows where a norm has two lines: the second."""
+    """Returns the handles and labels of a legend; of a norm with two lines, those of the second."""
     handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     return list(handles.values()), list(handles)

@@ -22,7 +22,7 @@ from jaxnorm.storage.directory import RunDirectory
 
 @dataclass
 class RunPart:
-    """What the page shows of one run."""
+    """The part of a page that shows one run."""
 
     title: str
     run: Run

@@ -117,8 +117,9 @@ class Run:
         return self.directory.predictions(next(iter(self.finished)))[1]
 
     def probes(self, shapes: Shapes) -> dict[str, dict[int, dict[str, np.ndarray]]]:
-        """What was measured inside the nets of each norm, by seed: the arrays of `shapes`. Norms
-        of which no net was measured, or by an earlier version that measured less, are left out.
+        """Returns what was measured inside the nets of each norm, by seed: the arrays of `shapes`.
+        Norms of which no net was measured, or by an earlier version that measured less, are left
+        out.
         """
         measured: dict[str, dict[int, dict[str, np.ndarray]]] = {}
         for net in filter(self.directory.measured, self.finished):
@@ -139,7 +140,7 @@ class Run:
 
     @cached_property
     def examples(self) -> dict[str, np.ndarray]:
-        """What `save_examples` kept."""
+        """The images that `save_examples` kept."""
         return self.directory.examples()
 
     @property
@@ -154,17 +155,17 @@ class Run:
 
     @property
     def seeds_text(self) -> str:
-        """Which seeds, in words, and how many nets are left out because they are not finished."""
+        """The seeds in words, and how many nets are left out because they are not finished."""
         return seeds_text(self.seed_numbers) + left_out([self])
 
     @property
     def data(self) -> str:
-        """What every figure and table says of the data."""
+        """The data, as every figure and table names it."""
         return self.info.dataset.caption
 
     @property
     def caption(self) -> str:
-        """What stands under every figure: the data, the nets and the seeds."""
+        """The line under every figure: the data, the nets and the seeds."""
         return f"{self.data}; {self.info.config.arch} nets, {self.seeds_text}"
 
     @cached_property
@@ -214,7 +215,7 @@ def seeds_text(seeds: Sequence[int]) -> str:
 
 
 def left_out(runs: Sequence[Run]) -> str:
-    """How many nets of runs are finished, in words, if others are left out."""
+    """Says how many nets of runs are finished, if others are left out."""
     nets = sum(len(run.info.config.nets) for run in runs)
     finished = sum(len(run.finished) for run in runs)
     return f", {finished} of {nets} nets finished" * (finished < nets)

@@ -70,7 +70,7 @@ class Sample:
 
     @property
     def n(self) -> int:
-        """How many values there are."""
+        """The number of values."""
         return len(self.values)
 
     @property
@@ -118,7 +118,7 @@ class Difference:
 
     @property
     def shown(self) -> bool:
-        """Whether the difference is shown. The word has no other meaning."""
+        """True if the difference is shown. The word has no other meaning."""
         return self.adjusted_p is not None and self.adjusted_p < LEVEL
 
 
@@ -184,7 +184,9 @@ def smallest_p(n: int) -> float:
 
 
 def fewest_pairs(comparisons: int) -> int:
-    """How many pairs the sign flips need to show a difference in one of so many comparisons."""
+    """Returns the fewest pairs with which the sign flips can show a difference in one of this many
+    comparisons.
+    """
     return next(n for n in itertools.count(1) if comparisons * smallest_p(n) < LEVEL)
 
 

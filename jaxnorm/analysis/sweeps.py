@@ -27,8 +27,8 @@ def runs_of(sweep: Sweep, dataset: Dataset) -> list[Run]:
 
 
 def caption(runs: Sequence[Run]) -> str:
-    """What stands under every figure of a sweep: the data, the nets, the seeds of each, and how
-    many nets are left out because they are not finished.
+    """Returns the line under every figure of a sweep: the data, the nets, the seeds of each, and
+    how many nets are left out because they are not finished.
     """
     config = runs[0].info.config
     seeds = seeds_text(config.seed_numbers)
@@ -107,7 +107,7 @@ class Trial(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        """Whether a net of it diverged or did not finish."""
+        """True if a net of it diverged or did not finish."""
         return self.finished < self.nets
 
     @property
@@ -133,7 +133,7 @@ def trials(runs: Sequence[Run]) -> dict[str, list[Trial]]:
 
 
 def tuning(runs: Sequence[Run]) -> Table:
-    """What each norm won with: a row a norm."""
+    """Returns the best trial of each norm: a row a norm."""
     config, rows, trials_of = runs[0].info.config, [], trials(runs)
     count = max(map(len, trials_of.values()))
     for norm, of_norm in trials_of.items():
@@ -162,7 +162,7 @@ def tuning(runs: Sequence[Run]) -> Table:
 
 
 def every_trial(runs: Sequence[Run]) -> Table:
-    """What each trial of a tuning ended with on held-out images: a row a learning rate."""
+    """Returns the accuracy of each trial of a tuning on held-out images: a row a learning rate."""
     trials_of = trials(runs)
     rows = [
         [f"{at_rate[0].rate:g}", *(trial.text for trial in at_rate)]
@@ -172,7 +172,7 @@ def every_trial(runs: Sequence[Run]) -> Table:
 
 
 def plot_rates(axes: Axes, runs: Sequence[Run]) -> None:
-    """What each trial of a tuning ended with on held-out images, against its learning rate; a
+    """Plots the accuracy of each trial of a tuning on held-out images against its learning rate; a
     failed trial leaves a gap.
     """
     look_of = _looks(runs)

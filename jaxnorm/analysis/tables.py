@@ -183,8 +183,8 @@ def paired(differences: Sequence[stats.Difference]) -> Table:
 
 
 def _what_n_can_show(differences: Sequence[stats.Difference]) -> str:
-    """What the fewest and the most pairs of the family's comparisons can show, in words; what the
-    most cannot, the fewest cannot either. And that other comparisons show nothing.
+    """Says what the fewest and the most pairs of the family's comparisons can show; what the most
+    cannot, the fewest cannot either. And that other comparisons show nothing.
     """
     counts = [pair.sample.n for pair in differences if pair.adjusted_p is not None]
     ends = {max(counts)} if counts else set()
@@ -200,8 +200,8 @@ def _what_n_can_show(differences: Sequence[stats.Difference]) -> str:
 
 
 def finding(run: Run) -> str:
-    """What the run found, with n and intervals, and what it does not show: a sentence on where the
-    norms end, one for each pair, and one on what n seeds can show.
+    """Says what the run found, with n and intervals, and what it does not show: a sentence on where
+    the norms end, one for each pair, and one on what n seeds can show.
     """
     if not run.summaries:
         return "No net is finished yet, so nothing is found."
@@ -240,15 +240,15 @@ def _untuned(config: Config) -> str:
 
 
 def compared(differences: Sequence[stats.Difference]) -> list[str]:
-    """What paired differences show, a sentence for each that has an interval, and what so many
-    pairs can show. A pair outside of the family that was fixed beforehand has no verdict.
+    """Says what paired differences show: a sentence for each that has an interval, and one on what
+    this many pairs can show. A pair outside of the family that was fixed beforehand has no verdict.
     """
     pairs = [_compared(pair) for pair in differences if pair.sample.n > 1]
     return [*pairs, *filter(None, [_what_n_can_show(differences)])]
 
 
 def _compared(difference: stats.Difference) -> str:
-    """What a paired difference shows, in a sentence."""
+    """Says what a paired difference shows."""
     first, second, sample = difference.first, difference.second, difference.sample
     low, high = sample.interval or (sample.mean, sample.mean)
     tail, interval = f"n = {sample.n}", f"{points(low)} to {points(high)}"
@@ -276,8 +276,8 @@ def listed(texts: Sequence[str]) -> str:
 
 
 def evaluation(run: Run) -> Table:
-    """How accurate batch norm is by the statistics it is evaluated with: a row a norm that keeps
-    any. Empty where that was not measured.
+    """Returns the accuracy of batch norm by the statistics it is evaluated with: a row a norm that
+    keeps any. Empty if that was not measured.
     """
     head, rows, tested = ["norm", "n", "running averages", "averages computed anew"], [], 0
     for norm, by_seed in run.probes(EVALUATED).items():
@@ -304,9 +304,7 @@ def evaluation(run: Run) -> Table:
 
 
 def calibration(run: Run) -> Table:
-    """How far the confidence of each norm's nets is from their accuracy, as they are and with a
-    temperature.
-    """
+    """Returns the calibration error of each norm's nets, as they are and with a temperature."""
     rows = []
     for norm in run.norms:
         logits = [run.predictions[NetId(norm, seed)] for seed in run.seeds(norm)]

@@ -322,7 +322,7 @@ def measure_ceiling() -> float:
 
 
 def describe_machine(ceiling: float) -> dict[str, Any]:
-    """Where and when the figures were taken."""
+    """Returns the machine, the versions and the time of the measurement."""
     from jaxnorm.runs.environment import processor
 
     return {

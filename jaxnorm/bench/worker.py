@@ -28,7 +28,7 @@ Stepper = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Job:
-    """What a process is to time.
+    """A measurement that a process makes.
 
     peer: "jaxnorm", "torch" or "torch-compile". layout: of PyTorch's images. spawned: when the
     process was started, in seconds since 1970.

@@ -14,8 +14,8 @@ from jaxnorm.config import UserError, local_path
 
 
 def default_data_dir() -> Path:
-    """Where TFDS keeps its datasets: TFDS_DATA_DIR, or ~/tensorflow_datasets. Raises `UserError` if
-    that needs a home directory and the user has none.
+    """Returns the folder of TFDS's datasets: TFDS_DATA_DIR, or ~/tensorflow_datasets. Raises
+    `UserError` if that needs a home directory and the user has none.
     """
     given = os.environ.get("TFDS_DATA_DIR")
     try:
@@ -29,8 +29,8 @@ def default_data_dir() -> Path:
 
 
 def default_cache_dir() -> Path | None:
-    """Where decoded images, downloads and compiled code are kept, by the system's own custom; None
-    if the user has no home directory.
+    """Returns the folder of decoded images, downloads and compiled code, by the system's own
+    custom; None if the user has no home directory.
     """
     try:
         path = Path(platformdirs.user_cache_dir("jaxnorm", appauthor=False))
@@ -64,12 +64,12 @@ def make_private(folder: Path) -> None:
 
 
 def owned(path: Path) -> bool:
-    """Whether a file or folder is the user's own."""
+    """Returns whether a file or folder is the user's own."""
     return not hasattr(os, "getuid") or path.stat().st_uid == os.getuid()
 
 
 def only_ours(path: Path) -> bool:
-    """Whether the user, and nobody else, may change a folder and the files in it."""
+    """Returns whether the user, and nobody else, may change a folder and the files in it."""
     return all(owned(file) and not file.stat().st_mode & 0o022 for file in (path, *path.iterdir()))
 
 

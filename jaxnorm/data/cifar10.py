@@ -75,8 +75,8 @@ _OTHER_KINDS = {
 
 @typed
 class Origin:
-    """Where prepared data came from: a sentence, the archive's SHA-256, whether that is the
-    official one, and the fingerprint of the files that were made of it.
+    """The origin of prepared data: a sentence, the archive's SHA-256, whether that is the official
+    one, and the fingerprint of the files that were made of it.
     """
 
     source: str
@@ -86,7 +86,7 @@ class Origin:
 
 
 def read_origin(prepared: Path) -> Origin | None:
-    """What `import_archive` noted beside the data, or None where somebody else prepared it, or
+    """Returns what `import_archive` noted beside the data; None if somebody else prepared it, or
     changed it since.
     """
     try:
@@ -247,7 +247,7 @@ def _read_splits(
 
 
 def _what_is_wrong(error: Exception) -> str:
-    """What to tell of an archive that cannot be read."""
+    """Says what is wrong with an archive that cannot be read."""
     reason = " ".join(str(error).split())
     if isinstance(error, ArchiveError):
         return reason
@@ -259,8 +259,8 @@ def _what_is_wrong(error: Exception) -> str:
 
 
 def _decompressed(content: bytes) -> bytes:
-    """What gzip, bzip2 or xz, known by its first bytes, was made of, or the content as it is; no
-    bomb is read out.
+    """Returns the decompressed content of gzip, bzip2 or xz, which are known by their first bytes,
+    and any other content as it is; stops at a limit, so that no bomb is read out.
     """
     for start, kind in _OTHER_KINDS.items():
         if content[:200].lstrip().lower().startswith(start):

@@ -66,7 +66,7 @@ class Dataset:
 
     @property
     def caption(self) -> str:
-        """What every figure and table says of the data: its name, or that it is a file; its label;
+        """The data, as every figure and table names it: its name, or that it is a file; its label;
         a test split of another name; and "unverified data" or "origin not known" if it is so.
         """
         if names_a_file(self.name):

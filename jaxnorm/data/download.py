@@ -80,7 +80,7 @@ def fetch_known(addresses: Mapping[str, str], directory: Path | None, progress: 
 
 
 def _target(url: str, directory: Path | None) -> Path:
-    """Where the file of an address is kept, in a directory that is made. Raises `UserError`."""
+    """Returns the place of an address's file, in a directory that is made. Raises `UserError`."""
     try:
         name = Path(urlsplit(url).path).name
     except ValueError as error:
@@ -204,7 +204,7 @@ def _open(url: str, have: int, seconds: float, leave_slow: bool) -> Any:
 
 
 def _unanswered(url: str, error: Exception) -> UserError:
-    """What to tell of an address that cannot be asked."""
+    """Says why an address cannot be asked."""
     import requests
 
     line = " ".join(str(error).split())[:300]

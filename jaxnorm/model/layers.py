@@ -274,5 +274,5 @@ def custom_norm(path: str, train: bool, name: str | None) -> nn.Module:
 
 
 def is_custom(norm: str) -> bool:
-    """Whether a norm is the user's own, of which nothing is known but its variables."""
+    """Returns whether a norm is the user's own, of which nothing is known but its variables."""
     return ":" in norm

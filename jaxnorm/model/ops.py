@@ -30,7 +30,7 @@ MICRO_BATCH_BYTES = 550_000
 
 
 def micro_batch_of(count: int, image_bytes: int) -> int:
-    """How many of `count` images to take at a time, where the largest activation of one takes
+    """Returns how many of `count` images to take at a time, if the largest activation of one takes
     `image_bytes`: on a CPU a divisor near what `MICRO_BATCH_BYTES` holds, elsewhere all.
     """
     near = max(1, MICRO_BATCH_BYTES // image_bytes)
@@ -42,7 +42,7 @@ def micro_batch_of(count: int, image_bytes: int) -> int:
 
 
 def _on_cpu() -> bool:
-    """What is here to suit XLA's CPU compiler is left out on other devices."""
+    """Returns whether to suit XLA's CPU compiler; other devices get the plain forms."""
     return jax.default_backend() == "cpu"
 
 
@@ -97,8 +97,8 @@ def _correlate(images: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Ar
 
 
 def _fold_of(kernel: jax.Array) -> int:
-    """How many neighbouring pixels to take as one, so that channels fill vectors and are more than
-    the 16 that XLA's fastest library does not take (as measured).
+    """Returns how many neighbouring pixels to take as one, so that channels fill vectors and are
+    more than the 16 that XLA's fastest library does not take (as measured).
     """
     products = kernel.shape[2] * kernel.shape[3]
     return 6 if products < 48 else 2 if products <= 256 else 1
@@ -248,8 +248,8 @@ relu.defvjp(_relu_forward, lambda outputs, gradient: (jnp.where(outputs > 0, gra
 
 @dataclass(frozen=True)
 class Over:
-    """What statistics are taken over: all positions of `channels / groups` neighbouring channels,
-    of each image or of the whole batch; `centered` is False for RMS norm.
+    """The elements that share a statistic: all positions of `channels / groups` neighbouring
+    channels, of each image or of the whole batch; `centered` is False for RMS norm.
 
     `axis` names the mesh axis along which devices share a batch, if they do.
     """
@@ -262,7 +262,7 @@ class Over:
 
 
 class Statistics(NamedTuple):
-    """What `normalize` subtracted and divided by; its gradient is never asked for."""
+    """The statistics that `normalize` subtracted and divided by; no gradient of them is asked."""
 
     mean: jax.Array  # f32[1 or N, groups]
     variance: jax.Array  # f32[1 or N, groups], over all elements (divided by n)
@@ -314,7 +314,9 @@ def _by_channel(over: Over, *values: jax.Array) -> list[jax.Array]:
 
 
 def _in_cache(over: Over) -> bool:
-    """Whether a core's cache holds the arrays: those of micro-batches, which batch norm has not."""
+    """Returns whether a core's cache holds the arrays: those of micro-batches, which batch norm has
+    not.
+    """
     return _on_cpu() and not over.batch
 
 
@@ -351,7 +353,7 @@ def _spread(statistic: jax.Array, inputs: jax.Array) -> jax.Array:
 
 
 def _count(inputs: jax.Array, over: Over) -> int:
-    """How many elements share a statistic."""
+    """Returns how many elements share a statistic."""
     n, height, width, channels = inputs.shape
     images = n * (lax.axis_size(over.axis) if over.axis else 1) if over.batch else 1
     return images * height * width * channels // over.groups

@@ -69,7 +69,7 @@ def environment(command: str, mesh: str, self_check: str) -> Environment:
 
 
 def repeatable(platform_name: str, deterministic: bool) -> str:
-    """What of a run the same command gives again, and what is not promised."""
+    """Says what of a run the same command gives again, and what is not promised."""
     if platform_name == "cpu":
         return "bit for bit but for the times, on as many cores of this kind with these versions"
     if deterministic:

@@ -43,7 +43,7 @@ class Epoch:
 
     @property
     def net(self) -> NetId:
-        """Which net it is of."""
+        """The net that it is of."""
         return NetId(self.norm, self.seed)
 
     def to_line(self) -> str:
@@ -69,8 +69,8 @@ def _crc32(values: dict[str, Any]) -> str:
 
 
 def belongs(logits: np.ndarray, labels: np.ndarray, epoch: Epoch) -> bool:
-    """Whether test logits f32[N, classes] have the test accuracy and, within rounding, the mean
-    cross-entropy of an epoch's record.
+    """Returns whether test logits f32[N, classes] have the test accuracy and, within rounding, the
+    mean cross-entropy of an epoch's record.
     """
     exact = logits.astype(np.float64)
     of_label = exact[np.arange(len(labels)), labels]
@@ -81,7 +81,7 @@ def belongs(logits: np.ndarray, labels: np.ndarray, epoch: Epoch) -> bool:
 
 @typed
 class DatasetInfo:
-    """What a run knows of its data; `verified` as in `data.datasets.Dataset`."""
+    """The data of a run; `verified` as in `data.datasets.Dataset`."""
 
     name: str
     caption: str
@@ -111,7 +111,7 @@ class Environment:
 
     @property
     def code(self) -> dict[str, str]:
-        """What code ran: the versions, with our own given by its git revision where it has one."""
+        """The code that ran: the versions, with our own given by its git revision if it has one."""
         return {**self.versions, **({"jaxnorm": self.git_revision} if self.git_revision else {})}
 
 

@@ -38,7 +38,7 @@ EVALUATION_BATCH = 128
 
 
 class Steps(NamedTuple):
-    """What a chunk of an epoch did: the mean loss of each batch, and the number of correct
+    """The result of a chunk of an epoch: the mean loss of each batch, and the number of correct
     predictions.
     """
 
@@ -137,7 +137,7 @@ def train_nets(
     shared = mesh.batch > 1 and batches.shape[2] % mesh.batch == 0
 
     def train_net(images, labels, first_step, start, stop, state, batches, keys, rates, decay):
-        """What each device does for one net."""
+        """Trains one net on each device."""
 
         def train_batch(i, carry):
             """One batch."""
@@ -181,7 +181,7 @@ def _for_each_net(mesh: MeshShape, function: Callable, common: tuple, per_net: t
     """
 
     def on_row(common, per_net):
-        """What one row of devices does: a single net without `vmap`, as if it were alone."""
+        """Runs on one row of devices: a single net without `vmap`, as if it were alone."""
         if jax.tree.leaves(per_net)[0].shape[0] > 1:
             axes = (*[None] * len(common), *[0] * len(per_net))
             return jax.vmap(function, axes)(*common, *per_net)
@@ -195,8 +195,8 @@ def _for_each_net(mesh: MeshShape, function: Callable, common: tuple, per_net: t
 
 
 def nets_at_once(program: Program, batch_size: int) -> int:
-    """How many nets a row of devices trains at the same time: one on a CPU, where one after the
-    other is faster, elsewhere what half of a device's memory holds.
+    """Returns how many nets a row of devices trains at the same time: one on a CPU, because one
+    after the other is faster there, elsewhere what half of a device's memory holds.
     """
     if jax.default_backend() == "cpu":
         return 1
@@ -212,14 +212,16 @@ def net_bytes(net: CNN, batch_size: int) -> int:
 
 
 def evaluation_batch(net: CNN) -> int:
-    """How many images to evaluate at a time; a norm of the user's own may look at all of them."""
+    """Returns how many images to evaluate at a time; a norm of the user's own may look at all of
+    them.
+    """
     if layers.is_custom(net.norm):
         return EVALUATION_BATCH
     return ops.micro_batch_of(EVALUATION_BATCH, max(activation_bytes(net)))
 
 
 def _logits(program: Program, mesh: MeshShape, images: jax.Array, state: TrainState) -> jax.Array:
-    """What each device does for one net: its share of the images, and all logits of the row."""
+    """Returns the logits of one net; each device of a row takes its share of the images."""
 
     def of_batch(batch):
         """One batch, standardized, through the net."""

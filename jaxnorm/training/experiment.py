@@ -219,7 +219,7 @@ class Group:
 
     @property
     def train_count(self) -> int:
-        """How many images each net trains on."""
+        """The number of images that each net trains on."""
         return len(self.experiment.dataset.train_labels) - self.config.validation
 
     @property
@@ -237,7 +237,7 @@ class Group:
 
     @functools.cached_property
     def standards(self) -> list[np.ndarray]:  # f32[2, 3] each
-        """What the images of each net are standardized with."""
+        """The mean and factor that the images of each net are standardized with."""
         dataset = self.experiment.dataset
         return [standard_of(*dataset.statistics(rows)) for rows in self._splits[0]]
 

@@ -62,8 +62,8 @@ class Callback:
 
 
 class NetProgress(NamedTuple):
-    """How far a net is: its complete epochs, its state after them (None for the initial one, and
-    for that of a finished net without checkpoints), and its losses so far.
+    """The progress of a net: its complete epochs, its state after them (None for the initial one,
+    and for that of a finished net without checkpoints), and its losses so far.
     """
 
     epochs: int = 0
@@ -82,7 +82,7 @@ class Trained(NamedTuple):
 
     @property
     def net(self) -> SweptNet:
-        """Which net it is."""
+        """The net that it is of."""
         return SweptNet(self.run, self.record.norm, self.record.seed)
 
 

@@ -51,7 +51,7 @@ class MeshShape:
 
     @property
     def devices(self) -> int:
-        """How many devices it takes."""
+        """The number of devices it takes."""
         return self.seed * self.batch
 
     @property

@@ -40,7 +40,7 @@ def activations(
     state: TrainState,
     images: jax.Array,  # u8[N, 32, 32, 3]
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """What each norm is given and what it makes of it: {layer: (before, after)}, each f32[N, H, W,
+    """Returns the input and the output of each norm: {layer: (before, after)}, each f32[N, H, W,
     C], by the name of the convolution before it.
     """
     _, captured = _apply(program, state, standardize(state, images), capture=True)
@@ -171,7 +171,7 @@ def measure(
     seed: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, np.ndarray]:
-    """What a run records of one trained net, by name:
+    """Returns what a run records of one trained net, by name:
 
     - layers: names of the L normalized convolutions; before, after: f32[L, 2], mean and deviation
       of all activations before and after the norm.

@@ -148,7 +148,7 @@ def _compare_step(
     chunk_index: int,  # of the epoch's chunks, whose first batch is taken
     allowed: tuple[float, float],
 ) -> str:
-    """What a step of the training program and the plain step disagree in; empty for nothing."""
+    """Says in what a step of the training program and the plain step differ; empty for nothing."""
     dataset, config = group.experiment.dataset, group.config
     chunks, of_epoch = group.chunks(epoch)
     chunk = chunks[chunk_index]._replace(stop=chunks[chunk_index].start + 1)
@@ -199,7 +199,7 @@ def _disagreement(
     forward: float = ALLOWED["float32"][0],
     backward: float = ALLOWED["float32"][1],
 ) -> str:
-    """What differs most beyond what is allowed, in words; empty where nothing does."""
+    """Says what differs most beyond what is allowed; empty if nothing does."""
     errors = {"the loss": (_relative(ours[0], plain[0], 0), forward)}
     trees = (jax.device_get(tree) for tree in (ours[1], plain[1], initial))
     leaves = map(jax.tree_util.tree_leaves_with_path, trees)

@@ -68,7 +68,7 @@ class TrainState(NamedTuple):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What `CNN.apply` takes to evaluate the net."""
+        """The variables that `CNN.apply` takes to evaluate the net."""
         return {"params": self.params, **self.norm_state}
 
 
@@ -83,7 +83,7 @@ def derive_key(seed: int | jax.Array, purpose: Purpose, *numbers: int | jax.Arra
 
 
 def standard_of(mean: Sequence[float], deviation: Sequence[float]) -> np.ndarray:  # f32[2, 3]
-    """What `standardize` takes, from the statistics of images scaled to [0, 1]."""
+    """Returns what `standardize` takes, from the statistics of images scaled to [0, 1]."""
     return np.stack([255 * np.array(mean), 1 / (255 * np.array(deviation))]).astype(np.float32)
 
 
@@ -210,8 +210,8 @@ def cross_entropy(
 
 
 def micro_batch_size(net: CNN, state: TrainState, count: int) -> int:
-    """How many of `count` images to take at a time: all of them where a norm keeps state, as batch
-    norm does, or is the user's own, because its images may know of each other.
+    """Returns how many of `count` images to take at a time: all of them if a norm keeps state, as
+    batch norm does, or is the user's own, because its images may know of each other.
     """
     keeps_state = bool(jax.tree.leaves(state.norm_state))
     if keeps_state or layers.is_custom(net.norm) or not net.fast:
