@@ -106,22 +106,22 @@ class Config:
     Parameters
     ----------
     norm
-        batch, group, layer, pixel, instance, rms or none; or your own, as package.module:Class.
-        Several are compared, with commas between them. all is batch, group and layer, the only
-        ones that the original nets have.
+        The norm: batch, group, layer, pixel, instance, rms or none; or your own, as
+        package.module:Class. Several with commas between them are compared. "all" is batch, group
+        and layer, the only ones that the original nets have.
     arch
-        "original": the study's own three nets. "matched": one net in which only the norm differs.
-        "residual": a net with residual blocks, in which only the norm differs.
+        The net: "original" is the study's own three nets; "matched" is one net in which only the
+        norm differs; "residual" is a net with residual blocks in which only the norm differs.
     dataset
-        "cifar10", "digits" (ships with scikit-learn, needs no download), a prepared TFDS dataset
-        of 32x32x3 images, or your own .npz file of arrays.
+        The data: "cifar10"; "digits", which ships with scikit-learn and needs no download; the name
+        of a prepared TFDS dataset of 32x32x3 images; or the path of your own .npz file.
     test_split
         The split of a prepared TFDS dataset on which nets are tested, for a dataset that has no
         split called test. Other datasets have only one test set.
     epochs
-        Passes over the training set.
+        The number of passes over the training set.
     batch_size
-        Images in a batch. The recipes take 128, and 32 for digits.
+        The number of images in a batch. The recipes take 128, and 32 for digits.
     learning_rate
         The learning rate of SGD, or the highest of a schedule; one for all norms, or one for each.
         The tuned recipe has one for each.
@@ -129,40 +129,41 @@ class Config:
         Multiply the learning rate by the batch size over the one that it is for, which is 128, and
         32 for digits (Goyal et al., "Accurate, Large Minibatch SGD", 2017).
     recipe
-        The recipe whose settings these are, but for those that were changed: "study", the study's
-        own; or "tuned", which treats every norm well.
+        The recipe: "study", the study's own settings; or "tuned", which treats every norm well. On
+        the command line it gives every setting that no flag names.
     schedule
-        Of the learning rate: "constant"; or "one-cycle", up in a straight line and down to zero,
-        the default of the tuned recipe and of the digits.
+        The course of the learning rate: "constant"; or "one-cycle", up in a straight line and then
+        down to zero, which the tuned recipe and the digits take.
     warmup
-        Share of the training in which the one-cycle learning rate goes up.
+        The share of the training in which the one-cycle learning rate goes up.
     momentum
-        Of SGD.
+        The momentum of SGD: the share of the last step that is made again.
     nesterov
-        Nesterov's momentum.
+        Use Nesterov's momentum.
     weight_decay
-        Times a kernel is added to its gradient (L2 regularization); other parameters are left out.
+        L2 penalty: adds weight_decay * kernel to the gradient of a kernel; norms are not decayed.
     dropout
-        Probability with which an activation is dropped.
+        The probability with which an activation is dropped.
     augment
-        Of training images: "none"; or "crop-flip", moved by up to 2 pixels, reflected at the
-        edges, and half of them mirrored.
+        The augmentation of training images: "none"; or "crop-flip", which moves each image by up to
+        2 pixels, reflected at the edges, and mirrors half of them.
     label_smoothing
-        Share of the label that is spread over all classes, in the training loss.
+        The share of each label that is spread over all classes in the training loss.
     weight_standardization
         Shift and scale each kernel to mean 0 and variance 1 / fan-in before it is applied.
     groups
-        Groups of channels in group norm.
+        The number of groups of channels in group norm.
     seed
-        Decides the initial kernels, the order of the images and the dropout masks.
+        The first seed. A seed decides the initial kernels, the order of the images and the dropout
+        masks.
     seeds
-        Nets to train under each norm, with the seeds SEED, SEED + 1, and so on: the same ones under
-        every norm, so that they make pairs.
+        The number of nets to train under each norm, with the seeds SEED, SEED + 1, and so on. They
+        are the same under every norm, so that nets make pairs.
     validation
-        Training images to hold out, the same share of each class, drawn by the seed. The net is
-        evaluated on them after every epoch and never trained on them.
+        The number of training images to hold out, the same share of each class, drawn by the seed.
+        The net is evaluated on them after every epoch and never trained on them.
     precision
-        What convolutions compute in: "float32"; "tf32", whose factors keep 10 bits of their
+        The arithmetic of convolutions: "float32"; "tf32", whose factors keep 10 bits of their
         fraction, on an NVIDIA GPU; or "bfloat16", in which activations are kept too. Parameters,
         norms and losses are float32 in any case.
     allow_large
@@ -170,7 +171,7 @@ class Config:
     usual_batch
         The batch size that the learning rate is for, by which linear scaling divides.
     untuned
-        Norms whose learning rate was not tuned, though the recipe has tuned rates for others.
+        The norms whose learning rate was not tuned, though the recipe has tuned rates for others.
     """
 
     norm: str = "all"

@@ -56,29 +56,29 @@ class Options:
     Parameters
     ----------
     data_dir
-        Directory of TFDS datasets. Default: TFDS_DATA_DIR or ~/tensorflow_datasets.
+        The directory of TFDS datasets. Default: TFDS_DATA_DIR or ~/tensorflow_datasets.
     archive
-        Official CIFAR-10 archive, binary or Python, a path or an address, or the folder that the
-        Python one was unpacked to: imported into the data directory first.
+        The path or address of an official CIFAR-10 archive, binary or Python, or the folder that
+        the Python one was unpacked to. It is imported into the data directory first.
     allow_unverified
         Use an archive whose SHA-256 is not an official one; the run and its figures then say
         "unverified data".
     out
-        Run directory, new or empty. Default: runs/<time>-<arch>-<norm>-<dataset>.
+        The run directory, new or empty. Default: runs/<time>-<arch>-<norm>-<dataset>.
     resume
         Resume this run or sweep after the newest complete epoch of every net, with its own
-        settings, on any devices. With more --seeds it grows, and with more --epochs where the
-        learning rate is constant; any other flag that differs is refused.
+        settings, on any devices. With more --seeds it grows, and with more --epochs if the learning
+        rate is constant; any other flag that differs is refused.
     mesh
-        Devices to train on, such as seed=4,batch=2: four nets at the same time, the batches of each
-        shared by two. Default: nets first, then the batch, over all devices.
+        The devices to train on. seed=4,batch=2 trains four nets at the same time, with two devices
+        for the batches of each. Default: nets first, then the batch, over all devices.
     distributed
         This process is one of a job of several, which Slurm, Open MPI, Kubernetes, a cloud TPU or
         JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe. Process 0 writes
         the results.
     deterministic
-        On an accelerator, ask XLA for operations that give the same bits again, where it has them;
-        slower. On a CPU they do anyway.
+        On an accelerator, ask XLA for operations that give the same bits again, if it has them;
+        they are slower. On a CPU they do anyway.
     skip_self_check
         Train without checking first that this installation computes rightly; the run says so.
     tensorboard
