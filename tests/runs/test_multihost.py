@@ -19,7 +19,7 @@ import nets
 import numpy as np
 import pytest
 
-from jaxnorm.config import Config, UserError
+from jaxnorm.config import UserError, study
 from jaxnorm.data import datasets as data
 from jaxnorm.runs import multihost, runner
 from jaxnorm.storage.directory import RunDirectory
@@ -27,7 +27,8 @@ from jaxnorm.training.fit import fit
 from jaxnorm.training.mesh import ONE
 
 pytestmark = pytest.mark.slow
-CONFIG = Config("layer", "three-layers", "digits", 6, 479, 0.01, seeds=4)
+DIGITS = {"dataset": "digits", "learning_rate": 0.01}
+CONFIG = study(norm="layer", arch="three-layers", epochs=6, batch_size=479, seeds=4, **DIGITS)
 COMMAND = [nets.__file__, "--distributed", "--skip-self-check"]
 ARGUMENTS = [
     *("--norm", "layer", "--arch", "three-layers", "--dataset", "digits", "--epochs", "6"),
@@ -71,7 +72,7 @@ def few():
 
 
 def config_of(norm):
-    return Config(norm, "original", "digits", 1, 64, 0.01, seeds=2)
+    return study(norm=norm, arch="original", epochs=1, batch_size=64, seeds=2, **DIGITS)
 
 
 def start(count, *arguments):
