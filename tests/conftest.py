@@ -141,9 +141,9 @@ def sweep(tiny, scratch):
     from jaxnorm.analysis import figures, stats
     from jaxnorm.analysis.results import Run
     from jaxnorm.config import RECIPES
+    from jaxnorm.records import Epoch
     from jaxnorm.runs import environment
     from jaxnorm.storage.directory import RunDirectory
-    from jaxnorm.storage.schema import Epoch
 
     def write(name="sweep", accuracies=ACCURACIES, dataset=tiny, recipe="study", **settings):
         values = {"arch": "matched", "dataset": "tiny", "epochs": 2, "batch_size": 16, "seeds": 3}

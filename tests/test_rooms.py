@@ -10,12 +10,13 @@ import jaxnorm
 PACKAGE = Path(jaxnorm.__file__).parent
 BELOW = {
     "config": set(),
-    "model": {"config"},
+    "records": {"config"},
+    "model": {"config", "records"},
     "data": {"config"},
-    "storage": {"config"},
-    "training": {"config", "model", "data", "storage"},
-    "runs": {"config", "model", "data", "storage", "training"},
-    "analysis": {"config", "model", "data", "storage"},
+    "storage": {"config", "records"},
+    "training": {"config", "records", "model", "data"},
+    "runs": {"config", "records", "model", "data", "storage", "training"},
+    "analysis": {"config", "records", "model", "data", "storage"},
 }
 COMMANDS = {"cli", "run", "tune", "report", "bench", "__main__", "__init__"}
 FILES = sorted(PACKAGE.rglob("*.py"))

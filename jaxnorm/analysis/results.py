@@ -12,8 +12,8 @@ import numpy as np
 
 from jaxnorm.analysis import stats
 from jaxnorm.config import NetId, UserError
+from jaxnorm.records import Epoch, RunInfo, belongs
 from jaxnorm.storage.directory import RunDirectory, Shapes
-from jaxnorm.storage.schema import Epoch, RunInfo, belongs
 
 GRID = 10
 """Images in a grid of mistakes: 5 columns, 2 rows."""

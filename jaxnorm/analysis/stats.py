@@ -18,7 +18,7 @@ from scipy import optimize
 from scipy import stats as scipy_stats
 
 from jaxnorm.config import ALL
-from jaxnorm.storage.schema import Epoch
+from jaxnorm.records import Epoch
 
 TARGET = 0.70
 """The test accuracy that the study's exercise asks for."""

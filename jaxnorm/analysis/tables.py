@@ -12,7 +12,7 @@ import numpy as np
 from jaxnorm.analysis import stats
 from jaxnorm.analysis.results import Run, left_out
 from jaxnorm.config import ALL, Config, NetId, counted
-from jaxnorm.storage.schema import Environment
+from jaxnorm.records import Environment
 
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 EVALUATED = {"sizes": "iu S", "batch_accuracy": "f S", "running_accuracy": "f"}

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,22 +10,11 @@ import jax.numpy as jnp
 from jaxnorm.config import Config, UserError
 from jaxnorm.model import arithmetic, layers
 from jaxnorm.model.cnn import CNN
+from jaxnorm.records import Layer
 
 CAP = 50_000
 """The study's cap on parameters."""
 _kept: Any = functools.cache  # whose type does not know that Flax's modules can be hashed
-
-
-class Row(NamedTuple):
-    """A layer, its output (height, width, channels), the side of the input square that one output
-    pixel sees, and the parameters of its kernel and of its norm.
-    """
-
-    name: str
-    shape: tuple[int, int, int]
-    receptive_field: int
-    kernel: int
-    norm: int
 
 
 def net_of(config: Config, norm: str, num_classes: int) -> CNN:
@@ -141,7 +130,7 @@ def check_nets(config: Config, num_classes: int) -> dict[str, int]:
     return counts
 
 
-def summarize(net: CNN) -> list[Row]:
+def summarize(net: CNN) -> list[Layer]:
     """The layers of a net on 32x32x3 images."""
     params = parameter_shapes(net)
     side, channels, field, jump, rows = 32, 3, 1, 1, []
@@ -162,7 +151,7 @@ def summarize(net: CNN) -> list[Row]:
             sum(leaf.size for leaf in jax.tree.leaves(params.get(name, {})))
             for name in (layer.name, f"{layer.name}_norm")
         )
-        rows.append(Row(layer.name, (side, side, channels), field, kernel, norm))
+        rows.append(Layer(layer.name, (side, side, channels), field, kernel, norm))
     return rows
 
 

@@ -4,7 +4,7 @@ import importlib.util
 from typing import Any
 
 from jaxnorm.config import Config, UserError
-from jaxnorm.storage.schema import Epoch
+from jaxnorm.records import Epoch
 from jaxnorm.storage.sweep import Sweep, name_of
 from jaxnorm.training.fit import Callback
 

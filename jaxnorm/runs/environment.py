@@ -12,8 +12,8 @@ import jax
 from jaxnorm.config import Config
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.model import fingerprint, layers
-from jaxnorm.model.summary import net_of
-from jaxnorm.storage.schema import DatasetInfo, Environment, RunInfo
+from jaxnorm.model.summary import net_of, summarize
+from jaxnorm.records import DatasetInfo, Environment, RunInfo
 
 _ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("jaxnorm", "jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets")
@@ -49,6 +49,9 @@ def describe(
         deterministic,
         norm_sources={norm: fingerprint.source(norm) for norm in own},
         norm_programs={norm: fingerprint.program(net) for norm, net in nets.items()},
+        layers={
+            norm: summarize(net_of(config, norm, len(dataset.class_names))) for norm in config.norms
+        },
     )
 
 

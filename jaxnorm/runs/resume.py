@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from jaxnorm.config import Config, NetId, UserError
+from jaxnorm.records import Epoch, RunInfo, belongs
 from jaxnorm.storage import checkpoint
 from jaxnorm.storage.directory import RunDirectory
-from jaxnorm.storage.schema import Epoch, RunInfo, belongs
 from jaxnorm.training.experiment import program_of
 from jaxnorm.training.fit import NetProgress
 from jaxnorm.training.step import TrainState, init_state

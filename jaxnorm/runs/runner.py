@@ -16,11 +16,11 @@ import numpy as np
 from jaxnorm.config import Config, NetId, SweptNet, UserError, names_a_file
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.model import arithmetic, fingerprint
+from jaxnorm.records import RunInfo
 from jaxnorm.runs import environment, multihost
 from jaxnorm.runs.resume import checkpoint_shapes, find_progress, in_order
 from jaxnorm.storage import checkpoint
 from jaxnorm.storage.directory import RunDirectory
-from jaxnorm.storage.schema import RunInfo
 from jaxnorm.storage.sweep import Sweep
 from jaxnorm.training import fit, probes
 from jaxnorm.training.experiment import Experiment, program_of

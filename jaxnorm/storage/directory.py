@@ -23,7 +23,7 @@ import filelock
 import numpy as np
 
 from jaxnorm.config import NetId, OtherFields, UserError, from_json, local_path
-from jaxnorm.storage.schema import Epoch, RunInfo
+from jaxnorm.records import Epoch, RunInfo
 
 _LOCK, _TEMPORARY, _METRICS = ".lock", ".writing-", "metrics.jsonl"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)

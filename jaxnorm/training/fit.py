@@ -15,7 +15,7 @@ import numpy as np
 from jaxnorm.config import TUNED_RATES, Config, NetId, SweptNet, UserError, counted, names_a_file
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.model import arithmetic
-from jaxnorm.storage.schema import Epoch
+from jaxnorm.records import Epoch
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training.experiment import Experiment, Group

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxnorm.analysis import stats
-from jaxnorm.storage.schema import Epoch
+from jaxnorm.records import Epoch
 
 
 def epochs(*accuracies: float) -> list[Epoch]:

@@ -8,8 +8,8 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import RecordWriter
 
 from jaxnorm.config import Config, UserError
+from jaxnorm.records import Epoch
 from jaxnorm.runs.callbacks import TensorBoard, require_tensorboard
-from jaxnorm.storage.schema import Epoch
 from jaxnorm.storage.sweep import Sweep
 
 EPOCH = Epoch("batch", 1, 1, 1.5, 0.25, 1.25, 0.5, 3.0, 1.0)

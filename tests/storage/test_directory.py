@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxnorm.config import Config, UserError
+from jaxnorm.records import DatasetInfo, Environment, Epoch, RunInfo
 from jaxnorm.storage.directory import RunDirectory
-from jaxnorm.storage.schema import DatasetInfo, Environment, Epoch, RunInfo
 
 DATASET = DatasetInfo(
     "cifar10", "x", "f", "s", None, ["a", "b", "c"], (0.5, 0.5, 0.5), (0.1, 0.1, 0.1), 10, 2

@@ -80,6 +80,19 @@ def belongs(logits: np.ndarray, labels: np.ndarray, epoch: Epoch) -> bool:
 
 
 @typed
+class Layer:
+    """A layer of a net: its output (height, width, channels), the side of the input square that one
+    output pixel sees, and the number of parameters of its kernel and of its norm.
+    """
+
+    name: str
+    shape: tuple[Count, Count, Count]
+    receptive_field: Count
+    kernel: Count
+    norm: Count
+
+
+@typed
 class DatasetInfo:
     """The data of a run; `verified` as in `data.datasets.Dataset`."""
 
@@ -119,7 +132,7 @@ class Environment:
 class RunInfo:
     """`run.json`: the settings, and all that is known of the data and the machine.
 
-    `parameters` are of each norm's net; `repeatable` says what the same command gives again;
+    `parameters` and `layers` are of each norm's net; `repeatable` says what the same command gives again;
     `deterministic` whether the accelerator was asked for operations that repeat; `resumed` has an
     entry for each time that the run was resumed. Of norms of the user's own `norm_sources` and
     `norm_programs` have a SHA-256 each (see `model.fingerprint`), in runs since they are recorded.
@@ -134,6 +147,7 @@ class RunInfo:
     resumed: list[Environment] = Field(default_factory=list)
     norm_sources: dict[str, str] = Field(default_factory=dict)
     norm_programs: dict[str, str] = Field(default_factory=dict)
+    layers: dict[str, list[Layer]] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not set(self.config.norms) <= self.parameters.keys():
