@@ -8,13 +8,12 @@ import io
 import os
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, get_origin
+from collections.abc import Iterator, Sequence
+from typing import Any, get_origin
 
 from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, UnusedCliTokensError
 
-from jaxnorm.config import Config, UserError, differing, local_path, value_text
+from jaxnorm.config import UserError, local_path
 from jaxnorm.runs import signals
 
 MISTAKE, FAILED = 2, 1
@@ -22,7 +21,6 @@ MISTAKE, FAILED = 2, 1
 _LONGEST = 1_000
 _arguments: list[str] = []
 _program = "python -m jaxnorm.run"
-_before_failing: list[Callable[[], None]] = []
 
 
 def _whole(kind: Any, tokens: Sequence[Any]) -> Any:
@@ -63,13 +61,6 @@ def given() -> set[str]:
 def program() -> list[str]:
     """Returns the words by which the command is called."""
     return _program.split()
-
-
-def before_failing(action: Callable[[], None]) -> None:
-    """Registers what a process that fails does once its error is printed. It then ends at once:
-    Python's clean-up would wait for the other processes of its job.
-    """
-    _before_failing.append(action)
 
 
 @contextlib.contextmanager
@@ -182,122 +173,3 @@ def _fail(what: object, code: int, error: BaseException | None = None) -> int:
     with contextlib.suppress(OSError):  # a terminal that is gone, or a log on the full disk
         print(f"error: {line[:_LONGEST]}", file=sys.stderr)
     return code
-
-
-def leave(code: int) -> NoReturn:
-    """Ends the process with an exit code, at once where Python's clean-up would wait for others."""
-    if code and _before_failing:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        for action in _before_failing:
-            action()
-        os._exit(code)
-    sys.exit(code)
-
-
-class Bar:
-    """One progress bar at a time on standard error, for whatever is being done.
-
-    There is none where `quiet` is asked for or standard error is no terminal.
-    """
-
-    def __init__(self, quiet: bool) -> None:
-        self._disable = True if quiet else None  # None: tqdm looks whether it writes to a terminal
-        self._what: str | None = None
-        self._bar: Any = None
-
-    def at(self, what: str, done: int, total: int) -> None:
-        """Shows that `done` of `total` is reached, and stops where a signal was received."""
-        from tqdm import tqdm
-
-        signals.check()
-        if what != self._what:
-            self.close()
-            self._bar = tqdm(total=total, desc=what, leave=False, disable=self._disable)
-            self._what = what
-        self._bar.n = done
-        self._bar.refresh()
-
-    def close(self) -> None:
-        """Takes the bar away."""
-        if self._bar is not None:
-            self._bar.close()
-        self._what = self._bar = None
-
-
-class Terminal:
-    """The callback (see `training.fit.Callback`, which is not loaded before JAX must be) that
-    shows a bar inside the epoch and a line after it, with the time that is left. A process that is
-    not process 0 shows nothing, and only stops where a signal was received. `board` hears of every
-    epoch too.
-    """
-
-    def __init__(self, configs: Sequence[Config], quiet: bool, speaks: bool, board: Any) -> None:
-        self.swept, self.total = differing(configs), sum(len(c.nets) * c.epochs for c in configs)
-        self.quiet, self.speaks, self.board = quiet or not speaks, speaks, board
-        self.what, self.steps, self.epochs, self.bar = "", 0, configs[0].epochs, Bar(self.quiet)
-        self.before, self.done, self.clock = 0, 0, time.monotonic()
-
-    def on_start(self, norm: str, seeds: list[int], steps: int) -> None:
-        """Remembers what the bar is of."""
-        last = f" to {seeds[-1]}" if len(seeds) > 1 else ""
-        self.what, self.steps = f"{norm} norm, seed {seeds[0]}{last}", steps
-
-    def on_steps(self, epoch: int, done: int) -> None:
-        """Moves the bar."""
-        self.bar.at(f"{self.what}, epoch {epoch} of {self.epochs}", done, self.steps)
-
-    def on_measuring(self, done: int, total: int) -> None:
-        """Moves a bar of its own."""
-        self.bar.at("measuring inside the net", done, total)
-        if done == total:
-            self.bar.close()
-
-    def on_resume(self, complete: int) -> None:
-        """Says from where a run resumes."""
-        self.before = complete
-        if self.board is not None:
-            self.board.on_resume(complete)
-        if not self.quiet:
-            print(f"resuming after {complete} of {self.total} epochs")
-
-    def on_warning(self, text: str) -> None:
-        """Prints it on standard error."""
-        if self.speaks:
-            print(f"warning: {as_flags(text)}", file=sys.stderr)
-
-    def on_epoch(self, config: Config, epoch: Any) -> None:
-        """Prints the epoch's line in the bar's place."""
-        self.bar.close()
-        self.done += 1
-        left = self.total - self.before - self.done
-        seconds = (time.monotonic() - self.clock) / self.done * left
-        if not self.quiet:
-            print(_epoch_line(epoch, config, self.swept) + _time_left(seconds), flush=True)
-        if self.board is not None:
-            self.board.on_epoch(config, epoch)
-        signals.check()
-
-
-def _time_left(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return ", under a minute left" if seconds else ""
-    hours = f"{minutes // 60} h " if minutes >= 60 else ""
-    return f", about {hours}{minutes % 60} min left"
-
-
-def _epoch_line(epoch: Any, config: Config, swept: Sequence[str]) -> str:
-    parts = [f"{epoch.norm:>8}"]
-    for name in swept:
-        value = config.rate(epoch.norm) if name == "learning_rate" else getattr(config, name)
-        parts.append(f"{name.replace('_', ' ')} {value_text(value):<6}")
-    if config.seeds > 1:
-        parts.append(f"seed {epoch.seed}")
-    parts.append(f"epoch {epoch.epoch:>2}/{config.epochs}")
-    parts.append(f"train loss {epoch.train_loss:.4f}  accuracy {epoch.train_accuracy:6.2%}")
-    if epoch.validation_accuracy is not None:
-        parts.append(f"validation accuracy {epoch.validation_accuracy:6.2%}")
-    parts.append(f"test loss {epoch.test_loss:.4f}  accuracy {epoch.test_accuracy:6.2%}")
-    return "  ".join([*parts, f"{epoch.train_seconds + epoch.test_seconds:.1f} s"])

@@ -324,6 +324,11 @@ def names_a_file(dataset: str) -> bool:
     return dataset.lower().endswith(".npz")
 
 
+def swept_nets(configs: Sequence[Config]) -> list[SweptNet]:
+    """Returns every net of every run, in order."""
+    return [SweptNet(run, *net) for run, config in enumerate(configs) for net in config.nets]
+
+
 def differing(configs: Sequence[Config]) -> list[str]:
     """The settings of `SWEPT` that differ between runs."""
     return [name for name in SWEPT if len({str(getattr(c, name)) for c in configs}) > 1]

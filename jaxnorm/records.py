@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import math
-import zlib
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
-from jaxnorm.config import Config, Count, Fraction, NetId, Positive, UserError, typed
+from jaxnorm.config import Config, Count, Fraction, NetId, Positive, UserError, from_json, typed
 
 Number = Annotated[float, Field(ge=0)]
 Deviation = Annotated[float, Field(gt=0)]
@@ -17,8 +17,8 @@ Deviation = Annotated[float, Field(gt=0)]
 
 @typed
 class Epoch:
-    """A line of `metrics.jsonl`. Accuracies are fractions; epochs count from 1; the first epoch's
-    time holds compilation.
+    """An epoch of a net: a line of its `metrics.jsonl`. Accuracies are fractions; epochs count from
+    1; the first epoch's time holds compilation.
 
     `train_loss` and `train_accuracy` are over the epoch's batches as they were trained on, with
     dropout, while the net changes. Nets that train in one program each have an equal share of its
@@ -46,37 +46,65 @@ class Epoch:
         """The net that it is of."""
         return NetId(self.norm, self.seed)
 
-    def to_line(self) -> str:
-        """A line of JSON that ends with a checksum of the rest; `from_line` reads it back."""
-        values = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        return json.dumps(values | {"crc32": _crc32(values)}) + "\n"
+    @property
+    def values(self) -> dict[str, Any]:
+        """Its fields that have a value, by name."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+
+def to_lines(epochs: Sequence[Epoch]) -> str:
+    """Returns a line of JSON for each epoch; `from_lines` reads them back."""
+    return "".join(json.dumps(epoch.values) + "\n" for epoch in epochs)
+
+
+def from_lines(text: str, net: NetId) -> list[Epoch]:
+    """Returns the epochs of a net from their lines; raises `UserError` unless they are the epochs
+    1, 2, 3 and so on of this net.
+    """
+    epochs = [from_json(Epoch, line) for line in text.splitlines()]
+    if [(e.net, e.epoch) for e in epochs] != [(net, n) for n in range(1, len(epochs) + 1)]:
+        raise UserError(f"its lines are not those of {net.norm} norm, seed {net.seed}")
+    return epochs
+
+
+@typed
+class Lost:
+    """`lost.json`: the net diverged in this epoch, so that it is left out."""
+
+    epoch: Positive
+    reason: str
+
+
+class Predictions(NamedTuple):
+    """What a net says of the N test images after its last epoch.
+
+    `logits` f32[N, classes] are kept of every net that has just trained; of one that was reduced to
+    be published (see `notebooks/tools/reduce.py`) they are None, and the numbers made from them
+    are kept: `calibration`, by the names of the fields of `analysis.stats.Calibration`.
+    """
+
+    labels: np.ndarray  # i32[N]
+    predicted: np.ndarray  # i64[N], or u8[N] of a reduced net
+    log_probabilities: np.ndarray  # f32[N, 2], of the label and of the predicted class
+    logits: np.ndarray | None = None
+    calibration: np.ndarray | None = None  # f64[3]
 
     @classmethod
-    def from_line(cls, line: str) -> "Epoch":
-        """Reads a line; raises `UserError` where anything in it is not as it was written."""
-        try:
-            values = json.loads(line)
-            crc32 = values.pop("crc32")
-        except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
-            raise UserError("it is not an epoch's record") from None
-        if crc32 != _crc32(values):
-            raise UserError("its checksum does not fit")
-        return cls(**values)
+    def of(cls, logits: np.ndarray, labels: np.ndarray) -> "Predictions":
+        """Returns the predictions that are in logits f32[N, classes]."""
+        exact, rows = logits.astype(np.float64), np.arange(len(labels))
+        logs = exact - np.logaddexp.reduce(exact, axis=1, keepdims=True)
+        predicted = logits.argmax(1)
+        kept = np.stack([logs[rows, labels], logs[rows, predicted]], axis=1)
+        return cls(labels, predicted, kept.astype(np.float32), logits)
 
-
-def _crc32(values: dict[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
-
-
-def belongs(logits: np.ndarray, labels: np.ndarray, epoch: Epoch) -> bool:
-    """Returns whether test logits f32[N, classes] have the test accuracy and, within rounding, the
-    mean cross-entropy of an epoch's record.
-    """
-    exact = logits.astype(np.float64)
-    of_label = exact[np.arange(len(labels)), labels]
-    loss = float((np.logaddexp.reduce(exact, axis=1) - of_label).mean())
-    close = math.isclose(loss, epoch.test_loss, rel_tol=1e-4, abs_tol=1e-6)
-    return close and bool((logits.argmax(1) == labels).mean() == epoch.test_accuracy)
+    def belong_to(self, epoch: Epoch) -> bool:
+        """Returns whether they have the test accuracy and, within rounding, the mean cross-entropy
+        of an epoch's record.
+        """
+        loss = -float(self.log_probabilities[:, 0].astype(np.float64).mean())
+        close = math.isclose(loss, epoch.test_loss, rel_tol=1e-4, abs_tol=1e-6)
+        return close and bool((self.predicted == self.labels).mean() == epoch.test_accuracy)
 
 
 @typed
@@ -110,8 +138,11 @@ class DatasetInfo:
 
 @typed
 class Environment:
-    """When, by what command, on what code and on what devices nets were trained; `self_check` says
-    whether the arithmetic was checked before (see `training.selfcheck`).
+    """When, by what command, on what code and on what devices nets were trained.
+
+    `self_check` says whether the arithmetic was checked before (see `training.selfcheck`),
+    `deterministic` whether the accelerator was asked for operations that repeat, and `repeatable`
+    what the same command gives again.
     """
 
     started: str
@@ -121,6 +152,8 @@ class Environment:
     versions: dict[str, str]
     git_revision: str | None
     self_check: str
+    deterministic: bool
+    repeatable: str
 
     @property
     def code(self) -> dict[str, str]:
@@ -130,25 +163,23 @@ class Environment:
 
 @typed
 class RunInfo:
-    """`run.json`: the settings, and all that is known of the data and the machine.
+    """`run.json`: the settings, and all that is known of the data and of the machine on which the
+    run began.
 
-    `parameters` and `layers` are of each norm's net; `repeatable` says what the same command gives again;
-    `deterministic` whether the accelerator was asked for operations that repeat; `resumed` has an
-    entry for each time that the run was resumed. Of norms of the user's own `norm_sources` and
+    `parameters` and `layers` are of each norm's net. Of norms of the user's own `norm_sources` and
     `norm_programs` have a SHA-256 each (see `model.fingerprint`), in runs since they are recorded.
     """
 
+    format: Literal[3]
     config: Config
     parameters: dict[str, int]
+    layers: dict[str, list[Layer]]
     dataset: DatasetInfo
     environment: Environment
-    repeatable: str = "not known"
-    deterministic: bool = False
-    resumed: list[Environment] = Field(default_factory=list)
     norm_sources: dict[str, str] = Field(default_factory=dict)
     norm_programs: dict[str, str] = Field(default_factory=dict)
-    layers: dict[str, list[Layer]] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not set(self.config.norms) <= self.parameters.keys():
-            raise UserError("parameters are missing")
+        norms = set(self.config.norms)
+        if not norms <= self.parameters.keys() or not norms <= self.layers.keys():
+            raise UserError("parameters or layers are missing")

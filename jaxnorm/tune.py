@@ -6,6 +6,7 @@ nothing: winners are chosen by the accuracy on held-out training images.
 """
 
 import dataclasses
+import sys
 from typing import Annotated
 
 import numpy as np
@@ -94,8 +95,8 @@ def main(
     named["validation"] = named["validation"] or held_out
     run.configs_of(named, swept)  # raises for what cannot be trained with, before rates are drawn
     swept["learning_rate"] = trials.draw(named["seed"])
-    return run.start(run.configs_of(named, swept), options, run.report_tuning)
+    return run.start(run.configs_of(named, swept), options, tunes=True)
 
 
 if __name__ == "__main__":
-    cli.leave(cli.run(app))
+    sys.exit(cli.run(app))

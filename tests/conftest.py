@@ -138,38 +138,49 @@ def sweep(tiny, scratch):
 
     Three norms, seeds 1 to 3, two epochs, with the accuracies above; the rest follows from them.
     """
-    from jaxnorm.analysis import figures, stats
+    from jaxnorm.analysis import figures
     from jaxnorm.analysis.results import Run
-    from jaxnorm.config import RECIPES
-    from jaxnorm.records import Epoch
+    from jaxnorm.config import RECIPES, NetId
+    from jaxnorm.records import Epoch, Predictions
     from jaxnorm.runs import environment
     from jaxnorm.storage.directory import RunDirectory
+    from jaxnorm.storage.net import NetFolder, Saved
+    from jaxnorm.training.experiment import Experiment
+
+    def net_of(config, norm, seed, rights, now):
+        rng = np.random.default_rng([seed, len(norm), ord(norm[0])])
+        losses = rng.uniform(0.1, 2, 5 * len(rights)).astype(np.float32)
+        logits = rng.normal(size=(22, 4)).astype(np.float32)
+        wrong = rng.permutation(22) >= rights[-1]
+        logits[np.arange(22), (tiny.test_labels + wrong) % 4] = 5
+        last = -float(
+            Predictions.of(logits, tiny.test_labels).log_probabilities[:, 0].astype(float).mean()
+        )
+        epochs = []
+        for epoch, correct in enumerate(rights, 1):
+            train = (1.5 / epoch, (correct - 1) / 22)
+            test = (last * len(rights) / epoch, correct / 22)
+            epochs.append(Epoch(norm, seed, epoch, *train, *test, 2.0, 1.0))
+        saved = Saved(epochs, [now], {}, losses, logits, tiny.test_labels)
+        return saved, made_up_probes(rng)
 
     def write(name="sweep", accuracies=ACCURACIES, dataset=tiny, recipe="study", **settings):
         values = {"arch": "matched", "dataset": "tiny", "epochs": 2, "batch_size": 16, "seeds": 3}
         config = RECIPES[recipe](**{**values, **settings})
         directory = RunDirectory.create(scratch / name)
-        counts = dict.fromkeys(config.norms, 45_584)
-        directory.write_info(environment.describe(config, dataset, counts, "python -m x"))
+        experiment = Experiment([config], dataset)
+        info = environment.describe(config, experiment, environment.environment("python -m x"))
+        directory.write_json("run.json", info)
         for norm, seed in config.nets:
-            rng = np.random.default_rng([seed, len(norm), ord(norm[0])])
-            rights = accuracies[norm][seed - config.seed]
-            losses = rng.uniform(0.1, 2, 5 * len(rights)).astype(np.float32)
-            directory.write_net("step_losses", (norm, seed), values=losses)
-            logits = rng.normal(size=(22, 4)).astype(np.float32)
-            wrong = rng.permutation(22) >= rights[-1]
-            logits[np.arange(22), (dataset.test_labels + wrong) % 4] = 5
-            directory.write_net(
-                "predictions", (norm, seed), logits=logits, labels=dataset.test_labels
-            )
-            probabilities = stats.probabilities(logits)[np.arange(22), dataset.test_labels]
-            last = float(-np.log(probabilities).mean())
-            for epoch, correct in enumerate(rights, 1):
-                train = (1.5 / epoch, (correct - 1) / 22)
-                test = (last * len(rights) / epoch, correct / 22)
-                directory.append_epoch(Epoch(norm, seed, epoch, *train, *test, 2.0, 1.0))
-            if seed == config.seed:
-                directory.write_net("probes", (norm, seed), **made_up_probes(rng))
+            rights = accuracies[norm]
+            folder = NetFolder(directory, NetId(norm, seed))
+            saved, probes = net_of(config, norm, seed, rights[seed - config.seed], info.environment)
+            if len(saved.epochs) < config.epochs:
+                folder.commit(saved)
+                continue
+            folder.finish(saved, probes)
+            if seed != config.seed:
+                folder.path.joinpath("probes.npz").unlink()
         figures.save_examples(Run(directory), dataset)
         return directory
 

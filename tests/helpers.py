@@ -10,8 +10,10 @@ import numpy as np
 
 from jaxnorm import cli
 from jaxnorm import run as run_command
+from jaxnorm.analysis.results import Run
 from jaxnorm.model.cnn import CNN
-from jaxnorm.runs import runner
+from jaxnorm.runs import environment, runner
+from jaxnorm.storage.net import NetFolder
 from jaxnorm.storage.sweep import Sweep
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training import mesh as meshes
@@ -102,18 +104,32 @@ def predict_logits(program, state, images, mesh=ONE):
     return meshes.fetch(epochs.predict_logits(program, mesh, states, images))[0]
 
 
-def run(config, dataset, path, callback=None, mesh=None, **about):
+def run(config, dataset, path, callbacks=(), mesh=None, **about):
     """Trains a run, or resumes it; returns its directory."""
     sweep = Sweep(path, [config])
-    sweep.folder.path.mkdir(parents=True, exist_ok=True)
-    train(sweep, dataset, callback, mesh, **about)
+    train(sweep, dataset, callbacks, mesh, **about)
     return sweep.folder
 
 
-def train(sweep, dataset, callback=None, mesh=None, **about):
+def train(sweep, dataset, callbacks=(), mesh=None, **about):
     """Trains the runs of a sweep, or resumes them."""
     experiment = Experiment(sweep.configs, dataset, mesh)
-    runner.run(sweep, experiment, "python -m x", callback, **about)
+    return runner.run(sweep, experiment, environment.environment("python -m x"), callbacks, **about)
+
+
+def epochs_of(directory):
+    """The epochs of every net of a run, in order."""
+    return [epoch for epochs in Run(directory).epochs.values() for epoch in epochs]
+
+
+def losses_of(directory, net):
+    """The loss of every step of a net."""
+    return Run(directory).step_losses(*net)
+
+
+def logits_of(directory, net):
+    """The test logits of a net."""
+    return Run(directory).predictions[net].logits
 
 
 def without_times(epoch):
@@ -121,21 +137,23 @@ def without_times(epoch):
 
 
 def difference(ours, wanted) -> str:
-    """What differs between two finished runs, but for the times; empty where nothing does."""
+    """What differs between two finished runs, except for the times; empty if nothing does."""
     config = wanted.info().config
     if ours.info().config != config:
         return "settings"
-    if list(map(without_times, ours.epochs())) != list(map(without_times, wanted.epochs())):
-        return "metrics"
     for net in config.nets:
-        if ours.step_losses(net).tobytes() != wanted.step_losses(net).tobytes():
+        (a, state), (b, other) = (
+            (NetFolder(run, net).result(), runner.load_state(run.path, *net)[1])
+            for run in (ours, wanted)
+        )
+        if list(map(without_times, a.epochs)) != list(map(without_times, b.epochs)):
+            return f"metrics of {net}"
+        if a.losses.tobytes() != b.losses.tobytes():
             return f"step losses of {net}"
-        pairs = zip(ours.predictions(net), wanted.predictions(net), strict=True)
-        if any(a.tobytes() != b.tobytes() for a, b in pairs):
+        predictions = (Run(run).predictions[net].logits for run in (ours, wanted))
+        if len({logits.tobytes() for logits in predictions}) > 1:
             return f"predictions of {net}"
-        states = [jax.tree.leaves(runner.load_state(run.path, *net)[1]) for run in (ours, wanted)]
-        if any(
-            np.asarray(a).tobytes() != np.asarray(b).tobytes() for a, b in zip(*states, strict=True)
-        ):
+        pairs = zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True)
+        if any(np.asarray(x).tobytes() != np.asarray(y).tobytes() for x, y in pairs):
             return f"parameters of {net}"
     return ""

@@ -13,6 +13,7 @@ import tarfile
 import html5lib
 import numpy as np
 import pytest
+from helpers import epochs_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cifar10 import PARTS
@@ -242,17 +243,11 @@ def test_any_damage_to_a_run_that_is_reported(change, alone, sweep, capsys):
 def of_one_norm(run, path):
     """Copies what a run has of layer norm, which trains fastest."""
     shutil.copytree(run.path, path)
-    for folder in ("checkpoints", "step_losses", "predictions", "probes"):
-        for file in (path / folder).iterdir():
-            if not file.name.startswith("layer"):
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
-    metrics = path / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True)
-    metrics.write_text("".join(line for line in lines if '"layer"' in line))
+    for norm in ("batch", "group"):
+        shutil.rmtree(path / "nets" / f"{norm}-3")
     info = RunDirectory(path).info()
-    RunDirectory(path).write_info(
-        dataclasses.replace(info, config=dataclasses.replace(info.config, norm="layer"))
-    )
+    config = dataclasses.replace(info.config, norm="layer")
+    RunDirectory(path).write_json("run.json", dataclasses.replace(info, config=config))
 
 
 @few
@@ -270,14 +265,14 @@ def test_any_damage_to_a_run_that_is_resumed(
         damage(plain_files(alone / "run"))
     arguments = ["--resume", str(alone / "run"), "--skip-self-check"]
     if outcome(capsys, run.app, arguments) == 0:
-        assert len(RunDirectory(alone / "run").epochs()) == 2
+        assert len(epochs_of(RunDirectory(alone / "run"))) == 2
     assert {name.split("/")[0] for name in names(alone)} == {"kept", "run"}
 
 
 @few
 @given(data_=st.data(), value=VALUES)
 def test_any_value_in_any_field_of_a_run(data_, value, alone, sweep, capsys):
-    """A field of run.json, of its settings or of its data, or a whole line of the metrics."""
+    """A field of run.json, of its settings or of its data."""
     shutil.rmtree(alone / "run", ignore_errors=True)
     if not (alone / "kept").exists():
         shutil.copytree(sweep("made").path, alone / "kept")
@@ -287,12 +282,6 @@ def test_any_value_in_any_field_of_a_run(data_, value, alone, sweep, capsys):
     place = places[data_.draw(st.integers(0, 2))]
     place[data_.draw(st.sampled_from([*place, "more"]))] = value
     (alone / "run" / "run.json").write_text(json.dumps(info))
-    if data_.draw(st.booleans()):
-        metrics = alone / "run" / "metrics.jsonl"
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-        line = lines[data_.draw(st.integers(0, len(lines) - 1))]
-        line[data_.draw(st.sampled_from([*line, "more"]))] = data_.draw(VALUES)
-        metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     outcome(capsys, report.app, [str(alone / "run")])
     assert {name.split("/")[0] for name in names(alone)} <= {"kept", "run"}
 

@@ -12,7 +12,7 @@ import pytest
 from answer import Answer
 from matplotlib.image import imread
 
-from jaxnorm.analysis import figures, sweeps, tables
+from jaxnorm.analysis import figures, sweeps
 from jaxnorm.analysis.results import Run
 from jaxnorm.config import RECIPES, TUNED_RATES
 from jaxnorm.storage.directory import RunDirectory
@@ -76,17 +76,9 @@ def test_committed_runs_are_complete_and_say_what_data_they_saw(name):
     assert list(run.finished) == info.config.nets
     for net, epochs in run.finished.items():
         assert [epoch.epoch for epoch in epochs] == list(range(1, 21))
-        assert directory.step_losses(net).shape == (20 * 391,)
-        logits, labels = directory.predictions(net)
-        assert epochs[-1].test_accuracy == (logits.argmax(1) == labels).mean()
-
-
-@pytest.mark.parametrize("name", fill_pages.RUNS)
-def test_a_committed_report_says_what_the_records_say_today(name):
-    run, text = Run(RunDirectory(RESULTS / name)), (RESULTS / name / "report.md").read_text()
-    assert tables.escaped(tables.finding(run)) in text
-    for make in (tables.results, tables.differences, tables.classes):
-        assert not (table := make(run)).rows or table.markdown().rstrip() in text
+        assert run.step_losses(*net).shape == (20 * 391,)
+        one = run.predictions[net]
+        assert epochs[-1].test_accuracy == (one.predicted == one.labels).mean()
 
 
 @pytest.mark.parametrize("name", fill_pages.RUNS)

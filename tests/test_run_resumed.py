@@ -1,19 +1,27 @@
 """The command with several runs, and with one that is there already: planned, resumed, grown."""
 
+import shutil
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import SMALL, call
+from helpers import SMALL, call, epochs_of
 
-from jaxnorm import run
+from jaxnorm import job, run
 from jaxnorm.analysis import figures, sweeps
 from jaxnorm.analysis.results import Run
-from jaxnorm.runs import runner, signals
+from jaxnorm.runs import signals
 from jaxnorm.storage.directory import RunDirectory
+from jaxnorm.storage.net import NetFolder
 from jaxnorm.storage.sweep import Sweep
 from jaxnorm.training import experiment, probes, selfcheck
+
+
+def forget(path):
+    """Has the nets of a run train again."""
+    shutil.rmtree(path / "nets")
+
 
 FLAGS = ("--norm", "layer", "--dataset", "tiny", "--epochs", "2", "--skip-self-check")
 FLAGS += ("--arch", "three-layers")
@@ -22,7 +30,7 @@ SWEPT = ("--batch-size", "35", "70", "--learning-rate", "0.01", "0.002")
 
 def test_resume_takes_the_runs_settings_and_refuses_others(inside, tiny_by_name, capsys):
     assert call(*SMALL, "--skip-self-check", "--out", "a run", "--data-dir", "d") == 0
-    (inside / "a run" / "metrics.jsonl").write_text("")
+    forget(inside / "a run")
     capsys.readouterr()
     for flags, message in (
         (("--momentum", "0.8"), "--momentum 0.8 conflicts with the run in a run, which has 0.9"),
@@ -37,9 +45,9 @@ def test_resume_takes_the_runs_settings_and_refuses_others(inside, tiny_by_name,
     assert call("--resume", "a run", "--epochs", "1", "--skip-self-check") == 0
     captured = capsys.readouterr()
     assert "resuming after 0 of 1 epochs" in captured.out
-    assert len(RunDirectory("a run").epochs()) == 1
+    assert len(epochs_of(RunDirectory("a run"))) == 1
     assert call("--resume", "a run", "--seeds", "2", "--quiet", "--skip-self-check") == 0
-    assert [(e.seed, e.epoch) for e in RunDirectory("a run").epochs()] == [(1, 1), (2, 1)]
+    assert [(e.seed, e.epoch) for e in epochs_of(RunDirectory("a run"))] == [(1, 1), (2, 1)]
     assert RunDirectory("a run").info().config.seeds == 2
 
 
@@ -70,13 +78,13 @@ def test_summary_shows_the_nets_of_the_run(inside, tiny_by_name, sweep, capsys):
     assert "--arch matched conflicts with the run in x" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("part", ["run.json", "checkpoints", ""])
+@pytest.mark.parametrize("part", ["run.json", "nets", ""])
 def test_a_part_of_a_run_stands_for_the_run(inside, tiny_by_name, sweep, part, capsys):
-    sweep("checkpoints", norm="group", arch="matched")
-    assert call("--resume", Path("checkpoints") / part, "--summary") == 0
+    sweep("nets", norm="group", arch="matched")
+    assert call("--resume", Path("nets") / part, "--summary") == 0
     assert "total" in capsys.readouterr().out
-    assert call("--resume", Path("checkpoints") / part, "--momentum", "0.8") == 2
-    assert "conflicts with the run in checkpoints, which has 0.9" in capsys.readouterr().err
+    assert call("--resume", Path("nets") / part, "--momentum", "0.8") == 2
+    assert "conflicts with the run in nets, which has 0.9" in capsys.readouterr().err
 
 
 def test_the_file_of_data_may_lie_elsewhere_when_a_run_resumes(inside, tiny, monkeypatch, capsys):
@@ -87,7 +95,7 @@ def test_the_file_of_data_may_lie_elsewhere_when_a_run_resumes(inside, tiny, mon
     monkeypatch.setattr(figures, "FIGURES", ())
     small = ("--dataset", "tiny.npz", *SMALL[2:], "--skip-self-check", "--out", "x")
     assert call(*small) == 0
-    (inside / "x" / "metrics.jsonl").write_text("")
+    forget(inside / "x")
     (inside / "elsewhere").mkdir()
     monkeypatch.chdir(inside / "elsewhere")
     capsys.readouterr()
@@ -97,14 +105,11 @@ def test_the_file_of_data_may_lie_elsewhere_when_a_run_resumes(inside, tiny, mon
     assert call(*resume, "--dataset", "../other.npz") == 2
     assert "the data found is not what ../x was trained on" in capsys.readouterr().err
     assert call(*resume, "--dataset", "../tiny.npz") == 0
-    assert len(RunDirectory("../x").epochs()) == 1
+    assert len(epochs_of(RunDirectory("../x"))) == 1
 
 
-def test_tensorboard_gets_the_epochs_that_were_trained_without_it(
-    inside, tiny_by_name, sweep, monkeypatch
-):
+def test_tensorboard_gets_the_epochs_that_were_trained_without_it(inside, tiny_by_name, sweep):
     sweep("x", norm="group,layer", seeds=1)
-    monkeypatch.setattr(runner, "measure_rest", lambda *_: None)
     assert call("--resume", "x", "--tensorboard", "--quiet") == 0
     for net in ("group-1", "layer-1"):
         (file,) = (inside / "x" / "tensorboard" / net).iterdir()
@@ -115,15 +120,17 @@ def test_tensorboard_gets_the_epochs_that_were_trained_without_it(
 
 def test_resume_warns_of_what_is_damaged(inside, tiny_by_name, capsys):
     assert call(*SMALL, "--skip-self-check", "--out", "x") == 0
-    metrics = inside / "x" / "metrics.jsonl"
-    metrics.write_text(metrics.read_text().replace("layer", "paper"))
+    result = inside / "x" / "nets" / "layer-1" / "result.npz"
+    result.write_bytes(result.read_bytes()[:-9])
     capsys.readouterr()
     assert call("--resume", "x", "--skip-self-check", "--quiet") == 0
-    assert capsys.readouterr().err.startswith("warning: 1 damaged and 0 other lines")
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: x/nets/layer-1/result.npz is damaged")
+    assert "kept as x/nets/layer-1/result.npz.damaged-1" in warning
 
 
 def test_how_to_resume_names_where_the_data_is():
-    hint = run._how_to_resume(Path("a run"), run.Options(data_dir=Path("my data")))
+    hint = job._how_to_resume(Path("a run"), run.Options(data_dir=Path("my data")))
     assert hint.endswith("python -m jaxnorm.run --resume 'a run' --data-dir 'my data'")
 
 
@@ -153,24 +160,24 @@ def test_a_signal_while_a_net_is_measured_loses_no_epoch(inside, tiny_by_name, c
     monkeypatch.setattr(probes, "corrupt", lambda _: pytest.fail("measured on"))
     assert call(*SMALL, "--skip-self-check", "--out", "x") == 143
     assert "resume it with" in capsys.readouterr().err
-    directory, net = RunDirectory("x"), ("layer", 1)
-    assert [line.net for line in directory.epochs()] == [net]
-    assert not directory.measured(net)
+    net = Run(RunDirectory("x")).net("layer", 1)
+    assert len(net.epochs()) == 1
+    assert not net.measured()
     monkeypatch.setattr(probes, "corrupt", corrupt)
     assert call("--resume", "x", "--skip-self-check", "--quiet") == 0
-    assert directory.measured(net)
+    assert net.measured()
 
 
 def test_a_sweep_is_trained_and_resumed(inside, tiny_by_name, capsys, monkeypatch):
-    original, calls = runner.save_epoch, []
+    original, calls = NetFolder.commit, []
 
-    def fails_once(directory, *rest):
+    def fails_once(folder, saved):
         calls.append(1)
         if len(calls) == 3:
             raise signals.Stopped(2)
-        original(directory, *rest)
+        original(folder, saved)
 
-    monkeypatch.setattr(runner, "save_epoch", fails_once)
+    monkeypatch.setattr(NetFolder, "commit", fails_once)
     assert call(*FLAGS, *SWEPT, "--out", "s") == 130
     captured = capsys.readouterr()
     assert "resume it with: python -m jaxnorm.run --resume s" in captured.err
@@ -182,7 +189,7 @@ def test_a_sweep_is_trained_and_resumed(inside, tiny_by_name, capsys, monkeypatc
     assert "resuming after 2 of 8 epochs" in capsys.readouterr().out
     table = (inside / "s" / "sweep.md").read_text()
     for directory in Sweep.open("s").directories:
-        config, last = directory.info().config, directory.epochs()[-1]
+        config, last = directory.info().config, epochs_of(directory)[-1]
         row = f"| {config.batch_size} | {config.learning_rate:g} | {last.test_accuracy:.2%} |"
         assert row in table
     assert len(calls) == 9

@@ -68,7 +68,7 @@ def draw(run: Run) -> tuple[list[Chart], list[str]]:
     missing: list[str] = []
     try:
         if not run.finished:
-            return [], [f"{run.directory.path / 'metrics.jsonl'} holds no finished net"]
+            return [], [f"{run.directory.path} holds no finished net"]
         missing += run.unmeasured
     except UserError as error:
         return [], [str(error)]
@@ -149,7 +149,7 @@ def _step_losses(axes: Axes, run: Run, norm: str) -> None:
     """The loss of every batch of the first seed, and the moving mean of each seed."""
     colour, label = _looks(run)[norm].colour, ""
     for seed in run.seeds(norm):
-        losses = run.directory.step_losses(NetId(norm, seed))
+        losses = run.step_losses(norm, seed)
         window, first = max(1, len(losses) // 200), not label
         if first:
             label, steps = f"mean of {window}", np.arange(1, len(losses) + 1)

@@ -55,6 +55,7 @@ def write(directory: RunDirectory, title: str | None = None) -> RunPart:
     part = read(directory, title)
     directory.write_text("report.md", markdown(part))
     directory.write_text("report.html", html([part]))
+    directory.write_text("metrics.csv", part.run.csv())
     return part
 
 
@@ -67,10 +68,14 @@ def read(directory: RunDirectory, title: str | None = None) -> RunPart:
     part = RunPart(title or directory.path.absolute().name, run)
     config = run.info.config
     part.charts, part.missing = figures.draw(run)
-    epochs = part.attempt(lambda: run.epochs, {})
+    epochs = run.epochs
+    part.missing += run.damaged
     for norm, seed in config.nets:
         left = config.epochs - len(epochs.get((norm, seed), ()))
-        if left:
+        if lost := part.attempt(run.net(norm, seed).lost, None):
+            line = f"{norm} norm, seed {seed}, diverged in epoch {lost.epoch}"
+            part.missing.append(f"{line}, so this net is left out")
+        elif left:
             line = f"{norm} norm, seed {seed}: {left} of {config.epochs} epochs are missing"
             part.missing.append(f"{line}, so this net is left out")
     part.norms = part.attempt(lambda: run.norms, [])

@@ -4,16 +4,19 @@ The seeds of a norm are those of its finished nets, everywhere: a net that diver
 is left out of every table and figure, and captions and the report say so.
 """
 
+import csv
+import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
 
 from jaxnorm.analysis import stats
 from jaxnorm.config import NetId, UserError
-from jaxnorm.records import Epoch, RunInfo, belongs
+from jaxnorm.records import Environment, Epoch, Predictions, RunInfo
 from jaxnorm.storage.directory import RunDirectory, Shapes
+from jaxnorm.storage.net import NetFolder
 
 GRID = 10
 """Images in a grid of mistakes: 5 columns, 2 rows."""
@@ -33,28 +36,60 @@ class Run:
         """`run.json`."""
         return self.directory.info()
 
+    def net(self, norm: str, seed: int) -> NetFolder:
+        """Returns the folder of a net."""
+        return NetFolder(self.directory, NetId(norm, seed))
+
     @cached_property
+    def _read(self) -> tuple[dict[NetId, list[Epoch]], list[str]]:
+        """The epochs of each net that has any, and a line for each damaged one."""
+        epochs, damaged = {}, []
+        for net in self.info.config.nets:
+            try:
+                epochs[net] = self.net(*net).epochs()
+                if len(epochs[net]) > self.info.config.epochs:
+                    raise UserError(f"{self.net(*net).path} has more epochs than its run.json says")
+            except UserError as error:
+                epochs[net] = []
+                damaged.append(str(error))
+        return {net: of_net for net, of_net in epochs.items() if of_net}, damaged
+
+    @property
     def epochs(self) -> dict[NetId, list[Epoch]]:
         """The epochs of each net that has any, by norm and seed, in the order of the settings."""
-        epochs_of: dict[NetId, list[Epoch]] = {net: [] for net in self.info.config.nets}
-        for epoch in self.directory.epochs():
-            if epoch.net in epochs_of:
-                epochs_of[epoch.net].append(epoch)
-        last = self.info.config.epochs
-        for (norm, seed), epochs in epochs_of.items():
-            numbers = [epoch.epoch for epoch in epochs]
-            if numbers != list(range(1, len(numbers) + 1)) or len(numbers) > last:
-                raise UserError(
-                    f"{self.directory.path / 'metrics.jsonl'}: the epochs of {norm} norm, seed "
-                    f"{seed}, are not 1, 2, 3 and so on to {last} at most"
-                )
-        return {net: epochs for net, epochs in epochs_of.items() if epochs}
+        return self._read[0]
+
+    @property
+    def damaged(self) -> list[str]:
+        """A line for each damaged net."""
+        return self._read[1]
+
+    def csv(self) -> str:
+        """Returns the epochs of every net as comma-separated values, a line each."""
+        text, rows = io.StringIO(), [e.values for epochs in self.epochs.values() for e in epochs]
+        names = [field.name for field in fields(Epoch)]
+        writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    @cached_property
+    def environments(self) -> list[Environment]:
+        """Where and when the run began, and where and when its finished nets were trained."""
+        found = [self.info.environment]
+        for net in self.finished:
+            found += [one for one in self.net(*net).result().environments if one not in found]
+        return found
 
     @cached_property
     def finished(self) -> dict[NetId, list[Epoch]]:
-        """The epochs of the nets that have all of theirs: those that everything is made of."""
+        """The epochs of the nets that have ended with all of theirs: what everything is made of."""
         last = self.info.config.epochs
-        return {net: epochs for net, epochs in self.epochs.items() if epochs[-1].epoch == last}
+        return {
+            net: epochs
+            for net, epochs in self.epochs.items()
+            if epochs[-1].epoch == last and self.net(*net).has_result()
+        }
 
     @cached_property
     def norms(self) -> list[str]:
@@ -83,26 +118,32 @@ class Run:
         return differences([self])
 
     @cached_property
-    def predictions(self) -> dict[NetId, np.ndarray]:
-        """Test logits f32[N, classes] of each finished net.
+    def predictions(self) -> dict[NetId, Predictions]:
+        """What each finished net says of the test images.
 
-        Raises `UserError` where they are not those that the newest epoch's line tells of.
+        Raises `UserError` if that is not what its last line tells of, or of other labels.
         """
-        logits_of, shape = {}, (self.info.dataset.test_count, len(self.class_names))
-        for net, epochs in self.finished.items():
-            logits, labels = self.directory.predictions(net)
-            if logits.shape != shape or not belongs(logits, labels, epochs[-1]):
-                raise UserError(
-                    f"{self.directory.path}: the predictions of {net[0]} norm, seed {net[1]}, are "
-                    f"not those of its epoch {epochs[-1].epoch}"
-                )
-            logits_of[net] = logits
-        return logits_of
+        count, classes = self.info.dataset.test_count, len(self.class_names)
+        made = {net: self.net(*net).predictions(count, classes) for net in self.finished}
+        for net, predictions in made.items():
+            if not np.array_equal(predictions.labels, next(iter(made.values())).labels):
+                raise UserError(f"{self.net(*net).path} has other labels than the first net")
+        return made
 
     @cached_property
     def logits(self) -> dict[str, np.ndarray]:
-        """Test logits of the net of each norm whose mistakes are shown: that of `shown_seed`."""
-        return {norm: self.predictions[NetId(norm, self.shown_seed(norm))] for norm in self.norms}
+        """Test logits of the net of each norm whose mistakes are shown: that of `shown_seed`.
+
+        Raises `UserError` if they were not kept.
+        """
+        logits = {}
+        for norm in self.norms:
+            net = NetId(norm, self.shown_seed(norm))
+            kept = self.predictions[net].logits
+            if kept is None:
+                raise UserError(f"{self.net(*net).path} holds no logits")
+            logits[norm] = kept
+        return logits
 
     def shown_seed(self, norm: str) -> int:
         """The seed of the net of a norm that is shown where only one is: the first that is finished
@@ -114,7 +155,14 @@ class Run:
     @cached_property
     def labels(self) -> np.ndarray:
         """Test labels i32[N]."""
-        return self.directory.predictions(next(iter(self.finished)))[1]
+        return next(iter(self.predictions.values())).labels
+
+    def step_losses(self, norm: str, seed: int) -> np.ndarray:
+        """Returns the training loss of every batch of a net: f32[epochs * steps]."""
+        losses, config = self.net(norm, seed).result().losses, self.info.config
+        if len(losses) != config.epochs * config.steps(self.info.dataset.train_count):
+            raise UserError(f"{self.net(norm, seed).path} has not the losses of every batch")
+        return losses
 
     def probes(self, shapes: Shapes) -> dict[str, dict[int, dict[str, np.ndarray]]]:
         """Returns what was measured inside the nets of each norm, by seed: the arrays of `shapes`.
@@ -122,18 +170,19 @@ class Run:
         out.
         """
         measured: dict[str, dict[int, dict[str, np.ndarray]]] = {}
-        for net in filter(self.directory.measured, self.finished):
-            if arrays := self.directory.probes(net, shapes):
+        for net in self.finished:
+            folder = self.net(*net)
+            if folder.measured() and (arrays := folder.probes(shapes)):
                 measured.setdefault(net.norm, {})[net.seed] = arrays
         return {norm: measured[norm] for norm in self.norms if norm in measured}
 
     @property
     def unmeasured(self) -> list[str]:
         """A line for each norm of which no net was measured inside."""
-        measured = {norm for norm, _ in filter(self.directory.measured, self.finished)}
-        path = self.directory.path / "probes"
+        measured = {norm for norm, seed in self.finished if self.net(norm, seed).measured()}
         return [
-            f"{path / norm}-{self.seeds(norm)[0]}.npz is missing, as are those of its other seeds"
+            f"{self.net(norm, self.seeds(norm)[0]).path / 'probes.npz'} is missing, as are those "
+            "of its other seeds"
             for norm in self.norms
             if norm not in measured
         ]
@@ -185,14 +234,17 @@ class Run:
         return chosen
 
     def confusion(self, norm: str) -> np.ndarray:  # f64[classes, classes]
-        """The mean confusion matrix of a norm's seeds, in counts."""
-        nets = [self.predictions[NetId(norm, seed)] for seed in self.seeds(norm)]
-        return np.mean([stats.confusion_matrix(logits, self.labels) for logits in nets], axis=0)
+        """Returns the mean confusion matrix of a norm's seeds, in counts."""
+        return np.mean([self._confusion(norm, seed) for seed in self.seeds(norm)], axis=0)
 
     def class_accuracies(self, norm: str) -> np.ndarray:  # f64[seeds, classes]
-        """The accuracy of each class under each seed of a norm."""
-        nets = [self.predictions[NetId(norm, seed)] for seed in self.seeds(norm)]
-        return np.array([stats.class_accuracy(logits, self.labels) for logits in nets])
+        """Returns the accuracy of each class under each seed of a norm."""
+        nets = [self._confusion(norm, seed) for seed in self.seeds(norm)]
+        return np.array([stats.class_accuracy(matrix) for matrix in nets])
+
+    def _confusion(self, norm: str, seed: int) -> np.ndarray:
+        net = self.predictions[NetId(norm, seed)]
+        return stats.confusion_matrix(net.predicted, net.labels, len(self.class_names))
 
     def images(self, rows: np.ndarray) -> list[np.ndarray]:  # of u8[32, 32, 3]
         """Test images by their row; raises `UserError` where one was not kept."""

@@ -11,14 +11,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import optimize
 from scipy import stats as scipy_stats
 
 from jaxnorm.config import ALL
-from jaxnorm.records import Epoch
+from jaxnorm.records import Epoch, Predictions
 
 TARGET = 0.70
 """The test accuracy that the study's exercise asks for."""
@@ -273,16 +273,38 @@ def tempered(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:  # f64[N, cl
     return probabilities(scaled)
 
 
-def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+class Calibration(NamedTuple):
+    """The calibration of a net: its expected calibration error, that with a temperature (see
+    `tempered`), and the temperature of all its logits.
+    """
+
+    error: float
+    tempered_error: float
+    temperature: float
+
+
+def calibration(net: Predictions) -> Calibration:
+    """Returns the calibration of a net, from its logits or as it was kept."""
+    if net.calibration is not None:
+        return Calibration(*map(float, net.calibration))
+    assert net.logits is not None
+    return Calibration(
+        calibration_error(probabilities(net.logits), net.labels),
+        calibration_error(tempered(net.logits, net.labels), net.labels),
+        temperature(net.logits, net.labels),
+    )
+
+
+def confusion_matrix(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     """Counts i64[classes, classes]: row the true class, column the predicted one."""
-    classes = logits.shape[1]
-    counts = np.bincount(labels * classes + logits.argmax(1), minlength=classes**2)
+    counts = np.bincount(labels.astype(int) * classes + predicted, minlength=classes**2)
     return counts.reshape(classes, classes)
 
 
-def class_accuracy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The fraction of each class classified rightly, f64[classes]; NaN for an empty class."""
-    matrix = confusion_matrix(logits, labels)
+def class_accuracy(matrix: np.ndarray) -> np.ndarray:
+    """The fraction of each class classified rightly, f64[classes], from a confusion matrix; NaN for
+    an empty class.
+    """
     totals = matrix.sum(1)
     return np.where(totals, matrix.diagonal() / np.maximum(totals, 1), np.nan)
 

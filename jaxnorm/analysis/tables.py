@@ -129,13 +129,13 @@ def results(run: Run) -> Table:
 
 def conditions(run: Run) -> str:
     """The data, nets, epochs, seeds, devices and versions of a run, in a line."""
-    info, config = run.info, run.info.config
+    config = run.info.config
     parts = [f"{run.data}; {config.arch} nets", counted(config.epochs, "epoch")]
     parts.append(f"batch {config.batch_size}")
     if config.validation:
         parts.append(f"{config.validation} training images held out")
     text = ", ".join([*parts, run.seeds_text]) + (MEAN if _several(run) else ", n = 1")
-    environments = (info.environment, *info.resumed)
+    environments = run.environments
     versions_of = {name: [e.versions.get(name, "?") for e in environments] for name in VERSIONS}
     versions = ", ".join(f"{name} {_different(version)}" for name, version in versions_of.items())
     return f"{text}; {_different([e.device for e in environments])}; {versions}."
@@ -307,13 +307,10 @@ def calibration(run: Run) -> Table:
     """Returns the calibration error of each norm's nets, as they are and with a temperature."""
     rows = []
     for norm in run.norms:
-        logits = [run.predictions[NetId(norm, seed)] for seed in run.seeds(norm)]
-        probabilities = [[stats.probabilities(net) for net in logits]]
-        probabilities += [[stats.tempered(net, run.labels) for net in logits]]
-        errors = [[stats.calibration_error(p, run.labels) for p in nets] for nets in probabilities]
-        temperature = np.mean([stats.temperature(net, run.labels) for net in logits])
-        samples = [stats.accuracy_text(stats.Sample(tuple(values))) for values in errors]
-        rows.append([norm, str(len(logits)), *samples, f"{temperature:.2f}"])
+        nets = [stats.calibration(run.predictions[NetId(norm, seed)]) for seed in run.seeds(norm)]
+        errors, tempered, temperatures = zip(*nets, strict=True)
+        samples = [stats.accuracy_text(stats.Sample(values)) for values in (errors, tempered)]
+        rows.append([norm, str(len(nets)), *samples, f"{np.mean(temperatures):.2f}"])
     head = ["norm", "n", "calibration error", "with a temperature", "temperature"]
     note = (
         f"Expected calibration error over 15 bins, {run.info.dataset.test_count:,} test images"
@@ -379,7 +376,7 @@ def layers(config: Config, num_classes: int, totals: Mapping[str, int] | None = 
 
 def facts(run: Run) -> Table:
     """Settings, versions, device, data and the command: what is needed to repeat the run."""
-    info, config, data, began = run.info, run.info.config, run.info.dataset, run.info.environment
+    config, data, began = run.info.config, run.info.dataset, run.info.environment
     verified = {True: "yes, by its checksum", False: "no", None: "not known"}
     images = f"{data.train_count:,} training and {data.test_count:,} test images"
     spent = [epoch for net in run.epochs.values() for epoch in net]
@@ -394,14 +391,20 @@ def facts(run: Run) -> Table:
         "device": began.device,
         "mesh": began.mesh,
         "self-check": began.self_check,
-        "repeatable": info.repeatable,
+        "repeatable": began.repeatable,
         "started": began.started,
-        "resumed": "; ".join(_resumed(began, resumed) for resumed in info.resumed) or "never",
+        "resumed": "; ".join(_resumed(began, again) for again in _later(run)) or "never",
         "git revision": began.git_revision or "not from a checkout",
         "versions": ", ".join(f"{name} {version}" for name, version in began.versions.items()),
         "time": f"{seconds / 60:.1f} minutes of training and evaluation",
     }
     return Table("How it was made", ["what", "value"], [list(row) for row in rows.items()])
+
+
+def _later(run: Run) -> list[Environment]:
+    """Where and when nets were trained after the process that began the run."""
+    first = run.info.environment
+    return [one for one in run.environments if one.started != first.started]
 
 
 def _resumed(first: Environment, again: Environment) -> str:

@@ -336,4 +336,4 @@ def describe_machine(ceiling: float) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    cli.leave(cli.run(app))
+    sys.exit(cli.run(app))

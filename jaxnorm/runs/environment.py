@@ -1,6 +1,7 @@
 """What code and devices a run is trained with, for its `run.json`."""
 
 import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
 import platform
@@ -10,25 +11,18 @@ from pathlib import Path
 import jax
 
 from jaxnorm.config import Config
-from jaxnorm.data.datasets import Dataset
 from jaxnorm.model import fingerprint, layers
-from jaxnorm.model.summary import net_of, summarize
+from jaxnorm.model.summary import count_parameters, summarize
 from jaxnorm.records import DatasetInfo, Environment, RunInfo
+from jaxnorm.training.experiment import Experiment
 
 _ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("jaxnorm", "jax", "jaxlib", "flax", "optax", "numpy", "tensorflow-datasets")
 
 
-def describe(
-    config: Config,
-    dataset: Dataset,
-    parameters: dict[str, int],
-    command: str,
-    self_check: str = "not made",
-    deterministic: bool = False,
-    mesh: str = "seed=1,batch=1",
-) -> RunInfo:
-    """All that `run.json` says of a run that starts now."""
+def describe(config: Config, experiment: Experiment, now: Environment) -> RunInfo:
+    """Returns all that `run.json` says of a run that starts now."""
+    dataset = experiment.dataset
     names = ("name", "caption", "fingerprint", "source", "verified", "mean", "deviation")
     data = DatasetInfo(
         **{name: getattr(dataset, name) for name in names},
@@ -36,39 +30,44 @@ def describe(
         train_count=len(dataset.train_labels),
         test_count=len(dataset.test_labels),
     )
-    promise = repeatable(jax.devices()[0].platform, deterministic)
-    now = environment(command, mesh, self_check)
+    nets = {norm: experiment.program(config, norm).model for norm in config.norms}
     own = [norm for norm in config.norms if layers.is_custom(norm)]
-    nets = {norm: net_of(config, norm, len(dataset.class_names)) for norm in own}
     return RunInfo(
-        config,
-        parameters,
-        data,
-        now,
-        promise,
-        deterministic,
+        format=3,
+        config=config,
+        parameters={norm: count_parameters(net) for norm, net in nets.items()},
+        layers={norm: summarize(net) for norm, net in nets.items()},
+        dataset=data,
+        environment=dataclasses.replace(now, mesh=str(experiment.mesh_for(config))),
         norm_sources={norm: fingerprint.source(norm) for norm in own},
-        norm_programs={norm: fingerprint.program(net) for norm, net in nets.items()},
-        layers={
-            norm: summarize(net_of(config, norm, len(dataset.class_names))) for norm in config.norms
-        },
+        norm_programs={norm: fingerprint.program(nets[norm]) for norm in own},
     )
 
 
-def environment(command: str, mesh: str, self_check: str) -> Environment:
-    """The environment now."""
+def environment(
+    command: str = "", self_check: str = "not made", deterministic: bool = False
+) -> Environment:
+    """Returns the environment now; the mesh is each run's own."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         versions[package] = "not installed"
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    device = jax.devices()[0]
-    hosts = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    hardware = f"{device.device_kind} x{jax.device_count()}{hosts}"
+    device = jax.local_devices()[0]
+    hardware = f"{device.device_kind} x{jax.local_device_count()}"
     if device.platform == "cpu":
         hardware += f" ({processor()})"
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Environment(started, command, hardware, mesh, versions, git_revision(), self_check)
+    return Environment(
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=command,
+        device=hardware,
+        mesh="",
+        versions=versions,
+        git_revision=git_revision(),
+        self_check=self_check,
+        deterministic=deterministic,
+        repeatable=repeatable(device.platform, deterministic),
+    )
 
 
 def repeatable(platform_name: str, deterministic: bool) -> str:

@@ -1,12 +1,13 @@
-"""Trains the runs of a sweep to disk, or resumes them: one path, for one net or many.
+"""Trains the runs of a sweep to disk, or resumes them: one path, for one net or many, in one
+process or several that share nothing except the folder.
 
-After each epoch a net's checkpoint, predictions and losses are written, and then the epoch's line,
-which makes it complete.
+A process takes the next group of nets that nobody else holds, locks each, loads its newest state,
+and trains them to the end; after each epoch every net's state is written, which commits the epoch.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,120 +15,239 @@ import jax
 import numpy as np
 
 from jaxnorm.config import Config, NetId, SweptNet, UserError, names_a_file
-from jaxnorm.data.datasets import Dataset
 from jaxnorm.model import arithmetic, fingerprint
-from jaxnorm.records import RunInfo
-from jaxnorm.runs import environment, multihost
-from jaxnorm.runs.resume import checkpoint_shapes, find_progress, in_order
-from jaxnorm.storage import checkpoint
+from jaxnorm.records import Environment, RunInfo
+from jaxnorm.runs import environment
+from jaxnorm.runs.hosts import Share
 from jaxnorm.storage.directory import RunDirectory
+from jaxnorm.storage.net import Damaged, NetFolder, Saved
 from jaxnorm.storage.sweep import Sweep
 from jaxnorm.training import fit, probes
-from jaxnorm.training.experiment import Experiment, program_of
-from jaxnorm.training.fit import Callback, NetProgress, Trained
-from jaxnorm.training.step import Program, TrainState
+from jaxnorm.training.experiment import Experiment, Group, program_of
+from jaxnorm.training.fit import Callback, NonFiniteLoss
+from jaxnorm.training.step import Program, TrainState, init_state
+
+_PATIENCE = 60
+"""Seconds to wait for another process that begins or resumes the same run."""
 
 
 @arithmetic.standard()
 def run(
     sweep: Sweep,
     experiment: Experiment,
-    command: str = "",
-    callback: Callback | None = None,
-    self_check: str = "not made",
-    deterministic: bool = False,
-) -> None:
-    """Trains every net of a sweep that is not there yet, to its last epoch, and measures it inside.
-    A run that has begun resumes; one whose settings ask for more epochs or seeds grows.
+    now: Environment,
+    callbacks: Sequence[Callback] = (),
+    share: Share = Share(),  # noqa: B008
+    resumes: bool = True,
+) -> bool:
+    """Trains every net of this share that is not there yet, to its last epoch, and measures it
+    inside; returns whether every net of the sweep has ended. A run that has begun resumes, and
+    grows if its settings ask for more epochs or seeds; with `resumes` False that is an error.
 
-    On a CPU what comes out equals an unbroken run on the same mesh bit for bit, but for the times.
-    In a job of several processes all of them call it, and process 0 alone touches the disk.
-    Raises `UserError`, `NonFiniteLoss` where no net's loss stays finite, and OSError.
+    On a CPU what comes out equals an unbroken run on the same mesh bit for bit, except for times.
+    Raises `UserError`, `NonFiniteLoss` if this leaves no net of the sweep, and OSError.
     """
-    callback, configs, nets = callback or Callback(), sweep.configs, experiment.nets
-    dataset, counts = experiment.dataset, experiment.parameters
-    progress: dict[SweptNet, NetProgress] = {}
-    with contextlib.ExitStack() as stack:
+    nets, begun = share.of(sweep.nets), _begin(sweep, experiment, now, callbacks, resumes)
+    if begun:
+        complete = sum(sweep.net(net).complete() for net in nets)
+        for callback in callbacks:
+            callback.on_resume(complete)
+    fit.warn_of_untuned(sweep.configs[0], callbacks)
+    held: set[SweptNet] = set()  # by other processes, which train them to the end
+    while True:
+        waiting = {n: sweep.net(n).epoch() for n in nets if n not in held and not sweep.ended(n)}
+        group = _next_group(experiment, waiting)
+        if group is None:
+            break
+        with contextlib.ExitStack() as locks:
+            free = [net for net in group.nets if locks.enter_context(sweep.net(net).locked())]
+            held |= set(group.nets) - set(free)
+            _train(sweep, group, free, now, callbacks)
+    ended = all(map(sweep.ended, sweep.nets))
+    if ended and all(losses := [sweep.net(net).lost() for net in sweep.nets]):
+        raise ArithmeticError(losses[0].reason if losses[0] else "")
+    return ended
 
-        def begin() -> tuple[bool, list[int]]:
-            """Readies the directories; whether any had begun, and the epochs of every net."""
-            stack.enter_context(sweep.locked())
-            begun = any(directory.exists() for directory in sweep.directories)
-            infos: list[RunInfo | None] = []
-            for i, (config, directory) in enumerate(zip(configs, sweep.directories, strict=True)):
-                shape = str(experiment.mesh_for(config))
-                arguments = (command, self_check, deterministic, shape)
-                now = environment.describe(config, dataset, counts[i], *arguments)
-                info, found = _begin(directory, now, callback)
-                infos.append(info)
-                progress.update({SweptNet(i, *net): at for net, at in found.items()})
-            sweep.record_growth()  # once nothing can be refused any more
-            for info, directory in zip(infos, sweep.directories, strict=True):
-                if info is not None:
-                    directory.write_info(info)
-            return begun, [progress[net].epochs for net in nets]
 
-        begun, complete = multihost.from_process_0(begin)
-        for net, epochs in zip(nets, complete, strict=True):
-            progress.setdefault(net, NetProgress(epochs))
-        if begun:
-            callback.on_resume(sum(complete))
-        share = multihost.arrays_from_process_0
-        losses = {net: net_progress.losses for net, net_progress in progress.items()}
-        for done in fit.train(experiment, callback, progress, share):
-            if multihost.is_process_0():
-                losses[done.net] = np.concatenate([losses[done.net], done.losses])
-                save_epoch(sweep.directories[done.run], done, losses[done.net], dataset)
-                if done.record.epoch == configs[done.run].epochs:
-                    measure_net(sweep.directories[done.run], done, dataset, callback)
-            callback.on_epoch(configs[done.run], done.record)
-        for directory in sweep.directories if multihost.is_process_0() else ():
-            directory.write_epochs(in_order(directory.info().config, directory.epochs()))
-            measure_rest(directory, dataset, callback)
+def _next_group(experiment: Experiment, waiting: Mapping[SweptNet, int]) -> Group | None:
+    """Returns the next nets to train, or to finish: those that wait only for their result first."""
+    for net, epoch in waiting.items():
+        if epoch == experiment.configs[net.run].epochs:
+            before = {net: epoch - 1}
+            return next(experiment.groups(before))
+    return next(experiment.groups(waiting), None)
+
+
+def _train(
+    sweep: Sweep,
+    group: Group,
+    nets: Sequence[SweptNet],
+    now: Environment,
+    callbacks: Sequence[Callback],
+) -> None:
+    """Trains these nets of a group, which are locked.
+
+    A net that is not where it was said to be, because another process has just trained it or its
+    newest state is damaged, waits for the next group.
+    """
+    experiment, last = group.experiment, group.config.epochs
+    saved: dict[SweptNet, Saved | None] = {}
+    for net in nets:
+        if sweep.ended(net):
+            continue
+        info, folder = sweep.directories[net.run].info(), sweep.net(net)
+        folder.set_aside_damaged(_warning(callbacks))
+        loaded = folder.newest(shapes_of(info, folder.net), _warning(callbacks))
+        if loaded is not None and len(loaded.epochs) > last:
+            raise UserError(f"{folder.path} has more epochs than the {last} of its run.json")
+        if loaded is not None and len(loaded.epochs) == last:
+            _finish(folder, group.program, loaded, experiment, callbacks)
+        elif (0 if loaded is None else len(loaded.epochs)) == group.start:
+            saved[net] = loaded
+    if not saved:
+        return
+    now = dataclasses.replace(now, mesh=str(group.mesh))
+    states = [None if at is None else at.state for at in saved.values()]
+    for trained in fit.train(group.of(saved, group.start), states, callbacks):
+        if isinstance(trained, NonFiniteLoss):
+            sweep.net(trained.net).lose(trained.epoch, str(trained))
+            if len(experiment.nets) > 1:
+                fit.warn_of_lost(trained, experiment.configs[trained.net.run], callbacks)
+            continue
+        folder, before = sweep.net(trained.net), saved[trained.net]
+        saved[trained.net] = after = _after(before, trained, now, experiment)
+        folder.commit(after)
+        for callback in callbacks:
+            callback.on_epoch(experiment.configs[trained.run], trained.record)
+        if trained.record.epoch == last:
+            _finish(folder, group.program, after, experiment, callbacks)
+
+
+def _after(
+    before: Saved | None, trained: fit.Trained, now: Environment, experiment: Experiment
+) -> Saved:
+    """Returns all that belongs to the epoch that a net has just trained."""
+    epochs, environments, losses = [], [], np.zeros(0, np.float32)
+    if before is not None:
+        epochs, environments, losses = before.epochs, before.environments, before.losses
+    if now not in environments:
+        environments = [*environments, now]
+    return Saved(
+        epochs=[*epochs, trained.record],
+        environments=environments,
+        state=trained.state,
+        losses=np.concatenate([losses, trained.losses]),
+        logits=trained.logits,
+        labels=experiment.dataset.test_labels,
+    )
+
+
+def _finish(
+    folder: NetFolder,
+    program: Program,
+    saved: Saved,
+    experiment: Experiment,
+    callbacks: Sequence[Callback],
+) -> None:
+    """Measures a net after its last epoch, and writes its result."""
+
+    def progress(done: int, total: int) -> None:
+        for callback in callbacks:
+            callback.on_measuring(done, total)
+
+    arguments = program, saved.state, experiment.dataset, saved.logits, folder.net.seed
+    measured = probes.measure(*arguments, progress)
+    folder.finish(saved, {"epoch": np.array(len(saved.epochs), np.int32), **measured})
+
+
+def _warning(callbacks: Sequence[Callback]) -> Callable[[str], None]:
+    def warn(text: str) -> None:
+        for callback in callbacks:
+            callback.on_warning(text)
+
+    return warn
 
 
 def _begin(
-    directory: RunDirectory, now: RunInfo, callback: Callback
-) -> tuple[RunInfo | None, dict[NetId, NetProgress]]:
-    """The `run.json` to write, None if it stays as it is, and how far each net of the run is."""
-    config = now.config
-    if not directory.exists():
-        RunDirectory.check_unused(directory.path)
-        return now, {net: NetProgress() for net in config.nets}
-    info = directory.info()
-    check_grown(info.config, config, directory.path)
-    check_sources(info, directory.path, config.norms)
-    if now.dataset.fingerprint != info.dataset.fingerprint:
+    sweep: Sweep,
+    experiment: Experiment,
+    now: Environment,
+    callbacks: Sequence[Callback],
+    resumes: bool,
+) -> bool:
+    """Writes what says which runs these are, under a lock; returns whether any had begun.
+
+    Everything is checked before anything is written, so that a command that is refused changes
+    nothing. Raises `UserError`.
+    """
+    with sweep.folder.locked(patience=_PATIENCE) as free:
+        if not free:
+            raise UserError(f"{sweep.folder.path} is being written to by another process")
+        if sweep.exists() and not resumes:
+            raise UserError(
+                f"out={sweep.folder.path} is already used: another process has just begun a run "
+                "there; choose another directory"
+            )
+        news: list[tuple[RunDirectory, RunInfo]] = []
+        begun, of_sweep = False, sweep.info(now.command)
+        for config, directory in zip(sweep.configs, sweep.directories, strict=True):
+            info = environment.describe(config, experiment, now)
+            if directory.exists():
+                begun, before = True, directory.info()
+                _check_resumed(directory, before, info, _warning(callbacks))
+                if before.config == config:
+                    continue
+                info = dataclasses.replace(before, config=config)
+            news.append((directory, info))
+        sweep.write_info(of_sweep)
+        for directory, info in news:
+            directory.write_json("run.json", info)
+        return begun
+
+
+def _check_resumed(
+    directory: RunDirectory, before: RunInfo, info: RunInfo, warn: Callable[[str], None]
+) -> None:
+    """Raises `UserError` if a run cannot go on with these settings, data and norms; warns if it
+    will not be bit for bit as it would have been.
+    """
+    check_grown(before.config, info.config, directory.path)
+    check_sources(before, directory.path, info.config.norms)
+    if info.dataset.fingerprint != before.dataset.fingerprint:
         what = "data"
-        if now.dataset.class_names != info.dataset.class_names:
+        if info.dataset.class_names != before.dataset.class_names:
             what = "data, whose classes have other names or another order,"
         raise UserError(
             f"the {what} found is not what {directory.path} was trained on: give its data_dir=, or "
             "the dataset= file that it had"
         )
-    directory.remove_half_written()
-    progress = find_progress(directory, info, config, callback.on_warning)
-    if all(net_progress.epochs == config.epochs for net_progress in progress.values()):
-        return None, progress
-    before, after = info.environment, now.environment
-    alike = all(before.versions.get(name) == after.versions[name] for name in ("jax", "flax"))
-    for norm, recorded in info.norm_programs.items():
-        if alike and now.norm_programs.get(norm) != recorded:
-            callback.on_warning(
+    if info.config.epochs > before.config.epochs:
+        for net in before.config.nets:
+            folder = NetFolder(directory, net)
+            if folder.ended(before.config.epochs) and not folder.epoch() and not folder.lost():
+                raise UserError(
+                    f"epochs={info.config.epochs}: {net.norm} norm, seed {net.seed}, of "
+                    f"{directory.path} is finished and has no state to go on from; start a new run"
+                )
+    if all(NetFolder(directory, net).ended(info.config.epochs) for net in info.config.nets):
+        return
+    then, now = before.environment, info.environment
+    alike = all(then.versions.get(name) == now.versions[name] for name in ("jax", "flax"))
+    for norm, recorded in before.norm_programs.items():
+        if alike and info.norm_programs.get(norm) != recorded:
+            warn(
                 f"norm={norm} computes something else than when the run in {directory.path} began, "
                 "though its class is the same: did what it calls change? If so, start a new run"
             )
-    if (before.code, before.device) != (after.code, after.device):
-        callback.on_warning(
-            "the run began with other code or on other devices (compare its run.json): it resumes, "
-            "but not bit for bit as it would have there"
+    if (then.code, then.device, then.mesh) != (now.code, now.device, now.mesh):
+        warn(
+            "the run began with other code, on other devices or on another mesh (compare its "
+            "run.json): it resumes, but not bit for bit as it would have there"
         )
-    resumed = [*info.resumed, after]
-    return dataclasses.replace(info, config=config, resumed=resumed), progress
 
 
 def check_grown(old: Config, new: Config, path: Path) -> None:
-    """Raises `UserError` where a run's settings are not those that it had, but for more epochs or
+    """Raises `UserError` if a run's settings are not those that it had, except for more epochs or
     more seeds, or another path of a file of data, whose content is compared when it is read.
     """
     for field in dataclasses.fields(Config):
@@ -162,73 +282,41 @@ def check_sources(info: RunInfo, path: Path | str, norms: Sequence[str]) -> None
             )
 
 
-def save_epoch(
-    directory: RunDirectory, done: Trained, losses: np.ndarray, dataset: Dataset
-) -> None:
-    """Writes a net's epoch; the line, which makes it complete, is the last."""
-    net, predictions = done.record.net, {"logits": done.logits, "labels": dataset.test_labels}
-    values = {"state": done.state, "losses": losses, **predictions}
-    checkpoint.save(directory, net, done.record.epoch, values)
-    directory.write_net("predictions", net, **predictions)
-    directory.write_net("step_losses", net, values=losses)
-    directory.append_epoch(done.record)
-
-
-def measure_net(
-    directory: RunDirectory, done: Trained, dataset: Dataset, callback: Callback
-) -> None:
-    """Writes the probes of a net after its last epoch."""
-    info, net = directory.info(), done.record.net
-    program = program_of(info.config, net[0], len(info.dataset.class_names))
-    arguments = program, done.state, dataset, done.logits, net[1]
-    measured = probes.measure(*arguments, callback.on_measuring)
-    directory.write_net("probes", net, epoch=np.array(done.record.epoch, np.int32), **measured)
-
-
-def measure_rest(directory: RunDirectory, dataset: Dataset, callback: Callback) -> None:
-    """Measures the finished nets that were not measured yet, where a checkpoint is whole."""
-    last = directory.info().config.epochs
-    for epoch in directory.epochs():
-        net, measured = epoch.net, None
-        with contextlib.suppress(UserError):  # missing or damaged
-            measured = directory.probes(net, {"epoch": "iu"}).get("epoch")
-        if epoch.epoch == last != measured and last in checkpoint.epochs(directory, net):
-            try:
-                _, state = load_state(directory.path, *net)
-            except UserError as error:
-                callback.on_warning(f"{net[0]} norm is not measured inside: {error}")
-                continue
-            logits, _ = directory.predictions(net)
-            done = Trained(0, epoch, state, np.zeros(0), logits)
-            measure_net(directory, done, dataset, callback)
+def shapes_of(info: RunInfo, net: NetId) -> Saved:
+    """Returns what the arrays of a net's state are compared with, without any memory."""
+    classes, count = len(info.dataset.class_names), info.dataset.test_count
+    program = program_of(info.config, net.norm, classes)
+    state: Any = init_state.eval_shape(program, net.seed, np.zeros((2, 3), np.float32))
+    logits: Any = jax.ShapeDtypeStruct((count, classes), np.float32)
+    labels: Any = jax.ShapeDtypeStruct((count,), np.int32)
+    return Saved([], [], state, np.zeros(0, np.float32), logits, labels)
 
 
 @arithmetic.standard()
 def load_state(path: Path | str, norm: str, seed: int) -> tuple[Program, TrainState]:
-    """The program and the state of a net of a run after its newest complete epoch.
+    """Returns the program and the state of a net of a run after its newest epoch.
 
-    Raises `UserError` where the run has no checkpoint of that norm and seed, or a damaged one.
+    Raises `UserError` if the run has no state of that norm and seed, or a damaged one.
     """
     directory, net = RunDirectory(path), NetId(norm, seed)
     info = directory.info()
     check_sources(info, path, [norm])
-    complete = sum(epoch.net == net for epoch in directory.epochs())
-    if net not in info.config.nets or complete not in checkpoint.epochs(directory, net):
+    folder = NetFolder(directory, net)
+    if net not in info.config.nets or not folder.epoch():
         raise UserError(f"{path} has no checkpoint of {norm} norm, seed {seed}")
     try:
-        values = checkpoint.restore(directory, net, complete, checkpoint_shapes(info, net))
-    except checkpoint.Damaged as error:
+        saved = folder.read(folder.epoch(), shapes_of(info, net))
+    except Damaged as error:
         raise UserError(str(error)) from None
-    program = program_of(info.config, norm, len(info.dataset.class_names))
-    return program, values["state"]
+    return program_of(info.config, norm, len(info.dataset.class_names)), saved.state
 
 
 def load_model(path: Path | str, norm: str, seed: int) -> Callable[[Any], jax.Array]:
-    """The trained net of a run: a pure `predict(images u8[N, 32, 32, 3]) -> probabilities f32[N,
-    classes]`.
+    """Returns the trained net of a run: a pure `predict(images u8[N, 32, 32, 3]) -> probabilities
+    f32[N, classes]`.
 
-    Raises `UserError` where the run has no checkpoint of that norm and seed, and where a norm of
-    the user's own is not found or has changed.
+    Raises `UserError` if the run has no checkpoint of that norm and seed, and if a norm of the
+    user's own is not found or has changed.
     """
     program, state = load_state(path, norm, seed)
 

@@ -1,8 +1,8 @@
-"""A run directory: what its files are called, how they are written, and how they are read back.
+"""A directory of records: how they are written, and how they are read back.
 
-Every file but `metrics.jsonl` is written to a temporary name, synced and renamed; `metrics.jsonl`
-gains one line an epoch. A half line at its end, of a killed process, is dropped. What is read may
-come from anybody: links are refused, sizes are bounded, and every value is checked.
+Every file is written to a temporary name, synced and renamed, so that it is there whole or not at
+all. What is read may come from anybody: links are refused, sizes are bounded, and every value is
+checked.
 """
 
 import contextlib
@@ -15,17 +15,17 @@ import re
 import stat
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import filelock
 import numpy as np
 
-from jaxnorm.config import NetId, OtherFields, UserError, from_json, local_path
-from jaxnorm.records import Epoch, RunInfo
+from jaxnorm.config import OtherFields, UserError, from_json, local_path, valid_text
+from jaxnorm.records import RunInfo
 
-_LOCK, _TEMPORARY, _METRICS = ".lock", ".writing-", "metrics.jsonl"
+LOCK, TEMPORARY = ".lock", ".writing-"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _LARGEST = 2**28
 """The most bytes of a record, also of what a compressed one unpacks to."""
@@ -33,7 +33,6 @@ Shapes = Mapping[str, str]
 """What arrays must be, by name: the letters of NumPy's kinds, and then the length of each axis, a
 number or a letter that stands for the same length wherever it is used: {"logits": "f N C"}.
 """
-_PREDICTIONS = {"logits": "f N C", "labels": "iu N"}
 _EXAMPLES = {
     "test_rows": "iu N",
     "test_images": "u N 32 32 3",
@@ -48,15 +47,14 @@ class RunDirectory:
 
     def __init__(self, path: Path | str) -> None:
         self.path = local_path(path)
-        self._lock = filelock.FileLock(self.path / _LOCK, timeout=0)
 
     @staticmethod
     def check_unused(path: Path) -> None:
-        """Raises `UserError` where `create` is known to fail, and makes nothing."""
+        """Raises `UserError` if `create` is known to fail, and makes nothing."""
         try:
             if path.exists():
                 names = [entry.name for entry in path.iterdir()] if path.is_dir() else ["x"]
-                if [name for name in names if not name.startswith((_LOCK, _TEMPORARY))]:
+                if [name for name in names if not name.startswith((LOCK, TEMPORARY))]:
                     raise UserError(f"out={path} is already used: choose another directory")
             nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         except OSError as error:
@@ -66,37 +64,37 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path) -> "RunDirectory":
-        """Makes a new run directory, private to the user. Raises `UserError` where it cannot."""
+        """Makes a new run directory, private to the user. Raises `UserError` if it cannot."""
         cls.check_unused(path)
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            path.chmod(0o700)
         except OSError as error:
             raise UserError(f"out={path} cannot be written to: {error.strerror}") from None
         return cls(path)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps other processes from writing here; a process that has ended holds no lock.
-
-        Raises `UserError` if another process holds it, or if the file system has no locks.
+    def locked(self, folder: str = "", patience: float = 0) -> Iterator[bool]:
+        """Locks a folder of the run; yields whether it could, within so many seconds of `patience`.
+        A process that has ended holds no lock. Raises `UserError` if the file system has no locks.
         """
-        self.path_of(_LOCK)
+        path = self.path_of(Path(folder) / LOCK)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock, free = filelock.FileLock(path, timeout=patience), True
         try:
-            self._lock.acquire()
+            lock.acquire()
         except filelock.Timeout:
-            raise UserError(f"{self.path} is being written to by another process") from None
+            free = False
         except (OSError, NotImplementedError) as error:
             if getattr(error, "errno", errno.ENOLCK) not in _NO_LOCKS:
                 raise
             raise UserError(
-                f"{self.path / _LOCK} cannot be locked, because its file system has no locks: keep "
-                "the run on another one, such as a local disk"
+                f"{path} cannot be locked, because its file system has no locks: keep the run on "
+                "another one, such as a local disk"
             ) from None
         try:
-            yield
+            yield free
         finally:
-            self._lock.release()
+            lock.release()
 
     def path_of(self, name: Path | str) -> Path:
         """A file or folder of the run. Raises `UserError` where it, or a folder on the way to it,
@@ -112,11 +110,11 @@ class RunDirectory:
     # reading
 
     def exists(self) -> bool:
-        """Whether anything was recorded here yet."""
+        """Returns whether a run has begun here."""
         return self.path_of("run.json").exists()
 
     def info(self) -> RunInfo:
-        """Reads `run.json`; raises `UserError` where it, or a field of it, is missing or wrong."""
+        """Reads `run.json`; raises `UserError` if it, or a field of it, is missing or wrong."""
         return self.read_json("run.json", RunInfo)
 
     def read_json(self, name: str, kind: type) -> Any:
@@ -129,55 +127,18 @@ class RunDirectory:
             ) from None
         except OtherFields as error:
             raise UserError(
-                f"{self.path / name} cannot be read: an older or newer jaxnorm wrote it ({error}); "
-                "read it with the version that the run's run.json names"
+                f"{self.path / name} is of {self._version()}, whose records differ ({error}): read "
+                "it with that version"
             ) from None
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path / name} cannot be read: {error}") from None
 
-    def epochs(self) -> list[Epoch]:
-        """Reads `metrics.jsonl`, in order; a half line at its end is dropped.
-
-        Raises `UserError` for a line that is not as it was written.
-        """
-        epochs, wrong = self.read_epochs()
-        if wrong:
-            raise UserError(f"{self.path / _METRICS} {wrong[0]}")
-        return epochs
-
-    def read_epochs(self) -> tuple[list[Epoch], list[str]]:
-        """The epochs of the lines that are whole, and what is wrong with each of the others."""
-        epochs, wrong = [], []
-        with contextlib.suppress(FileNotFoundError):
-            *lines, _ = self.read_bytes(_METRICS).decode(errors="replace").split("\n")
-            for number, line in enumerate(lines, 1):
-                try:
-                    epochs.append(Epoch.from_line(line))
-                except UserError as error:
-                    wrong.append(f"line {number} is damaged: {error}")
-        return epochs, wrong
-
-    def step_losses(self, net: NetId) -> np.ndarray:
-        """The training loss of every batch so far: f32[epochs * steps]."""
-        return self.arrays(_file("step_losses", net), {"values": "f S"})["values"]
-
-    def predictions(self, net: NetId) -> tuple[np.ndarray, np.ndarray]:
-        """Logits f32[N, classes] and labels i32[N] of the test images after the newest epoch."""
-        name = _file("predictions", net)
-        logits, labels = self.arrays(name, _PREDICTIONS).values()
-        if not labels.size or labels.min() < 0 or labels.max() >= logits.shape[1]:
-            raise UserError(f"{self.path / name} is damaged: its logits and labels do not fit")
-        return logits, labels
-
-    def probes(self, net: NetId, shapes: Shapes) -> dict[str, np.ndarray]:
-        """What was measured inside a trained net (see `training.probes`): arrays of `shapes`; none
-        where an earlier version measured less.
-        """
-        return self.arrays(_file("probes", net), shapes, optional=True)
-
-    def measured(self, net: NetId) -> bool:
-        """Whether it was measured inside."""
-        return self.path_of(_file("probes", net)).exists()
+    def _version(self) -> str:
+        """The version of jaxnorm that the run's `run.json` names."""
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+            info = json.loads(self.read_bytes("run.json"))
+            return f"jaxnorm {info['environment']['versions']['jaxnorm']}"[:40]
+        return "another version of jaxnorm"
 
     def examples(self) -> dict[str, np.ndarray]:
         """The images kept for figures: arrays by name (see `analysis.figures.save_examples`)."""
@@ -194,20 +155,18 @@ class RunDirectory:
             return file.read()
 
     def arrays(self, name: str, shapes: Shapes, optional: bool = False) -> dict[str, np.ndarray]:
-        """The arrays of an .npz file, or the "values" of an .npy file; raises `UserError` where
-        they are not finite and of these shapes. None of them if `optional` and one is not there.
+        """Reads the arrays of an .npz file; raises `UserError` unless they are finite and of these
+        shapes. Returns none of them if `optional` and one is not there.
         """
         path = self.path_of(name)
         damaged = f"{path} is damaged"
         try:
             content = io.BytesIO(self.read_bytes(name))
-            if name.endswith(".npz"):
-                unpacked = sum(member.file_size for member in zipfile.ZipFile(content).infolist())
-                if unpacked > _LARGEST:
-                    raise UserError(f"{damaged}: it unpacks to {unpacked:,} bytes")
-                content.seek(0)
+            unpacked = sum(member.file_size for member in zipfile.ZipFile(content).infolist())
+            if unpacked > _LARGEST:
+                raise UserError(f"{damaged}: it unpacks to {unpacked:,} bytes")
+            content.seek(0)
             stored: Any = np.load(content, allow_pickle=False)
-            stored = {"values": stored} if isinstance(stored, np.ndarray) else stored
             if optional and not shapes.keys() <= stored.keys():
                 return {}
             arrays = {key: stored[key] for key in shapes}
@@ -230,46 +189,21 @@ class RunDirectory:
         text = re.sub("[\ud800-\udfff]", lambda match: rf"\\u{ord(match[0]):x}", text)
         self.write_bytes(name, text.encode())
 
-    def write_info(self, info: RunInfo) -> None:
-        """Writes `run.json`."""
-        self.write_json("run.json", info)
-
     def write_text(self, name: str, text: str) -> None:
         """Writes text; of a name in it that is not UTF-8, the bytes are written as \\udcff."""
-        self.write_bytes(name, text.encode(errors="backslashreplace"))
-
-    def append_epoch(self, epoch: Epoch) -> None:
-        """Adds a line to `metrics.jsonl` and waits until it is on disk."""
-        path = self.path_of(_METRICS)
-        with _naming(path), path.open("a") as file:
-            file.write(epoch.to_line())
-            file.flush()
-            os.fsync(file.fileno())
-
-    def write_epochs(self, epochs: Sequence[Epoch]) -> None:
-        """Makes these all the lines of `metrics.jsonl`."""
-        content = "".join(epoch.to_line() for epoch in epochs).encode()
-        path = self.path_of(_METRICS)
-        if content != (path.read_bytes() if path.exists() else b""):
-            self.write_bytes(_METRICS, content)
+        self.write_bytes(name, valid_text(text).encode())
 
     def set_aside(self, name: str) -> Path:
-        """Keeps a copy of a record that is damaged, for a person to look at; returns its path."""
-        number = 1 + len(list(self.path.glob(f"{name}.damaged-*")))
-        self.write_bytes(f"{name}.damaged-{number}", self.read_bytes(name))
-        return self.path / f"{name}.damaged-{number}"
-
-    def write_net(self, kind: str, net: NetId, **arrays: np.ndarray) -> None:
-        """Writes a net's "step_losses" (values=), "predictions" or "probes"."""
-        self.write_arrays(_file(kind, net), **arrays)
+        """Renames a damaged record, so that nothing reads it again; returns its new path."""
+        path, number = self.path_of(name), 1
+        while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+            number += 1
+        return path.rename(aside)
 
     def write_arrays(self, name: str, **arrays: Any) -> None:
-        """Writes a compressed .npz, or an .npy of `values`."""
+        """Writes a compressed .npz."""
         buffer = io.BytesIO()
-        if name.endswith(".npz"):
-            np.savez_compressed(buffer, **arrays)
-        else:
-            np.save(buffer, arrays["values"])
+        np.savez_compressed(buffer, **arrays)
         self.write_bytes(name, buffer.getvalue())
 
     def write_bytes(self, name: Path | str, content: bytes) -> None:
@@ -277,7 +211,7 @@ class RunDirectory:
         target = self.path_of(name)
         with _naming(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=_TEMPORARY)
+            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=TEMPORARY)
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(content)
@@ -294,16 +228,10 @@ class RunDirectory:
             finally:
                 os.close(folder)
 
-    def remove_half_written(self) -> None:
-        """Removes what a killed process left half written. To be called under the lock."""
-        for path in self.path.rglob(f"{_TEMPORARY}*"):
-            if path.is_file():
-                path.unlink()
-
-
-def _file(kind: str, net: NetId) -> str:
-    """A net's file of one kind."""
-    return f"{kind}/{net[0]}-{net[1]}.{'npy' if kind == 'step_losses' else 'npz'}"
+    def remove_half_written(self, folder: str) -> None:
+        """Removes what a killed process left half written in a folder that is locked."""
+        for path in self.path_of(folder).glob(f"{TEMPORARY}*"):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

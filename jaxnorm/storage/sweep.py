@@ -4,13 +4,23 @@ On disk it is a folder with `sweep.json` and a run directory for each run, each 
 other. A run alone is a sweep of one, whose folder is the run directory itself.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from jaxnorm.config import SWEPT, Config, UserError, local_path, typed, value_text
+from jaxnorm.config import (
+    SWEPT,
+    Config,
+    NetId,
+    SweptNet,
+    UserError,
+    local_path,
+    swept_nets,
+    typed,
+    value_text,
+)
 from jaxnorm.storage.directory import RunDirectory
+from jaxnorm.storage.net import NetFolder
 
 _FILE = "sweep.json"
 _SHORT = {"batch_size": "batch", "learning_rate": "rate", "weight_decay": "decay"}
@@ -18,7 +28,7 @@ _SHORT = {"batch_size": "batch", "learning_rate": "rate", "weight_decay": "decay
 
 @typed
 class SweepInfo:
-    """`sweep.json`; raises `UserError` where these are not the runs of one sweep."""
+    """`sweep.json`; raises `UserError` if these are not the runs of one sweep."""
 
     command: str
     runs: list[Config]
@@ -40,11 +50,11 @@ def name_of(config: Config) -> str:
 
 
 def folder_of(path: Path | str) -> Path:
-    """The folder of a run or sweep; its `run.json`, `sweep.json` or `checkpoints` stands for it."""
+    """Returns the folder of a run or sweep, or of its `run.json`, `sweep.json` or `nets`."""
     path, records = local_path(path), ("run.json", _FILE)
     if any((path / name).exists() for name in records):
         return path
-    return path.parent if path.name in (*records, "checkpoints") else path
+    return path.parent if path.name in (*records, "nets") else path
 
 
 class Sweep:
@@ -54,47 +64,50 @@ class Sweep:
         self.folder, self.configs = RunDirectory(path), list(configs)
         self.directories = [self.folder]
         if len(configs) > 1:
-            self.directories = [RunDirectory(self.folder.path / name_of(c)) for c in configs]
-
-    @classmethod
-    def create(cls, path: Path, configs: Sequence[Config], command: str) -> "Sweep":
-        """Makes the folder, private to the user. Raises `UserError`."""
-        info, folder = SweepInfo(command, list(configs)), RunDirectory.create(path)
-        if len(configs) > 1:
-            folder.write_json(_FILE, info)
-        return cls(path, configs)
+            names = map(name_of, configs)
+            self.directories = [RunDirectory(self.folder.path_of(name)) for name in names]
 
     @classmethod
     def open(cls, path: Path | str) -> "Sweep":
-        """Opens a sweep, or a run; raises `UserError` where it is neither."""
+        """Opens a sweep, or a run; raises `UserError` if it is neither."""
         folder = RunDirectory(folder_of(path))
         if folder.path_of(_FILE).exists():
             return cls(folder.path, folder.read_json(_FILE, SweepInfo).runs)
         return cls(folder.path, [folder.info().config])
 
-    def finished(self) -> set[tuple[int, str, int]]:
-        """The nets that are at their last epoch: the number of their run, their norm and seed."""
-        nets = set()
-        for i, (config, directory) in enumerate(zip(self.configs, self.directories, strict=True)):
-            lines, _ = directory.read_epochs()
-            last = {line.net for line in lines if line.epoch == config.epochs}
-            nets |= {(i, *net) for net in last.intersection(config.nets)}
-        return nets
+    def exists(self) -> bool:
+        """Returns whether it has begun."""
+        return self.folder.path_of(_FILE).exists() or self.folder.exists()
 
-    def record_growth(self) -> None:
-        """Writes to `sweep.json` how far its runs will grow, before any of them does, so that a
-        sweep that is killed meanwhile resumes. To be called under the lock.
+    def net(self, net: SweptNet) -> NetFolder:
+        """Returns the folder of a net."""
+        return NetFolder(self.directories[net.run], NetId(net.norm, net.seed))
+
+    @property
+    def nets(self) -> list[SweptNet]:
+        """Every net of every run, in order."""
+        return swept_nets(self.configs)
+
+    def ended(self, net: SweptNet) -> bool:
+        """Returns whether a net has been trained to its last epoch, or diverged."""
+        return self.net(net).ended(self.configs[net.run].epochs)
+
+    def info(self, command: str) -> SweepInfo | None:
+        """Returns the `sweep.json` to write, if there are several runs: it says which, before any
+        of them begins or grows, so that a sweep that is killed meanwhile resumes.
+
+        Raises `UserError` if there is one of other runs.
         """
+        if len(self.configs) == 1:
+            return None
         if self.folder.path_of(_FILE).exists():
             info = self.folder.read_json(_FILE, SweepInfo)
-            if info.runs != self.configs:
-                self.folder.write_json(_FILE, dataclasses.replace(info, runs=self.configs))
+            command = info.command
+            if list(map(name_of, info.runs)) != list(map(name_of, self.configs)):
+                raise UserError(f"{self.folder.path} is a sweep of other runs")
+        return SweepInfo(command, self.configs)
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps other processes from training it (see `RunDirectory.locked`)."""
-        with contextlib.ExitStack() as stack:
-            for directory in dict.fromkeys((self.folder, *self.directories)):
-                directory.path.mkdir(mode=0o700, exist_ok=True)
-                stack.enter_context(directory.locked())
-            yield
+    def write_info(self, info: SweepInfo | None) -> None:
+        """Writes `sweep.json`."""
+        if info is not None:
+            self.folder.write_json(_FILE, info)

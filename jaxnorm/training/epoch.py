@@ -22,7 +22,6 @@ from jax.sharding import PartitionSpec as P
 from jaxnorm.model import layers, ops
 from jaxnorm.model.cnn import CNN
 from jaxnorm.model.summary import activation_bytes
-from jaxnorm.training import mesh as meshes
 from jaxnorm.training.mesh import BATCH, SEED, MeshShape
 from jaxnorm.training.step import (
     Program,
@@ -201,7 +200,7 @@ def nets_at_once(program: Program, batch_size: int) -> int:
     if jax.default_backend() == "cpu":
         return 1
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-    return max(1, meshes.least(memory // 2 // net_bytes(program.model, batch_size)))
+    return max(1, memory // 2 // net_bytes(program.model, batch_size))
 
 
 def net_bytes(net: CNN, batch_size: int) -> int:

@@ -2,18 +2,19 @@
 one program.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxnorm.config import Config, SweptNet, UserError
+from jaxnorm.config import Config, SweptNet, UserError, swept_nets
 from jaxnorm.data.datasets import Dataset, hold_out
 from jaxnorm.model import layers
 from jaxnorm.model.summary import check_nets, net_of
@@ -58,13 +59,19 @@ def compiled_settings(config: Config) -> tuple:
     return tuple(value for name, value in vars(config).items() if name not in ARGUMENTS)
 
 
-def mesh_for(configs: Sequence[Config], config: Config, mesh: MeshShape | None) -> MeshShape:
+def mesh_for(
+    configs: Sequence[Config], config: Config, asked: MeshShape | None, before: str | None = None
+) -> MeshShape:
     """Returns the mesh for all nets that one program can train with those of `config`: the one that
-    was asked for, or one chosen for their number.
+    was asked for, or the one that the run was trained on `before` if it is possible here, or one
+    chosen for their number.
 
     Raises `UserError` if the one that was asked for is not possible.
     """
-    custom = any(layers.is_custom(norm) for norm in config.norms)
+    if asked is None and before is not None:
+        with contextlib.suppress(UserError):
+            return mesh_for(configs, config, MeshShape.parse(before))
+    mesh, custom = asked, any(layers.is_custom(norm) for norm in config.norms)
     if mesh is None:
         same = compiled_settings(config)
         nets = sum(other.seeds for other in configs if compiled_settings(other) == same)
@@ -97,7 +104,8 @@ def check(config: Config, dataset: Dataset) -> dict[str, int]:
 @dataclass(frozen=True, eq=False)
 class Experiment:
     """The runs of a command, their data, and the mesh that was asked for (None: one is chosen for
-    each group). It is made once, checked, and travels alone.
+    each group; that of the run `before`, for each run that resumes, is kept if it can be). It is
+    made once, checked, and travels alone.
 
     Raises `UserError` for what can be known to fail before training starts.
     """
@@ -105,6 +113,7 @@ class Experiment:
     configs: Sequence[Config]
     dataset: Dataset
     mesh: MeshShape | None = None
+    before: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for config in self.configs:
@@ -119,11 +128,7 @@ class Experiment:
     @property
     def nets(self) -> list[SweptNet]:
         """Every net of every run, in order."""
-        return [
-            SweptNet(run, norm, seed)
-            for run, config in enumerate(self.configs)
-            for norm, seed in config.nets
-        ]
+        return swept_nets(self.configs)
 
     def program(self, config: Config, norm: str) -> Program:
         """Returns the program that trains a norm's nets on this data."""
@@ -131,16 +136,17 @@ class Experiment:
 
     def mesh_for(self, config: Config) -> MeshShape:
         """Returns the mesh for all nets that one program can train with those of `config`."""
-        return mesh_for(self.configs, config, self.mesh)
+        before = self.before[self.configs.index(config)] if self.before else None
+        return mesh_for(self.configs, config, self.mesh, before)
 
     def groups(self, done: Mapping[SweptNet, int] | None = None) -> Iterator["Group"]:
         """Yields the nets in the order in which they train, those that train in one program
         together: as many of a norm, and as many of each other norm before any more.
 
-        `done` says how many epochs of a net are complete. Nets at the same epoch form a group;
-        finished ones are left out.
+        `done` says how many epochs of each net that is to train are complete; None: no epoch of
+        any. Nets at the same epoch form a group; finished ones are left out.
         """
-        done, alike = done or {}, {}
+        done, alike = dict.fromkeys(self.nets, 0) if done is None else done, {}
         for run, config in enumerate(self.configs):
             alike.setdefault(compiled_settings(config), []).append(run)
         for runs in alike.values():
@@ -156,7 +162,8 @@ class Experiment:
                 at_epoch: dict[int, list[SweptNet]] = {}
                 for run, seed in nets:
                     net = SweptNet(run, norm, seed)
-                    at_epoch.setdefault(done.get(net, 0), []).append(net)
+                    if net in done:
+                        at_epoch.setdefault(done[net], []).append(net)
                 at_epoch.pop(first.epochs, None)
                 of_norms.append(
                     [
@@ -252,10 +259,9 @@ class Group:
     def _place(self, arrays: Any) -> Any:
         return meshes.place(self.mesh, arrays, by_net=True)
 
-    def without(self, net: SweptNet, start: int) -> "Group":
-        """Returns the group of the other nets, which are at epoch `start`."""
-        others = tuple(other for other in self.nets if other != net)
-        return dataclasses.replace(self, nets=others, start=start)
+    def of(self, nets: Iterable[SweptNet], start: int) -> "Group":
+        """Returns the group of these of its nets, which are at epoch `start`."""
+        return dataclasses.replace(self, nets=tuple(nets), start=start)
 
     def states(self, start: Sequence[TrainState | None]) -> TrainState:
         """Stacks the states of the group's nets, the initial one for None, on the mesh."""

@@ -3,7 +3,7 @@ down. Both take what `train` yields.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +20,12 @@ from jaxnorm.training import epoch as epochs
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training.experiment import Experiment, Group
 from jaxnorm.training.mesh import ONE, MeshShape
-from jaxnorm.training.step import Program, TrainState, init_state
+from jaxnorm.training.step import Program, TrainState
 
 
 class NonFiniteLoss(ArithmeticError):
     """The loss of a net turned NaN or infinite, at an epoch (from 1) and a step in it (from 1); the
-    step is None where it is the loss of the evaluation after the epoch.
+    step is None if it is the loss of the evaluation after the epoch.
     """
 
     def __init__(self, net: SweptNet, epoch: int, step: int | None, loss: float) -> None:
@@ -46,29 +46,19 @@ class Callback:
         """
 
     def on_steps(self, epoch: int, done: int) -> None:
-        """So many batches of the epoch are done. May raise, to stop training."""
+        """This many batches of the epoch are done. May raise, to stop training."""
 
     def on_measuring(self, done: int, total: int) -> None:
-        """So many of the measurements inside a net after its last epoch are done. May raise."""
+        """This many of the measurements inside a net after its last epoch are done. May raise."""
 
     def on_epoch(self, config: Config, epoch: Epoch) -> None:
-        """A net of this run has finished an epoch, which is on disk where there is one."""
+        """A net of this run has finished an epoch, which is on disk if the run is."""
 
     def on_resume(self, complete: int) -> None:
-        """A run resumes; so many epochs of all its nets are complete."""
+        """A run resumes; this many epochs of all nets are complete."""
 
     def on_warning(self, text: str) -> None:
         """Something is damaged and set aside, or a net is left out."""
-
-
-class NetProgress(NamedTuple):
-    """The progress of a net: its complete epochs, its state after them (None for the initial one,
-    and for that of a finished net without checkpoints), and its losses so far.
-    """
-
-    epochs: int = 0
-    state: TrainState | None = None
-    losses: np.ndarray = np.zeros(0, np.float32)  # f32[epochs * steps]
 
 
 class Trained(NamedTuple):
@@ -115,7 +105,7 @@ class Fit:
 def fit(
     config: Config,
     dataset: Dataset,
-    callback: Callback | None = None,
+    callbacks: Sequence[Callback] = (),
     mesh: MeshShape | None = None,
 ) -> dict[NetId, Fit]:
     """Trains every net of `config` on `dataset` without touching the disk.
@@ -129,25 +119,36 @@ def fit(
             f"dataset={config.dataset} with test_split={config.test_split} is not what fit is "
             f"given, {dataset}"
         )
-    experiment, callback = Experiment([config], dataset, mesh), callback or Callback()
+    experiment, failed = Experiment([config], dataset, mesh), []
     history: dict[NetId, list[Trained]] = {net: [] for net in config.nets}
-    for trained in train(experiment, callback):
-        history[trained.record.net].append(trained)
-        callback.on_epoch(config, trained.record)
-    fits = {}
-    for net, done in history.items():
-        if len(done) == config.epochs:
-            fits[net] = Fit(
-                norm=net.norm,
-                seed=net.seed,
-                parameters=experiment.parameters[0][net.norm],
-                epochs=[epoch.record for epoch in done],
-                step_losses=np.concatenate([epoch.losses for epoch in done]),
-                logits=done[-1].logits,
-                state=done[-1].state,
-                program=experiment.program(config, net.norm),
-            )
-    return fits
+    warn_of_untuned(config, callbacks)
+    for group in experiment.groups():
+        for trained in train(group, [None] * len(group.nets), callbacks):
+            if isinstance(trained, NonFiniteLoss):
+                failed.append(trained)
+                warn_of_lost(trained, config, callbacks)
+                continue
+            history[trained.record.net].append(trained)
+            for callback in callbacks:
+                callback.on_epoch(config, trained.record)
+    if len(failed) == len(history):
+        raise failed[0]
+    whole = {net: done for net, done in history.items() if len(done) == config.epochs}
+    return {net: _fit_of(done, experiment) for net, done in whole.items()}
+
+
+def _fit_of(done: Sequence[Trained], experiment: Experiment) -> Fit:
+    norm, seed = done[-1].record.net
+    return Fit(
+        norm=norm,
+        seed=seed,
+        parameters=experiment.parameters[0][norm],
+        epochs=[epoch.record for epoch in done],
+        step_losses=np.concatenate([epoch.losses for epoch in done]),
+        logits=done[-1].logits,
+        state=done[-1].state,
+        program=experiment.program(experiment.configs[0], norm),
+    )
 
 
 @arithmetic.standard()
@@ -165,71 +166,56 @@ def predict(program: Program, state: TrainState, images: Any) -> jax.Array:
 
 
 def train(
-    experiment: Experiment,
-    callback: Callback,
-    progress: Mapping[SweptNet, NetProgress] | None = None,
-    share: Callable[[Any], Any] = lambda arrays: arrays,
-) -> Iterator[Trained]:
-    """Trains every net to its last epoch, each from where it is; yields every epoch.
+    group: Group, states: Sequence[TrainState | None], callbacks: Sequence[Callback]
+) -> Iterator[Trained | NonFiniteLoss]:
+    """Trains the nets of a group to their last epoch, from these states of theirs (None: the
+    initial one); yields each epoch of each net.
 
-    A net whose loss is not finite is left out with a warning, and the others go on; if that leaves
-    none, `NonFiniteLoss` is raised. `share` gives every process of a job the arrays of process 0.
+    If the loss of a net is not finite, the error is yielded, and the others go on without the net.
     """
-    progress, failed, first = dict(progress or {}), [], experiment.configs[0]
-    groups = list(experiment.groups({net: done.epochs for net, done in progress.items()}))
-    if first.untuned and groups:
-        callback.on_warning(_untuned_text(first, first.untuned))
-    while groups:
-        group = groups.pop(0)  # its arrays are let go when it has trained
-        while group.nets:
-            at = [progress.get(net, NetProgress()).state for net in group.nets]
-            states = group.states([_shared(group, state, share) for state in at])
+    at, last = dict(zip(group.nets, states, strict=True)), group.config.epochs
+    while group.nets:
+        stacked = group.states([at[net] for net in group.nets])
+        for callback in callbacks:
             callback.on_start(group.norm, [net.seed for net in group.nets], group.steps)
-            try:
-                for epoch in range(group.start + 1, group.config.epochs + 1):
-                    states, done = _train_epoch(group, states, epoch, callback)
-                    for trained in done:
-                        progress[trained.net] = NetProgress(epoch, trained.state)
-                        yield trained
-                break
-            except NonFiniteLoss as error:
-                failed.append(error)
-                group = group.without(error.net, start=error.epoch - 1)
-                if len(experiment.nets) > 1:
-                    config = experiment.configs[error.net.run]
-                    callback.on_warning(
-                        f"batch size {config.batch_size}, learning rate "
-                        f"{config.rate(error.net.norm):g}: {error}; the others go on without this "
-                        "net"
-                    )
-    if failed and len(failed) == len(experiment.nets):
-        raise failed[0]
+        try:
+            for epoch in range(group.start + 1, last + 1):
+                stacked, done = _train_epoch(group, stacked, epoch, callbacks)
+                for trained in done:
+                    at[trained.net] = trained.state
+                    yield trained
+            return
+        except NonFiniteLoss as error:
+            others = [net for net in group.nets if net != error.net]
+            group = group.of(others, start=error.epoch - 1)
+            yield error
 
 
-def _untuned_text(config: Config, norms: Sequence[str]) -> str:
-    """Says at what learning rate these norms train, beside others whose rates were tuned."""
-    return (
-        f"the {config.recipe} recipe has no learning rate for {' and '.join(norms)} norm: "
-        f"{config.rate(norms[0]):g} is taken, which was not tuned as those of "
-        f"{', '.join(TUNED_RATES)} were; python -m jaxnorm.tune "
-        f"--recipe {config.recipe} --norm {','.join(norms)} finds a good one"
-    )
+def warn_of_untuned(config: Config, callbacks: Sequence[Callback]) -> None:
+    """Warns that norms train at a learning rate that was not tuned, beside others whose was."""
+    if config.untuned:
+        text = (
+            f"the {config.recipe} recipe has no learning rate for "
+            f"{' and '.join(config.untuned)} norm: {config.rate(config.untuned[0]):g} is taken, "
+            f"which was not tuned as those of {', '.join(TUNED_RATES)} were; "
+            f"python -m jaxnorm.tune --recipe {config.recipe} --norm {','.join(config.untuned)} "
+            "finds a good one"
+        )
+        for callback in callbacks:
+            callback.on_warning(text)
 
 
-def _shared(
-    group: Group, state: TrainState | None, share: Callable[[Any], Any]
-) -> TrainState | None:
-    """Process 0's state of a net; None for the initial one, which every process makes."""
-    if group.start == 0:
-        return None
-    if state is None:
-        shapes = init_state.eval_shape(group.program, 0, group.standards[0])
-        state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    return share(jax.tree.map(np.asarray, state))
+def warn_of_lost(error: NonFiniteLoss, config: Config, callbacks: Sequence[Callback]) -> None:
+    """Warns that a net is left out because its loss is not finite."""
+    for callback in callbacks:
+        callback.on_warning(
+            f"batch size {config.batch_size}, learning rate {config.rate(error.net.norm):g}: "
+            f"{error}; the others go on without this net"
+        )
 
 
 def _train_epoch(
-    group: Group, state: TrainState, epoch: int, callback: Callback
+    group: Group, state: TrainState, epoch: int, callbacks: Sequence[Callback]
 ) -> tuple[TrainState, list[Trained]]:
     """Trains and evaluates all nets of a group for one epoch."""
     clock, filled = time.perf_counter(), group.filled
@@ -242,7 +228,8 @@ def _train_epoch(
         correct += done.correct
         for i, step in np.argwhere(~np.isfinite(losses))[:1]:
             raise NonFiniteLoss(filled[i], epoch, int(step) + 1, float(losses[i, step]))
-        callback.on_steps(epoch, losses.shape[1])
+        for callback in callbacks:
+            callback.on_steps(epoch, losses.shape[1])
     trained = time.perf_counter()
     test, validation = group.evaluate(state)
     tested = time.perf_counter()

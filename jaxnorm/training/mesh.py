@@ -1,8 +1,8 @@
 """The mesh of devices that training runs on, its axes "seed" and "batch".
 
 Along "seed" lie different nets, which need nothing of each other; along "batch" devices share each
-batch of a net and add up its gradients and batch norm's statistics. Arrays are put on the mesh by
-`place` and read back by `fetch`, the same on one device and on several hosts.
+batch of a net and add up its gradients and batch norm's statistics. All are devices of this
+process. Arrays are put on the mesh by `place` and read back by `fetch`.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -56,22 +55,15 @@ class MeshShape:
 
     @property
     def mesh(self) -> Mesh:
-        """The mesh of the first devices; those that share a batch are next to each other, on one
-        host as far as it goes.
-        """
-        devices = np.array(jax.devices()[: self.devices])
+        """The mesh of this process's first devices; those that share a batch are neighbours."""
+        devices = np.array(jax.local_devices()[: self.devices])
         return Mesh(devices.reshape(self.seed, self.batch), (SEED, BATCH))
 
     def check(self, batch_size: int) -> None:
-        """Raises `UserError` where there are not these devices, or they cannot share a batch."""
-        count = jax.device_count()
+        """Raises `UserError` unless there are these devices, and they can share a batch."""
+        count = jax.local_device_count()
         if self.devices > count:
             raise UserError(f"mesh={self} takes {self.devices} devices: there are {count}")
-        if self.devices < count and jax.process_count() > 1:
-            raise UserError(
-                f"mesh={self} takes {self.devices} devices: a job of several processes must take "
-                f"all of its {count}"
-            )
         if batch_size % self.batch:
             raise UserError(
                 f"mesh={self} cannot share batches of {batch_size} images: choose a batch size "
@@ -84,11 +76,11 @@ ONE = MeshShape()
 
 
 def choose(nets: int, batch_size: int) -> MeshShape:
-    """The mesh for so many nets that can train at the same time: rows for nets first, which costs
-    no communication, and then devices to share a batch, where they divide it into enough images
-    each. A job of several processes takes all devices in any case.
+    """Returns the mesh for a number of nets that can train at the same time: rows for nets first,
+    which costs no communication, and then devices to share a batch, if they divide it into enough
+    images each.
     """
-    count = jax.device_count()
+    count = jax.local_device_count()
     rows = max(n for n in range(1, count + 1) if count % n == 0 and n <= max(nets, 1))
     shares = max(
         n
@@ -96,16 +88,7 @@ def choose(nets: int, batch_size: int) -> MeshShape:
         if (count // rows) % n == 0
         and (n == 1 or (batch_size % n == 0 and batch_size // n >= SHARE))
     )
-    return MeshShape(count // shares if jax.process_count() > 1 else rows, shares)
-
-
-def least(number: int) -> int:
-    """The smallest of what the processes of a job say, in all of them: what each measures for
-    itself must not let them part ways.
-    """
-    if jax.process_count() == 1:
-        return number
-    return int(np.min(multihost_utils.process_allgather(np.int32(min(number, 2**31 - 1)))))
+    return MeshShape(rows, shares)
 
 
 def use_all_cores() -> None:
@@ -125,7 +108,7 @@ def use_all_cores() -> None:
 
 
 def check_devices() -> None:
-    """Raises `UserError` where JAX cannot start the devices that the environment asks for."""
+    """Raises `UserError` if JAX cannot start the devices that the environment asks for."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
@@ -140,25 +123,14 @@ def check_devices() -> None:
 
 
 def place(shape: MeshShape, arrays: Any, by_net: bool = False) -> Any:
-    """Puts arrays that every process holds on the mesh: a copy on each device, or with `by_net`
-    each net's part (the leading axis, a multiple of `shape.seed`) on its own row of devices.
+    """Puts arrays on the mesh: a copy on each device, or with `by_net` each net's part (the leading
+    axis, a multiple of `shape.seed`) on its own row of devices.
     """
     if shape.devices == 1:
         return jax.tree.map(jnp.asarray, arrays)
-    sharding = NamedSharding(shape.mesh, P(SEED) if by_net else P())
-    if jax.process_count() == 1:
-        return jax.device_put(arrays, sharding)
-
-    def put(array: Any) -> jax.Array:
-        """The parts of one array that this process's devices hold."""
-        whole = np.asarray(array)
-        return jax.make_array_from_callback(whole.shape, sharding, lambda part: whole[part])
-
-    return jax.tree.map(put, arrays)
+    return jax.device_put(arrays, NamedSharding(shape.mesh, P(SEED) if by_net else P()))
 
 
 def fetch(tree: Any) -> Any:
-    """The whole arrays as NumPy's, in every process; the inverse of `place`."""
-    if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree)):
-        return jax.device_get(tree)
-    return jax.tree.map(np.asarray, multihost_utils.process_allgather(tree, tiled=True))
+    """Returns the whole arrays as NumPy's; the inverse of `place`."""
+    return jax.device_get(tree)

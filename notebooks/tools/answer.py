@@ -86,7 +86,7 @@ class Answer:
     def growth(self) -> str:
         """How the seeds were added, and what was not shown before the last ones were; in words."""
         info = self.tuned.info
-        commands = " ".join(e.command for e in (info.environment, *info.resumed))
+        commands = " ".join(e.command for e in self.tuned.environments)
         counts = list(dict.fromkeys(map(int, re.findall(r"--seeds (\d+)", commands))))
         if len(counts) < 2:
             return ""

@@ -3,13 +3,15 @@
 import dataclasses
 import sys
 
+import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import RecordWriter
 
-from jaxnorm.config import Config, UserError
+from jaxnorm.config import Config, SweptNet, UserError
 from jaxnorm.records import Epoch
 from jaxnorm.runs.callbacks import TensorBoard, require_tensorboard
+from jaxnorm.storage.net import Saved
 from jaxnorm.storage.sweep import Sweep
 
 EPOCH = Epoch("batch", 1, 1, 1.5, 0.25, 1.25, 0.5, 3.0, 1.0)
@@ -50,9 +52,12 @@ def test_of_a_run_that_resumes_the_epochs_before_are_written_where_none_are(scra
     config = Config(norm="batch,layer")
     sweep = Sweep(scratch, [config])
     for norm in ("batch", "layer"):
-        for number in (1, 2):
-            line = dataclasses.replace(EPOCH, norm=norm, epoch=number, test_loss=number / 2)
-            sweep.folder.append_epoch(line)
+        lines = [
+            dataclasses.replace(EPOCH, norm=norm, epoch=number, test_loss=number / 2)
+            for number in (1, 2)
+        ]
+        none = np.zeros(0, np.float32)
+        sweep.net(SweptNet(0, norm, 1)).commit(Saved(lines, [], {}, none, none, none))
     (scratch / "tensorboard" / "layer-1").mkdir(parents=True)
     board = TensorBoard(sweep)
     board.on_resume(4)

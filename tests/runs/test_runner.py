@@ -7,7 +7,7 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import difference, run, train, without_times
+from helpers import difference, epochs_of, logits_of, losses_of, run, train, without_times
 
 import jaxnorm
 from jaxnorm.analysis import stats
@@ -43,11 +43,10 @@ class Diary(Callback):
 
 def test_a_run_directory_holds_what_the_design_says(tiny_run, tiny):
     names = {path.relative_to(tiny_run.path).as_posix() for path in tiny_run.path.rglob("*")}
+    kept = ("state-1.msgpack", "state-2.msgpack", "metrics.jsonl", "probes.npz", "result.npz")
     for norm in ("batch", "group", "layer"):
-        assert {f"step_losses/{norm}-3.npy", f"predictions/{norm}-3.npz"} <= names
-        kept = sorted(path.name for path in (tiny_run.path / "checkpoints" / f"{norm}-3").iterdir())
-        assert kept == ["epoch-1.msgpack", "epoch-2.msgpack"]
-    assert {"run.json", "metrics.jsonl", "probes/batch-3.npz"} <= names
+        assert {f"nets/{norm}-3/{name}" for name in kept} <= names
+    assert "run.json" in names
     info = tiny_run.info()
     assert info.parameters == dict.fromkeys(("batch", "group", "layer"), 132)
     assert info.dataset.fingerprint == tiny.fingerprint
@@ -55,16 +54,16 @@ def test_a_run_directory_holds_what_the_design_says(tiny_run, tiny):
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "layer"])
-def test_the_records_agree_with_each_other(tiny_run, norm):
-    epochs = [epoch for epoch in tiny_run.epochs() if epoch.norm == norm]
+def test_the_records_agree_with_each_other(tiny_run, tiny, norm):
+    epochs = [epoch for epoch in epochs_of(tiny_run) if epoch.norm == norm]
     assert [epoch.epoch for epoch in epochs] == [1, 2]
-    losses = tiny_run.step_losses((norm, 3)).reshape(2, 5)
+    losses = losses_of(tiny_run, (norm, 3)).reshape(2, 5)
     chex.assert_type(losses, np.float32)
     for epoch, epoch_losses in zip(epochs, losses, strict=True):
         wanted = np.average(epoch_losses, weights=[16, 16, 16, 16, 6])
         np.testing.assert_allclose(epoch.train_loss, wanted, rtol=1e-6)
         assert round(epoch.train_accuracy * 70, 9).is_integer()
-    logits, labels = tiny_run.predictions((norm, 3))
+    logits, labels = logits_of(tiny_run, (norm, 3)), tiny.test_labels
     chex.assert_shape(logits, (22, 4))
     probabilities = stats.probabilities(logits)[np.arange(22), labels]
     np.testing.assert_allclose(epochs[-1].test_loss, -np.log(probabilities).mean(), rtol=1e-5)
@@ -77,7 +76,7 @@ def test_a_loaded_model_predicts_what_the_run_did(tiny_run, tiny):
         probabilities = predict(tiny.test_images)
         chex.assert_shape(probabilities, (22, 4))
         chex.assert_type(probabilities, jnp.float32)
-        wanted = stats.probabilities(tiny_run.predictions((norm, 3))[0])
+        wanted = stats.probabilities(logits_of(tiny_run, (norm, 3)))
         np.testing.assert_allclose(probabilities, wanted, atol=1e-6)
         images = tiny.test_images
         for wrong in (images[0], images / 255, images[:, :28], images[:1].tolist()):
@@ -101,11 +100,11 @@ def test_fit_is_the_run_without_the_disk_and_repeats_bit_for_bit(tiny_run, tiny,
     monkeypatch.setattr(RunDirectory, "write_bytes", None)
     config = dataclasses.replace(tiny_run.info().config, norm="group")
     diary = Diary()
-    fitted = jaxnorm.fit(config, tiny, diary)["group", 3]
-    recorded = [epoch for epoch in tiny_run.epochs() if epoch.norm == "group"]
+    fitted = jaxnorm.fit(config, tiny, [diary])["group", 3]
+    recorded = [epoch for epoch in epochs_of(tiny_run) if epoch.norm == "group"]
     assert list(map(without_times, fitted.epochs)) == list(map(without_times, recorded))
-    np.testing.assert_array_equal(fitted.step_losses, tiny_run.step_losses(("group", 3)))
-    np.testing.assert_array_equal(fitted.logits, tiny_run.predictions(("group", 3))[0])
+    np.testing.assert_array_equal(fitted.step_losses, losses_of(tiny_run, ("group", 3)))
+    np.testing.assert_array_equal(fitted.logits, logits_of(tiny_run, ("group", 3)))
     probabilities = fitted.predict(tiny.test_images)
     np.testing.assert_allclose(probabilities, stats.probabilities(fitted.logits), atol=1e-6)
     steps = [(epoch, done) for epoch in (1, 2) for done in (1, 2, 3, 4, 5)]
@@ -118,8 +117,8 @@ def test_a_run_whose_batches_were_shared_by_devices_is_a_run_like_any_other(tiny
     assert meshes.choose(1, config.batch_size).batch == 2
     directory = RunDirectory.create(scratch / "run")
     run(config, tiny, directory.path)
-    logits, _ = directory.predictions(("batch", 1))
-    assert directory.step_losses(("batch", 1)).shape == (1,)
+    logits = logits_of(directory, ("batch", 1))
+    assert losses_of(directory, ("batch", 1)).shape == (1,)
     probabilities = jaxnorm.load_model(directory.path, "batch", 1)(tiny.test_images)
     np.testing.assert_allclose(probabilities, stats.probabilities(logits), atol=1e-6)
 
@@ -127,24 +126,24 @@ def test_a_run_whose_batches_were_shared_by_devices_is_a_run_like_any_other(tiny
 def test_another_seed_is_another_run(tiny_run, tiny):
     config = dataclasses.replace(tiny_run.info().config, norm="group", seed=4, epochs=1)
     losses = jaxnorm.fit(config, tiny)["group", 4].step_losses
-    assert (losses != tiny_run.step_losses(("group", 3))[:5]).all()
+    assert (losses != losses_of(tiny_run, ("group", 3))[:5]).all()
 
 
 def test_a_seed_of_a_sweep_is_that_seed_alone_bit_for_bit(tiny_run, tiny):
     config = dataclasses.replace(tiny_run.info().config, norm="group", seed=2, seeds=2)
     fits = jaxnorm.fit(config, tiny)
     assert list(fits) == [("group", 2), ("group", 3)]
-    np.testing.assert_array_equal(fits["group", 3].step_losses, tiny_run.step_losses(("group", 3)))
-    np.testing.assert_array_equal(fits["group", 3].logits, tiny_run.predictions(("group", 3))[0])
+    np.testing.assert_array_equal(fits["group", 3].step_losses, losses_of(tiny_run, ("group", 3)))
+    np.testing.assert_array_equal(fits["group", 3].logits, logits_of(tiny_run, ("group", 3)))
     assert (fits["group", 2].step_losses != fits["group", 3].step_losses).all()
 
 
 def test_a_weight_decay_of_a_sweep_is_that_of_the_run_alone(tiny, scratch):
     base = {"norm": "layer", "arch": "three-layers", "dataset": "tiny", "epochs": 1}
     configs = product(study, {**base, "batch_size": 35}, {"weight_decay": (0.0, 0.5)})
-    sweep = Sweep.create(scratch / "s", configs, "x")
+    sweep = Sweep(scratch / "s", configs)
     train(sweep, tiny, mesh=MeshShape(seed=2))
-    losses = [directory.step_losses(("layer", 1)) for directory in sweep.directories]
+    losses = [losses_of(directory, ("layer", 1)) for directory in sweep.directories]
     assert losses[0][-1] != losses[1][-1]
     for config, of_sweep in zip(configs, losses, strict=True):
         alone = jaxnorm.fit(config, tiny, mesh=ONE)["layer", 1]
@@ -160,16 +159,16 @@ def test_seeds_that_train_in_one_program_are_the_seeds_alone(tiny, scratch, monk
     monkeypatch.setattr(epochs, "nets_at_once", lambda program, batch_size: 2)
     diary = Diary()
     directory = RunDirectory.create(scratch / "run")
-    run(config, tiny, directory.path, diary, ONE)
+    run(config, tiny, directory.path, [diary], ONE)
     assert [heard for heard in diary.heard if heard in ((norm, [3, 4], 4), (norm, [5], 4))] == [
         *((norm, [3, 4], 4), (norm, [5], 4))  # the second in a program of two places
     ]
-    lines = {(epoch.seed, epoch.epoch): epoch for epoch in directory.epochs()}
+    lines = {(epoch.seed, epoch.epoch): epoch for epoch in epochs_of(directory)}
     assert len(lines) == 3
     for seed in config.seed_numbers:
         fit = alone[norm, seed]
-        np.testing.assert_allclose(directory.step_losses((norm, seed)), fit.step_losses, rtol=2e-4)
-        np.testing.assert_allclose(directory.predictions((norm, seed))[0], fit.logits, atol=2e-3)
+        np.testing.assert_allclose(losses_of(directory, (norm, seed)), fit.step_losses, rtol=2e-4)
+        np.testing.assert_allclose(logits_of(directory, (norm, seed)), fit.logits, atol=2e-3)
         for epoch in fit.epochs:
             both = lines[seed, epoch.epoch], epoch
             for field in ("train_loss", "test_loss", "validation_loss"):
@@ -249,33 +248,33 @@ class StopAfter(Callback):
 
 def test_a_sweep_that_is_killed_while_it_grows_goes_on_growing(tiny, scratch):
     configs = product(study, {**BASE, "batch_size": 35}, {"learning_rate": (0.01, 0.002)})
-    train(Sweep.create(scratch / "s", configs, "x"), tiny)
+    train(Sweep(scratch / "s", configs), tiny)
     grown = [dataclasses.replace(config, seeds=2) for config in configs]
     with pytest.raises(Stopped):
-        train(Sweep(scratch / "s", grown), tiny, callback=StopAfter(1))
+        train(Sweep(scratch / "s", grown), tiny, [StopAfter(1)])
     sweep = Sweep.open(scratch / "s")  # as `--resume` without any other flag
     assert sweep.configs == grown
     with pytest.raises(UserError, match="seeds=1 conflicts with the run"):
         train(Sweep(scratch / "s", configs), tiny)
     assert Sweep.open(scratch / "s").configs == grown
     train(sweep, tiny)
-    assert [len(directory.epochs()) for directory in sweep.directories] == [4, 4]
+    assert [len(epochs_of(directory)) for directory in sweep.directories] == [4, 4]
 
 
 def test_a_sweep_stopped_twice_trains_nothing_twice(tiny, scratch):
     """And each of its runs is the run alone, bit for bit."""
     configs = product(study, BASE, {"batch_size": (35, 70), "learning_rate": (0.01, 0.002)})
-    sweep = Sweep.create(scratch / "s", configs, "x")
+    sweep = Sweep(scratch / "s", configs)
     heard, lines = [], {}
     for stop in (3, 2, 99):
         callback = StopAfter(stop)
         try:
-            train(sweep, tiny, callback)
+            train(sweep, tiny, [callback])
         except Stopped:
             assert stop < 99
         heard += callback.heard
         for directory in sweep.directories:
-            for epoch in directory.epochs():
+            for epoch in epochs_of(directory) if directory.exists() else ():
                 key = directory.path.name, epoch.epoch
                 assert lines.setdefault(key, epoch) == epoch  # its times too
     names = [name_of(config) for config in configs]
@@ -284,19 +283,19 @@ def test_a_sweep_stopped_twice_trains_nothing_twice(tiny, scratch):
     # Alone, the two devices do not share its batches of 35: they cannot be halved.
     alone = run(configs[1], tiny, scratch / "alone")
     assert difference(sweep.directories[1], alone) == ""
-    losses = [directory.step_losses(("layer", 1)) for directory in sweep.directories]
+    losses = [losses_of(directory, ("layer", 1)) for directory in sweep.directories]
     assert losses[0][0] == losses[1][0]
     assert (losses[0][1:] != losses[1][1:]).all()
 
 
 def test_a_net_whose_loss_is_not_finite_is_left_out_and_the_others_go_on(tiny, scratch):
     rates = {"batch_size": (35,), "learning_rate": (0.01, 1e30)}
-    sweep = Sweep.create(scratch / "s", product(study, BASE, rates), "x")
+    sweep = Sweep(scratch / "s", product(study, BASE, rates))
     callback = StopAfter(99)
-    train(sweep, tiny, callback)
+    train(sweep, tiny, [callback])
     (warning,) = callback.warnings
     assert "batch size 35, learning rate 1e+30: the training loss of layer norm" in warning
-    assert [len(directory.epochs()) for directory in sweep.directories] == [2, 0]
+    assert [len(epochs_of(directory)) for directory in sweep.directories] == [2, 0]
 
 
 def test_bfloat16_trains_near_float32_and_is_recorded(tiny, scratch):
@@ -305,7 +304,7 @@ def test_bfloat16_trains_near_float32_and_is_recorded(tiny, scratch):
     self_check(Experiment([low], tiny))
     directory = run(low, tiny, scratch / "run")
     assert directory.info().config.precision == "bfloat16"
-    losses = directory.step_losses(("layer", 1))
+    losses = losses_of(directory, ("layer", 1))
     wanted = jaxnorm.fit(config, tiny)["layer", 1].step_losses
     assert (losses != wanted).all()
     np.testing.assert_allclose(losses, wanted, rtol=0.02)
@@ -320,11 +319,3 @@ def test_a_schedule_that_ends_does_not_grow_by_epochs():
     runner.check_grown(ends, dataclasses.replace(ends, seeds=5), Path("x"))
     with pytest.raises(UserError, match="the one-cycle learning rate of the run in x ends with"):
         runner.check_grown(ends, dataclasses.replace(ends, epochs=9), Path("x"))
-
-
-def test_a_folder_of_other_files_is_not_trained_into(tiny, scratch):
-    (scratch / "run").mkdir()
-    (scratch / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is already used"):
-        run(Config("layer", "three-layers", "tiny", 3, 16), tiny, scratch / "run")
-    assert {path.name for path in (scratch / "run").iterdir()} == {".lock", "notes.txt"}

@@ -1,0 +1,268 @@
+"""A job of `run` or `tune`, once its flags are read: data, self-check, training, report. It loads
+JAX, whose environment `run.py` has prepared by then.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib
+import itertools
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+
+from jaxnorm import cli
+from jaxnorm.analysis import figures, page, sweeps, tables
+from jaxnorm.analysis.results import Run
+from jaxnorm.config import SWEPT, Config, UserError, valid_text
+from jaxnorm.data import cache, datasets
+from jaxnorm.data.datasets import Dataset
+from jaxnorm.model import summary
+from jaxnorm.runs import callbacks, environment, hosts, runner
+from jaxnorm.runs.hosts import Share
+from jaxnorm.storage.directory import RunDirectory
+from jaxnorm.storage.sweep import Sweep
+from jaxnorm.training import mesh as meshes
+from jaxnorm.training import selfcheck
+from jaxnorm.training.experiment import Experiment, mesh_for
+from jaxnorm.training.mesh import MeshShape
+
+if TYPE_CHECKING:
+    from jaxnorm.run import Options
+
+
+def start(requested: list[Config], options: "Options", tunes: bool = False) -> int:
+    """Trains and reports a new sweep or one that resumes, or a tuning; a run is a sweep of one.
+    Returns the exit code.
+    """
+    _keep_compiled()
+    meshes.use_all_cores()
+    share = _share(options)
+    out = options.resume or options.out or _unused_out(requested[0])
+    joins = share.count > 1 and not options.resume and Sweep(out, requested).exists()
+    resumes = options.resume is not None or joins
+    configs, infos = requested, []
+    if resumes:
+        old = Sweep.open(out)
+        infos = [folder.info() if folder.exists() else None for folder in old.directories]
+        configs = grown(requested, old.configs, options)
+        for info in filter(None, infos):
+            runner.check_sources(info, out, info.config.norms)
+    else:
+        RunDirectory.check_unused(out)
+    mesh = _check_settings(configs, options)
+    unverified = any(info and info.dataset.verified is False for info in infos)
+    dataset = _load(configs[0], options, unverified)
+    before = [info.environment.mesh if info else None for info in infos]
+    experiment = Experiment(configs, dataset, mesh, before)
+    if not resumes and share.count == 1:
+        out = _made(out, options, requested[0])
+    sweep = Sweep(out, configs)
+    if not options.quiet:
+        counts = len(dataset.train_labels), len(dataset.test_labels)
+        images = "{:,} training and {:,} test images".format(*counts)
+        print(f"{dataset.caption}: {images}, from {dataset.source}")
+    nets = share.of(sweep.nets)
+    checked = "skipped (--skip-self-check)" if options.skip_self_check else "not made"
+    if not options.skip_self_check and not all(map(sweep.ended, nets)):
+        _check_arithmetic(experiment, out, options)
+        checked = "passed"
+    with cli.advising(_how_to_resume(out, options)):
+        now = environment.environment(_command(), checked, options.deterministic)
+        hear = [callbacks.Terminal(configs, len(nets), options.quiet, cli.as_flags)]
+        with contextlib.ExitStack() as stack:
+            if options.tensorboard:
+                board = callbacks.TensorBoard(sweep)
+                hear.append(stack.enter_context(contextlib.closing(board)))
+            runner.run(sweep, experiment, now, hear, share, resumes or share.count > 1)
+        if options.distributed:
+            hosts.leave()
+    if not options.distributed or share.index == 0:
+        with cli.reporting(_how_to_report(sweep)):
+            _report(sweep, dataset, tunes, options.quiet)
+    return 0
+
+
+def _keep_compiled() -> None:
+    """Keeps compiled programs in the user's private cache, unless JAX's own variable says where."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache_dir = cache.default_cache_dir()  # None if the user has no home
+        directory = cache_dir and cache.private_directory(
+            cache_dir / "compiled" / cache.machine_name()
+        )
+        if directory is not None:
+            jax.config.update("jax_compilation_cache_dir", str(directory))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _share(options: "Options") -> Share:
+    """Returns which nets are this process's; joins the job if it is one of several."""
+    if options.share and options.distributed:
+        raise UserError(
+            "share= and distributed=True conflict: a job's processes have a share each already"
+        )
+    if (options.distributed or options.share) and not options.out and not options.resume:
+        raise UserError(
+            "processes that share a run must name its folder, the same for all: give out= or "
+            "resume="
+        )
+    share = Share.parse(options.share) if options.share else Share()
+    if options.distributed:
+        share = hosts.join()
+    meshes.check_devices()
+    return share
+
+
+def _check_settings(configs: Sequence[Config], options: "Options") -> MeshShape | None:
+    """Raises `UserError` for what is wrong whatever the data is, before a download; returns the
+    mesh that was asked for.
+    """
+    try:
+        importlib.import_module("matplotlib.pyplot")
+    except (ImportError, ValueError) as error:  # not installed, or not with these settings
+        raise UserError(f"Matplotlib, which draws the report, does not start: {error}") from None
+    if options.tensorboard:
+        callbacks.require_tensorboard()
+    mesh = None if options.mesh is None else MeshShape.parse(options.mesh)
+    for config in configs:
+        mesh_for(configs, config, mesh)
+    summary.check_nets(dataclasses.replace(configs[0], allow_large=True), num_classes=10)
+    return mesh
+
+
+def _check_arithmetic(experiment: Experiment, out: Path, options: "Options") -> None:
+    """Checks the programs that will train; if they are wrong, a new run directory goes again."""
+    try:
+        with contextlib.closing(callbacks.Bar(options.quiet)) as bar:
+            selfcheck.self_check(experiment, bar.at)
+    except BaseException:  # a signal too
+        with contextlib.suppress(OSError):
+            out.rmdir()  # if it is new, and so empty
+        raise
+
+
+def _report(sweep: Sweep, dataset: Dataset, tunes: bool, quiet: bool) -> None:
+    """Makes the report if every net has ended and no other process makes it just now."""
+    left = sum(not sweep.ended(net) for net in sweep.nets)
+    with sweep.folder.locked("reporting") as free:
+        if left or not free:
+            other = "by other processes, or have none: the last one to end makes the report"
+            text = f"{left} of {len(sweep.nets)} nets are trained {other}"
+            if not quiet:
+                print(text if left else "another process makes the report")
+            return
+        runs = [Run(directory) for directory in sweep.directories]
+        for run in runs:
+            figures.save_examples(run, dataset)
+        path, write = shlex.quote(str(sweep.folder.path)), sweeps.write
+        if tunes:
+            shown = [sweeps.tuning(runs), sweeps.every_trial(runs)]
+            print(write(sweep.folder, "tuning", shown, sweeps.draw_tuning(runs)))
+            where = f"the tables and two figures are in {sweep.folder.path}"
+        elif len(runs) > 1:
+            print(write(sweep.folder, "sweep", [sweeps.results(runs)], sweeps.draw(runs)))
+            where = f"the table is {path}/sweep.md; reports: python -m jaxnorm.report {path}"
+        else:
+            part = page.write(runs[0].directory)
+            where = f"the report is {sweep.folder.path / 'report.html'}; {len(part.charts)} figures"
+            print(tables.results(runs[0]).plain())
+        if not quiet:
+            print(where)
+
+
+def grown(new: Sequence[Config], old: Sequence[Config], options: "Options") -> list[Config]:
+    """Returns the settings of the runs to resume, with the flags of the command line put in.
+
+    Raises `UserError` for a flag that conflicts with them.
+    """
+    if options.resume and options.out is not None:
+        raise UserError("out= conflicts with resume=, which goes on in the run's own directory")
+    given = cli.given()
+    for name in given & set(SWEPT):
+        now, before = (dict.fromkeys(str(getattr(c, name)) for c in cs) for cs in (new, old))
+        if now.keys() != before.keys():
+            raise UserError(
+                f"{name}={' '.join(now)} conflicts with the run to resume, which has "
+                f"{' '.join(before)}: leave it out, or start a new run"
+            )
+    named = given & {field.name for field in dataclasses.fields(Config)} - set(SWEPT)
+    changes = {name: getattr(new[0], name) for name in named}
+    grown = [dataclasses.replace(config, **changes) for config in old]
+    for before, now in zip(old, grown, strict=True):
+        runner.check_grown(before, now, options.resume or options.out or Path())
+    return grown
+
+
+def _load(config: Config, options: "Options", unverified: bool = False) -> Dataset:
+    try:
+        with contextlib.closing(callbacks.Bar(options.quiet)) as bar:
+            return datasets.load(
+                config.dataset,
+                options.data_dir,
+                options.archive,
+                allow_unverified=options.allow_unverified or unverified,
+                test_split=config.test_split,
+                progress=bar.at,
+            )
+    except UserError as error:
+        if options.resume and config.dataset.lower().endswith(".npz"):
+            error.add_note("if the file of the run is elsewhere now, give --dataset PATH")
+        raise
+
+
+def _unused_out(config: Config) -> Path:
+    started = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    norm = config.norm.replace(":", ".")
+    path = Path("runs") / f"{started}-{config.arch}-{norm}-{Path(config.dataset).stem}"
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([path], numbered) if not path.exists())
+
+
+def _made(out: Path, options: "Options", config: Config) -> Path:
+    """Makes the folder of a new run; if nobody named it, one that no other run has taken."""
+    if options.out:
+        return RunDirectory.create(out).path
+    out.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with contextlib.suppress(FileExistsError):  # another run began in the same second
+            (out := _unused_out(config)).mkdir(mode=0o700)
+            return out
+
+
+def _command() -> str:
+    return valid_text(shlex.join([*cli.program(), *cli.arguments()]))
+
+
+def _how_to_report(sweep: Sweep) -> str:
+    """What to do if the report fails: of a sweep, resuming it makes the tables of all its runs."""
+    several = len(sweep.configs) > 1
+    command = [*cli.program(), "--resume"] if several else ["python", "-m", "jaxnorm.report"]
+    path = sweep.folder.path
+    return f"the nets are trained and safe in {path}: {shlex.join([*command, str(path)])} makes it"
+
+
+def _how_to_resume(out: Path, options: "Options") -> str:
+    command = [*cli.program(), "--resume", str(out)]
+    if options.data_dir:
+        command += ["--data-dir", str(options.data_dir)]
+    if options.distributed:
+        command.append("--distributed")
+    return f"what is complete is kept; resume it with: {shlex.join(command)}"
+
+
+def print_summary(requested: list[Config], options: "Options") -> int:
+    """Prints the layers of each net, also of a run to resume; returns the exit code."""
+    configs = requested
+    if options.resume:
+        configs = grown(configs, Sweep.open(options.resume).configs, options)
+    config = configs[0]
+    known = config.dataset in ("cifar10", "digits")
+    classes = 10 if known else len(_load(config, options).class_names)
+    summary.check_nets(config, classes)
+    for norm in config.norms:
+        print(tables.layers(dataclasses.replace(config, norm=norm), classes).plain() + "\n")
+    return 0

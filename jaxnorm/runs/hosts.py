@@ -1,0 +1,93 @@
+"""The processes that train one run or sweep, on one host or many: they share its folder alone.
+
+Each has a share of the nets. With `--distributed` it is that of a job of `jax.distributed`, which
+ends every process if one dies; in a job array every process has its own life.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+
+from jaxnorm.config import SweptNet, UserError
+
+JOINING_SECONDS = 300
+"""How long processes wait for each other at the start."""
+PATIENCE_SECONDS = 24 * 3600
+"""How long those that have trained their nets wait for the others."""
+_JOB = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_ARRAYS = (
+    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
+    ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS", ""),
+)
+"""The variables of a Slurm and of a Kubernetes job array: index, count and first index."""
+
+
+class Share(NamedTuple):
+    """A process's share: the nets whose place is `index`, modulo `count`."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, nets: Sequence[SweptNet]) -> Sequence[SweptNet]:
+        """Returns the nets of this share."""
+        return nets[self.index :: self.count]
+
+    @classmethod
+    def parse(cls, text: str) -> "Share":
+        """Reads "3/8", or "array" for that of a job array. Raises `UserError`."""
+        if text == "array":
+            return cls._of_array()
+        part = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        if not part or int(part[1]) >= int(part[2]):
+            raise UserError(
+                f"share={text} is wrong: it must be of the form '0/8' to '7/8', or 'array' in a "
+                "job array of Slurm or Kubernetes"
+            )
+        return cls(int(part[1]), int(part[2]))
+
+    @classmethod
+    def _of_array(cls) -> "Share":
+        for names in _ARRAYS:
+            index, count, first = (os.environ.get(name, "") for name in names)
+            if index.isdecimal() and count.isdecimal():
+                return cls.parse(f"{int(index) - int(first or 0)}/{count}")
+        raise UserError(
+            "share=array finds no job array: SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT, or "
+            "JOB_COMPLETION_INDEX and JOB_COMPLETIONS, must be set; or give a share such as '0/8'"
+        )
+
+
+def join() -> Share:
+    """Joins the job that the cluster (Slurm, Open MPI, Kubernetes, cloud TPU) or the environment
+    (`JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`) describes; returns this
+    process's share. To be called before anything else of JAX. Raises `UserError`.
+    """
+    address, *numbers = (os.environ.get(name) for name in _JOB)
+    for name, number in zip(_JOB[1:], numbers, strict=True):
+        if number is not None and not number.isdecimal():
+            raise UserError(f"{name} is {number!r}: it must be a whole number")
+    count, index = (None if number is None else int(number) for number in numbers)
+    # JAX would take SIGTERM for itself, to tell of a preemption; here it ends the process.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            address,
+            count,
+            index,
+            initialization_timeout=JOINING_SECONDS,
+            shutdown_timeout_seconds=PATIENCE_SECONDS,
+        )
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise UserError(
+            f"distributed=True cannot join a job ({' '.join(str(error).split())[:200]}): start it "
+            f"by Slurm, Open MPI or Kubernetes, or set {', '.join(_JOB)} for each process"
+        ) from None
+    return Share(jax.process_index(), jax.process_count())
+
+
+def leave() -> None:
+    """Leaves the job: waits until every process of it has come so far."""
+    jax.distributed.shutdown()
