@@ -1,5 +1,5 @@
-"""Fetching an archive: heard of within seconds if there is no route, resumed where it was cut off,
-from another address if one is slow, with progress.
+"""Downloads an archive: says within seconds that there is no route, resumes what was cut off,
+leaves a slow address for another, and shows progress.
 """
 
 import hashlib
@@ -15,14 +15,13 @@ from urllib.parse import urlsplit
 import filelock
 
 from jaxnorm.config import UserError
-from jaxnorm.data.cache import private_directory
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 ROUTE_SECONDS = 8.0
-"""How long the hosts, all of them together, may take to answer before the user hears of it."""
+"""The time that all hosts together may take to answer before the user is told."""
 SLOW_RATE, SLOW_SECONDS = 200_000, 20.0
-"""An address that gives fewer bytes per second for so many seconds is left for the next one."""
+"""An address that gives fewer bytes per second for this time is left for the next one."""
 clock = time.monotonic
 
 
@@ -49,33 +48,27 @@ def fetch_known(addresses: Mapping[str, str], directory: Path | None, progress: 
 
     The address of which most is already there comes first. One that is slow is left for the next;
     if none is left, those that were slow are resumed, the fastest first. Raises `UserError` that
-    tells what became of each address, within about ten seconds if no host answers.
+    says what is wrong with each address, within about ten seconds if no host answers.
     """
     targets = {url: _target(url, directory) for url in addresses}
     first = sorted(addresses, key=lambda url: _size(targets[url]), reverse=True)
     failures: list[str] = []
     rates: dict[str, float] = {}
-
-    def tried(url: str, seconds: float, leave_slow: bool) -> Path | None:
-        try:
-            path = _fetch(url, targets[url], progress, seconds, leave_slow)
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() == addresses[url]:
-                    return path
-            path.unlink()
-            failures.append(f"{url}: its file has another SHA-256 than the official one")
-        except _Slow as slow:
-            rates[url] = slow.args[0]
-        except AddressError as error:
-            failures.append(str(error))
-        return None
-
-    for url in first:
-        if path := tried(url, ROUTE_SECONDS / len(addresses), True):
-            return path
-    for url in sorted(rates, key=lambda url: rates[url], reverse=True):
-        if path := tried(url, ROUTE_SECONDS, False):
-            return path
+    for leave_slow in (True, False):
+        urls = first if leave_slow else sorted(rates, key=lambda url: rates[url], reverse=True)
+        seconds = ROUTE_SECONDS / len(addresses) if leave_slow else ROUTE_SECONDS
+        for url in urls:
+            try:
+                path = _fetch(url, targets[url], progress, seconds, leave_slow)
+                with path.open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() == addresses[url]:
+                        return path
+                path.unlink()
+                failures.append(f"{url}: its file has another SHA-256 than the official one")
+            except _Slow as slow:
+                rates[url] = slow.args[0]
+            except AddressError as error:
+                failures.append(str(error))
     raise AddressError("; ".join(failures))
 
 
@@ -94,8 +87,10 @@ def _target(url: str, directory: Path | None) -> Path:
         )
     # Another address may have a file of the same name.
     folder = directory / hashlib.sha256(url.encode(errors="surrogateescape")).hexdigest()[:16]
-    if private_directory(directory) is None or private_directory(folder) is None:
-        raise UserError(f"{folder} cannot be made, or is not a directory of your own")
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}") from None
     return folder / name
 
 
@@ -104,14 +99,14 @@ def _partial(target: Path) -> Path:
 
 
 def _size(target: Path) -> int:
-    """The bytes of a download that are already there."""
+    """Returns the number of bytes of a download that are already there."""
     return sum(path.stat().st_size for path in (target, _partial(target)) if path.exists())
 
 
 def _fetch(
     url: str, target: Path, progress: Progress, seconds: float, leave_slow: bool = False
 ) -> Path:
-    """The download itself, of one process at a time; the host may take `seconds` to answer. Raises
+    """Downloads to `target`, one process at a time; the host may take `seconds` to answer. Raises
     `UserError`, and if `leave_slow`, `_Slow`.
     """
     with filelock.FileLock(target.parent / ".lock"):
@@ -136,7 +131,7 @@ def _fetch(
 def _receive(
     url: str, response: Any, partial: Path, have: int, progress: Progress, leave_slow: bool
 ) -> None:
-    """Writes what the host sends behind the `have` bytes of the partial file that are kept."""
+    """Writes what the host sends after the `have` bytes of the partial file that are kept."""
     import requests
 
     total, reason = have + _length(response), ""
@@ -170,7 +165,7 @@ def _receive(
 
 
 def _length(response: Any) -> int:
-    """The bytes that the host says it sends; 0 if it does not say, or no number."""
+    """Returns the number of bytes that the host says it sends; 0 if it says none, or no number."""
     try:
         return max(0, int(response.headers.get("Content-Length", "0")))
     except ValueError:
@@ -178,8 +173,8 @@ def _length(response: Any) -> int:
 
 
 def _open(url: str, have: int, seconds: float, leave_slow: bool) -> Any:
-    """The host's answer, or `UserError` after `seconds`: a name server that never answers must not
-    hold the user up.
+    """Returns the host's answer; raises `UserError` after `seconds`, even if it is a name server
+    that never answers.
     """
     import requests
 
@@ -190,7 +185,7 @@ def _open(url: str, have: int, seconds: float, leave_slow: bool) -> Any:
     def ask() -> None:
         try:
             answer.append(requests.get(url, stream=True, timeout=timeout, headers=headers))
-        except Exception as error:  # of any kind: it is told below
+        except Exception as error:  # of any kind: it is raised below
             answer.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)
@@ -204,7 +199,7 @@ def _open(url: str, have: int, seconds: float, leave_slow: bool) -> Any:
 
 
 def _unanswered(url: str, error: Exception) -> UserError:
-    """Says why an address cannot be asked."""
+    """Returns an error that says why an address cannot be asked."""
     import requests
 
     line = " ".join(str(error).split())[:300]

@@ -20,8 +20,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Serves CONTENT; the server's `mode` says how it misbehaves."""
 
     def do_GET(self):
-        server = self.server
-        start = 0
+        server, start = self.server, 0
         server.asked.append(self.headers.get("Range"))
         if server.mode == "silent":
             server.given_up.wait(60)
@@ -98,16 +97,15 @@ def test_a_partial_file_longer_than_the_whole_is_begun_again(scratch, server):
     assert download.fetch(server.address, scratch, lambda *at: None).read_bytes() == CONTENT
 
 
-def test_what_the_host_refuses_is_told(scratch, server):
-    server.mode = "missing"
-    with pytest.raises(UserError, match="answered 404"):
-        download.fetch(server.address, scratch, lambda *at: None)
-
-
-def test_a_host_that_does_not_answer_is_given_up_on(scratch, server, monkeypatch):
-    monkeypatch.setattr(download, "ROUTE_SECONDS", 0.5)
-    server.mode = "silent"
-    with pytest.raises(UserError, match="no answer within"):
+@pytest.mark.parametrize(
+    ("mode", "message"), [("missing", "answered 404"), ("silent", "no answer within")]
+)
+def test_a_host_that_does_not_give_the_file_is_given_up_on(
+    scratch, server, monkeypatch, mode, message
+):
+    monkeypatch.setattr(download, "ROUTE_SECONDS", 0.1 if mode == "silent" else 8)
+    server.mode = mode
+    with pytest.raises(UserError, match=message):
         download.fetch(server.address, scratch, lambda *at: None)
     server.given_up.set()  # the server would have waited
 
@@ -180,8 +178,8 @@ def test_without_a_home_a_download_says_that_it_has_no_place():
 
 @pytest.fixture
 def several(server, monkeypatch):
-    """Downloads with `fetch_known` from paths of the server, each of so many bytes per second by a
-    clock of its own; returns the path that gave the file, and the paths that were asked.
+    """Downloads with `fetch_known` from paths of the server, each at its rate in bytes per second
+    by a clock of its own; returns the paths that were asked, and if each was resumed.
     """
     now, asked = [0.0], []
     monkeypatch.setattr(download, "clock", lambda: now[0])
@@ -213,23 +211,22 @@ def several(server, monkeypatch):
 SLOW, FAST = 75_000, 1_000_000
 
 
-def test_a_slow_address_is_left_for_the_next(scratch, several):
-    assert several(scratch, {"slow": SLOW, "fast": FAST}) == [("slow", False), ("fast", False)]
+ADDRESSES = {
+    "slow one": ({"slow": SLOW, "fast": FAST}, [("slow", False), ("fast", False)]),
+    "fast one": ({"fast": FAST, "slow": SLOW}, [("fast", False)]),
+    "missing": ({"missing": FAST, "fast": FAST}, [("missing", False), ("fast", False)]),
+    "all slow": (
+        {"slow": SLOW, "better": 2 * SLOW, "slowest": SLOW / 2},
+        [("slow", False), ("better", False), ("slowest", False), ("better", True)],
+    ),
+}
 
 
-def test_if_all_addresses_are_slow_the_fastest_is_resumed(scratch, several):
-    asked = several(scratch, {"slow": SLOW, "better": 2 * SLOW, "slowest": SLOW / 2})
-    assert [name for name, _ in asked] == ["slow", "better", "slowest", "better"]
-    assert asked[-1] == ("better", True)
-
-
-def test_a_fast_address_is_kept(scratch, several):
-    assert several(scratch, {"fast": FAST, "slow": SLOW}) == [("fast", False)]
-
-
-def test_an_address_without_its_file_is_left_for_the_next(scratch, several):
-    asked = several(scratch, {"missing": FAST, "fast": FAST})
-    assert asked == [("missing", False), ("fast", False)]
+@pytest.mark.parametrize(("rates", "asked"), ADDRESSES.values(), ids=ADDRESSES)
+def test_an_address_is_left_for_the_next_and_of_slow_ones_the_fastest_resumed(
+    scratch, several, rates, asked
+):
+    assert several(scratch, rates) == asked
 
 
 def test_the_address_of_which_most_is_there_comes_first(scratch, several, server):
@@ -248,7 +245,7 @@ def test_a_file_of_another_checksum_is_not_kept_and_every_failure_is_named(scrat
 
 
 def test_silent_hosts_share_the_time_that_the_user_waits(scratch, server, several, monkeypatch):
-    monkeypatch.setattr(download, "ROUTE_SECONDS", 0.4)
+    monkeypatch.setattr(download, "ROUTE_SECONDS", 0.1)
     waited = []
     join = threading.Thread.join
     monkeypatch.setattr(
@@ -257,5 +254,5 @@ def test_silent_hosts_share_the_time_that_the_user_waits(scratch, server, severa
     server.mode = "silent"
     with pytest.raises(UserError, match=r"no answer within.*no answer within"):
         several(scratch, {"a": FAST, "b": FAST})
-    assert waited == [0.2, 0.2]
+    assert waited == [0.05, 0.05]
     server.given_up.set()
