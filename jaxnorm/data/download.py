@@ -134,7 +134,8 @@ def _receive(
     """Writes what the host sends after the `have` bytes of the partial file that are kept."""
     import requests
 
-    total, reason = have + _length(response), ""
+    length, reason = response.headers.get("Content-Length", ""), ""  # which may be any text
+    total = have + (int(length) if re.fullmatch(r"\d{1,18}", length) else 0)
     what = f"downloading from {urlsplit(url).hostname}"
     before, start, rate = have, clock(), 0.0
     try:
@@ -162,14 +163,6 @@ def _receive(
             f"{url}: the download was cut off at {have} of {total} bytes{reason}; the same command "
             "resumes it"
         )
-
-
-def _length(response: Any) -> int:
-    """Returns the number of bytes that the host says it sends; 0 if it says none, or no number."""
-    try:
-        return max(0, int(response.headers.get("Content-Length", "0")))
-    except ValueError:
-        return 0
 
 
 def _open(url: str, have: int, seconds: float, leave_slow: bool) -> Any:
