@@ -1,1 +1,1 @@
-"""A data set's name becomes uint8 arrays in memory, checked and cached. Knows nothing of JAX."""
+"""A dataset's name becomes uint8 arrays in memory, checked and cached. Knows nothing of JAX."""

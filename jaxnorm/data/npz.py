@@ -16,14 +16,14 @@ KERAS = {
     "test_images": "x_test",
     "test_labels": "y_test",
 }
-"""The arrays that a file must hold, and the names that Keras has for them, which will do."""
+"""The arrays that a file must hold, and Keras's names for them, which are accepted too."""
 _OTHER_FILES = {
     b"version https://git-lfs": "a Git LFS pointer, not the file that it stands for: `git lfs "
     "pull` fetches that",
     b"<": "a web page, not the file that was meant to be downloaded",
     b"\x93NUMPY": "a single array: np.savez writes an .npz file of several",
 }
-"""What a file that is no .npz file is, by its first bytes."""
+"""Kinds of other files, by their first bytes."""
 
 
 def read(path: Path) -> tuple[list[np.ndarray], tuple[str, ...], list[str]]:
@@ -73,7 +73,7 @@ def _check_kind(path: Path) -> None:
 
 
 def _names_of_arrays(files: list[str]) -> list[str]:
-    """The names under which a file holds the four arrays."""
+    """Returns the names under which a file holds the four arrays."""
     for names in (list(KERAS), list(KERAS.values())):
         if {*names} <= {*files}:
             return names
@@ -108,8 +108,8 @@ def _check_images(name: str, images: np.ndarray) -> None:
 
 
 def _to_images(name: str, images: np.ndarray) -> str:
-    """The NumPy expression that makes uint8[N, 32, 32, 3] of images of another type, of channels
-    before the rows, of one grey channel, or of fewer pixels; empty if none of these helps.
+    """Returns the NumPy expression that makes uint8[N, 32, 32, 3] of images of another type, of
+    channels before the rows, of one grey channel, or of fewer pixels; empty if none of these helps.
     """
     text, shape = name, images.shape
     if len(shape) not in (3, 4) or not images.size or images.dtype.kind not in "fiu":
@@ -136,7 +136,7 @@ def _to_images(name: str, images: np.ndarray) -> str:
 
 
 def _labels(name: str, labels: np.ndarray, count: int) -> np.ndarray:
-    """Labels [N], whole numbers, of a column or as they are."""
+    """Returns labels [N], whole numbers, of a column or as they are."""
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.shape == (count,) and labels.dtype.kind in "iu":
@@ -154,8 +154,8 @@ def _labels(name: str, labels: np.ndarray, count: int) -> np.ndarray:
 def _check_range(name: str, labels: np.ndarray, count: int) -> None:
     wrong = np.flatnonzero((labels < 0) | (labels >= count))
     if wrong.size:
-        where = wrong[0]
-        text = f"{name}[{where}] is {labels[where]}, but the labels of {count} classes are 0 to "
+        row = wrong[0]
+        text = f"{name}[{row}] is {labels[row]}, but the labels of {count} classes are 0 to "
         text += f"{count - 1}: classes start at 0"
         if labels.min() > 0 and labels.max() <= count:
             text += f", as in {name} - 1"
@@ -163,7 +163,7 @@ def _check_range(name: str, labels: np.ndarray, count: int) -> None:
 
 
 def _class_names(names: np.ndarray) -> tuple[str, ...]:
-    """Names from text, bytes or whole numbers [K], or a column of them."""
+    """Returns names from text, bytes or whole numbers [K], or a column of them."""
     if names.ndim == 2 and names.shape[1] == 1:
         names = names[:, 0]
     if names.ndim != 1 or not names.size or names.dtype.kind not in "USiu":

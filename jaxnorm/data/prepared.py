@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,15 @@ import numpy as np
 
 from jaxnorm.config import UserError
 from jaxnorm.data import tfrecord
-from jaxnorm.data.cache import content_fingerprint, files_fingerprint, read_arrays, write_arrays
+from jaxnorm.data.cache import (
+    Decoded,
+    content_fingerprint,
+    decoded_file,
+    read_decoded,
+    write_decoded,
+)
 from jaxnorm.data.download import Progress
 
-Decoded = tuple[list[np.ndarray], tuple[str, ...], str]
-"""Images u8 and labels i32 of training and then of the test; class names; their fingerprint."""
 BLOCK = 500
 """Images read at a time: one by one takes nearly twice as long."""
 
@@ -55,11 +60,10 @@ def read(
     """Reads a prepared dataset, through the cache if there is one; raises `UserError`."""
     if cache is None:
         return decode(name, folder, test_split, progress)
-    other = "" if test_split == "test" else f"-{test_split}"
-    cached = cache / "decoded" / f"{files_fingerprint(folder)}{other}.npys"
-    if (decoded := read_arrays(cached)) is None:
+    cached = decoded_file(cache, folder, test_split)
+    if (decoded := read_decoded(cached)) is None:
         decoded = decode(name, folder, test_split, progress)
-        write_arrays(cached, *decoded)
+        write_decoded(cached, decoded)
     return decoded
 
 
@@ -80,12 +84,11 @@ def decode(name: str, folder: Path, test_split: str, progress: Progress) -> Deco
             source = _examples(builder, split)
             images = np.empty((len(source), 32, 32, 3), np.uint8)
             numbers = np.empty(len(source), np.int32)
-            for first in range(0, len(source), BLOCK):
-                rows = range(first, min(first + BLOCK, len(source)))
-                for i, example in zip(rows, source.__getitems__(rows), strict=True):
-                    images[i], numbers[i] = example["image"], example[label]
-                done += len(rows)
-                progress("decoding the images", done, total)
+            for i, example in enumerate(in_blocks(source), 1):
+                images[i - 1], numbers[i - 1] = example["image"], example[label]
+                if i % BLOCK == 0 or i == len(source):
+                    progress("decoding the images", done + i, total)
+            done += len(source)
             if not len(numbers) or numbers.min() < 0 or numbers.max() >= len(names):
                 raise ValueError(f"a split is empty, or a label none of its {len(names)} classes")
             arrays += [images, numbers]
@@ -94,8 +97,14 @@ def decode(name: str, folder: Path, test_split: str, progress: Progress) -> Deco
     return arrays, names, content_fingerprint(arrays)
 
 
+def in_blocks(source: Any) -> Iterator[Any]:
+    """Yields the examples of a TFDS data source, of which it reads `BLOCK` at a time."""
+    for first in range(0, len(source), BLOCK):
+        yield from source.__getitems__(range(first, min(first + BLOCK, len(source))))
+
+
 def _builder(folder: Path) -> Any:
-    """TFDS's view of a prepared dataset; raises `UserError`."""
+    """Returns TFDS's view of a prepared dataset; raises `UserError`."""
     import tensorflow_datasets as tfds
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # it advises OpenCV
@@ -107,7 +116,7 @@ def _builder(folder: Path) -> Any:
 
 
 def _label(name: str, info: Any) -> tuple[str, tuple[str, ...]]:
-    """The feature that is the label, and the names of its classes; raises `UserError`."""
+    """Returns the feature that is the label, and the names of its classes; raises `UserError`."""
     import tensorflow_datasets as tfds
 
     shapes = {key: tuple(feature.shape) for key, feature in info.features.items()}
@@ -122,15 +131,15 @@ def _label(name: str, info: Any) -> tuple[str, tuple[str, ...]]:
 
 
 def _examples(builder: Any, split: str) -> Any:
-    """The decoded examples of a split; raises ValueError, or what TFDS raises."""
+    """Returns the decoded examples of a split; raises ValueError, or what TFDS raises."""
     info = builder.info
     formats = {kind.value for kind in info.available_file_formats()}
     if "array_record" in formats:
         return builder.as_data_source(split)
     if info.file_format is None or info.file_format.value != "tfrecord":
         raise ValueError(
-            f"it is prepared as {', '.join(sorted(formats))}, where array_record and tfrecord can "
-            "be read"
+            f"it is prepared as {', '.join(sorted(formats))}, but only array_record and tfrecord "
+            "can be read"
         )
     paths = [Path(path) for path in info.splits[split].filepaths]
     examples = tfrecord.Examples(paths, info.features.deserialize_example_np)
@@ -140,7 +149,7 @@ def _examples(builder: Any, split: str) -> Any:
 
 
 def _check_feature(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of features.json; raises ValueError where it names a class of another package,
+    """Returns an object of features.json; raises ValueError if it names a class of another package,
     which TFDS would import.
     """
     for key, value in pairs:

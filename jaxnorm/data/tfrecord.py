@@ -45,7 +45,7 @@ class Examples:
 
 
 def _split(content: bytes) -> Iterator[tuple[memoryview, int]]:
-    """The bytes of each record of a file and their checksum."""
+    """Yields the bytes of each record of a file and their checksum."""
     view, start = memoryview(content), 0
     while start < len(content):
         stop = start + 16
@@ -58,7 +58,7 @@ def _split(content: bytes) -> Iterator[tuple[memoryview, int]]:
 
 
 def masked_crc32c(records: Sequence[bytes | memoryview]) -> np.ndarray:  # u32[N]
-    """CRC-32C of records of four bytes or more, rotated and shifted as TFRecord files have it.
+    """Returns the CRC-32C of records of four bytes or more, masked as in TFRecord files.
 
     The records are right-aligned behind zeros, which leave a checksum of 0 as it is, so that one
     loop over columns serves all of them; its start of all ones goes into their first four bytes.

@@ -31,7 +31,7 @@ GOOD = {
 
 @pytest.fixture
 def write(scratch):
-    """Writes a file, some arrays changed or, where they are None, left out; returns its path."""
+    """Writes a file, some arrays changed or, if they are None, left out; returns its path."""
 
     def written(name="own.npz", **changes):
         path = scratch / name
@@ -189,10 +189,7 @@ def test_the_numpy_expression_of_an_error_mends_the_array(write, changes):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
-            "Git LFS pointer",
-        ),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS pointer"),
         (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "it is a web page"),
         (b"\x93NUMPY\x01\x00", "a single array: np.savez writes"),
         (b"rubbish", "it is no .npz file, or only a part of one"),
