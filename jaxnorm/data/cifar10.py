@@ -172,8 +172,8 @@ def import_archive(
         name = path.name.encode(errors="surrogateescape").decode(errors="replace")
         source = f"{OFFICIAL.get(sha256, 'an unofficial archive')}, {name}"
         try:
-            data_dir.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(data_dir / _LOCK):
+            data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with filelock.FileLock(data_dir / _LOCK, mode=0o600):
                 _prepare(splits, data_dir, Origin(source, sha256, verified, ""), cache, progress)
         except OSError as error:
             reason = error.strerror or error
@@ -343,7 +343,7 @@ def _prepare(
     if prepared.exists():
         return
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
+    scratch.mkdir(mode=0o700)
     try:
         builder = _builder(splits, scratch, progress)
         with contextlib.redirect_stdout(io.StringIO()):  # it announces a download; there is none
@@ -351,11 +351,14 @@ def _prepare(
         folder = Path(builder.data_dir)
         note = dataclasses.replace(origin, files=files_fingerprint(folder, NOTE))
         (folder / NOTE).write_text(json.dumps(dataclasses.asdict(note), indent=2))
+        for path in (folder, *folder.iterdir()):  # the user's own, whatever the umask
+            with contextlib.suppress(OSError):  # of a file system that has no permissions
+                path.chmod(0o700 if path.is_dir() else 0o600)
         if cache:
             arrays = _in_order_of_files(builder, splits)
             decoded = arrays, CLASSES, content_fingerprint(arrays)
             write_decoded(decoded_file(cache, folder), decoded)
-        prepared.parent.mkdir(exist_ok=True)
+        prepared.parent.mkdir(exist_ok=True, mode=0o700)
         folder.rename(prepared)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -100,6 +100,20 @@ def load(directory: Path, source: Path, **options):
     )
 
 
+def test_what_an_import_makes_is_private_and_its_label_stays_whatever_the_umask(scratch):
+    before = os.umask(0o002)
+    try:
+        load(scratch, make(scratch / "a.tar.gz"), allow_unverified=True)
+        again = load(scratch, scratch / "a.tar.gz", allow_unverified=True)
+    finally:
+        os.umask(before)
+    assert again.verified is False
+    assert "unverified data" in again.caption
+    made = list((scratch / "tfds").rglob("*"))
+    assert len(made) > 3
+    assert not [path for path in made if path.stat().st_mode & 0o077]
+
+
 @pytest.mark.parametrize("kind", ["bin", "py"])
 def test_both_kinds_are_imported_where_any_tfds_user_finds_them(scratch, kind, monkeypatch):
     import tensorflow_datasets as tfds
