@@ -3,6 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxnorm import norms as norms
+    from jaxnorm.api import Run as Run
+    from jaxnorm.api import train as train
     from jaxnorm.config import Config as Config
     from jaxnorm.config import UserError as UserError
     from jaxnorm.config import study as study
@@ -10,21 +13,22 @@ if TYPE_CHECKING:
     from jaxnorm.data.datasets import Dataset as Dataset
     from jaxnorm.data.datasets import load as load
     from jaxnorm.model.cnn import CNN as CNN
-    from jaxnorm.runs.runner import load_model as load_model
     from jaxnorm.training.fit import fit as fit
 
 _HOMES = {
     "CNN": "model.cnn",
     "Config": "config",
     "Dataset": "data.datasets",
+    "Run": "api",
     "UserError": "config",
     "fit": "training.fit",
     "load": "data.datasets",
-    "load_model": "runs.runner",
+    "norms": "",
     "study": "config",
+    "train": "api",
     "tuned": "config",
 }
-__all__ = ["CNN", "Config", "Dataset", "UserError", "fit", "load", "load_model", "study", "tuned"]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
@@ -35,4 +39,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'jaxnorm' has no attribute {name!r}")
     import importlib
 
+    if not _HOMES[name]:
+        return importlib.import_module(f"jaxnorm.{name}")
     return getattr(importlib.import_module(f"jaxnorm.{_HOMES[name]}"), name)

@@ -39,10 +39,10 @@ def start(requested: list[Config], options: "Options", tunes: bool = False) -> i
     """Trains and reports a new sweep or one that resumes, or a tuning; a run is a sweep of one.
     Returns the exit code.
     """
-    _keep_compiled()
+    keep_compiled()
     meshes.use_all_cores()
     share = _share(options)
-    out = options.resume or options.out or _unused_out(requested[0])
+    out = options.resume or options.out or unused_out(requested[0])
     joins = share.count > 1 and not options.resume and Sweep(out, requested).exists()
     resumes = options.resume is not None or joins
     configs, infos = requested, []
@@ -69,7 +69,7 @@ def start(requested: list[Config], options: "Options", tunes: bool = False) -> i
     nets = share.of(sweep.nets)
     checked = "skipped (--skip-self-check)" if options.skip_self_check else "not made"
     if not options.skip_self_check and not all(map(sweep.ended, nets)):
-        _check_arithmetic(experiment, out, options)
+        check_arithmetic(experiment, out, options.quiet)
         checked = "passed"
     with cli.advising(_how_to_resume(out, options)):
         now = environment.environment(_command(), checked, options.deterministic)
@@ -87,7 +87,7 @@ def start(requested: list[Config], options: "Options", tunes: bool = False) -> i
     return 0
 
 
-def _keep_compiled() -> None:
+def keep_compiled() -> None:
     """Keeps compiled programs in the user's private cache, unless JAX's own variable says where."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache_dir = cache.default_cache_dir()  # None if the user has no home
@@ -134,10 +134,10 @@ def _check_settings(configs: Sequence[Config], options: "Options") -> MeshShape 
     return mesh
 
 
-def _check_arithmetic(experiment: Experiment, out: Path, options: "Options") -> None:
+def check_arithmetic(experiment: Experiment, out: Path, quiet: bool) -> None:
     """Checks the programs that will train; if they are wrong, a new run directory goes again."""
     try:
-        with contextlib.closing(callbacks.Bar(options.quiet)) as bar:
+        with contextlib.closing(callbacks.Bar(quiet)) as bar:
             selfcheck.self_check(experiment, bar.at)
     except BaseException:  # a signal too
         with contextlib.suppress(OSError):
@@ -214,7 +214,8 @@ def _load(config: Config, options: "Options", unverified: bool = False) -> Datas
         raise
 
 
-def _unused_out(config: Config) -> Path:
+def unused_out(config: Config) -> Path:
+    """Returns the folder of a new run that nobody named."""
     started = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     norm = config.norm.replace(":", ".")
     path = Path("runs") / f"{started}-{config.arch}-{norm}-{Path(config.dataset).stem}"
@@ -229,7 +230,7 @@ def _made(out: Path, options: "Options", config: Config) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with contextlib.suppress(FileExistsError):  # another run began in the same second
-            (out := _unused_out(config)).mkdir(mode=0o700)
+            (out := unused_out(config)).mkdir(mode=0o700)
             return out
 
 

@@ -200,13 +200,13 @@ def test_a_run_takes_no_other_norm_under_the_name_of_its_own(run_of_mine, tiny, 
 def test_a_model_of_another_norm_or_of_one_that_is_gone_is_not_loaded(run_of_mine, scratch):
     change_mine(scratch, *CHANGED)
     with pytest.raises(UserError, match="is not the norm that the run in"):
-        jaxnorm.load_model(run_of_mine.path, "mine:Mine", 1)
+        runner.load_model(run_of_mine.path, "mine:Mine", 1)
     change_mine(scratch, "flax.linen", "")
     with pytest.raises(UserError, match=r"cannot be imported \(SyntaxError"):
-        jaxnorm.load_model(run_of_mine.path, "mine:Mine", 1)
+        runner.load_model(run_of_mine.path, "mine:Mine", 1)
     (scratch / "mine.py").unlink()
     with pytest.raises(UserError, match="start Python in the folder of its module"):
-        jaxnorm.load_model(run_of_mine.path, "mine:Mine", 1)
+        runner.load_model(run_of_mine.path, "mine:Mine", 1)
 
 
 def test_another_function_that_a_norm_calls_is_warned_of(run_of_mine, tiny, scratch):

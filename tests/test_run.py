@@ -171,14 +171,14 @@ def test_the_home_folder_is_meant_by_a_tilde_in_every_path(
     assert cli.run(report.app, ["~/made", "~/made", "--out", "~/page.html"]) == 0
     assert (inside / "page.html").exists()
     with pytest.raises(UserError, match="has no checkpoint of layer norm, seed 1"):
-        jaxnorm.load_model("~/made", "layer", 1)
+        runner.load_model("~/made", "layer", 1)
 
 
 def test_the_cache_is_left_out_where_the_user_has_no_home(monkeypatch):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setattr(cache, "default_cache_dir", lambda: None)
     before = jax.config.jax_compilation_cache_dir
-    job._keep_compiled()
+    job.keep_compiled()
     assert jax.config.jax_compilation_cache_dir == before
 
 

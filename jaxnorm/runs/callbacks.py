@@ -18,7 +18,8 @@ from jaxnorm.training.fit import Callback
 
 
 class Bar:
-    """One progress bar at a time on standard error, for whatever is being done.
+    """One progress bar at a time on standard error, for whatever is being done; in a notebook, a
+    line of the cell that changes.
 
     There is none if `quiet` is asked for or standard error is no terminal.
     """
@@ -27,21 +28,32 @@ class Bar:
         self._disable = True if quiet else None  # None: tqdm looks whether it writes to a terminal
         self._what: str | None = None
         self._bar: Any = None
+        self._cell: Any = None
+        if not quiet and "ipykernel" in sys.modules:
+            from IPython.display import DisplayHandle
+
+            self._cell = DisplayHandle()
+            self._show = self._cell.display
 
     def at(self, what: str, done: int, total: int) -> None:
         """Shows that `done` of `total` is reached, and stops if a signal was received."""
         signals.check()
         if what != self._what:
             self.close()
-            self._bar = tqdm(total=total, desc=what, leave=False, disable=self._disable)
             self._what = what
+            self._bar = tqdm(total=total, desc=what, leave=False, disable=self._disable)
         self._bar.n = done
         self._bar.refresh()
+        if self._cell is not None:
+            self._show({"text/plain": f"{what}: {done} of {total}"}, raw=True)
+            self._show = self._cell.update
 
     def close(self) -> None:
         """Takes the bar away."""
         if self._bar is not None:
             self._bar.close()
+            if self._cell is not None:
+                self._show({"text/plain": ""}, raw=True)
         self._what = self._bar = None
 
 

@@ -101,6 +101,16 @@ class Fit:
         return predict(self.program, self.state, images)
 
 
+def check_dataset(config: Config, dataset: Dataset) -> None:
+    """Raises `UserError` if a dataset is not the one that the settings name."""
+    named = Path(config.dataset).name if names_a_file(config.dataset) else config.dataset
+    if (named, config.test_split) != (dataset.name, dataset.test_split):
+        raise UserError(
+            f"dataset={config.dataset} with test_split={config.test_split} is not what is given, "
+            f"{dataset}"
+        )
+
+
 @arithmetic.standard()
 def fit(
     config: Config,
@@ -113,12 +123,7 @@ def fit(
     Returns a `Fit` for each (norm, seed) whose loss stayed finite. Raises `UserError`, also for a
     dataset that is not the one of `config`, and `NonFiniteLoss` if no net's did.
     """
-    named = Path(config.dataset).name if names_a_file(config.dataset) else config.dataset
-    if (named, config.test_split) != (dataset.name, dataset.test_split):
-        raise UserError(
-            f"dataset={config.dataset} with test_split={config.test_split} is not what fit is "
-            f"given, {dataset}"
-        )
+    check_dataset(config, dataset)
     experiment, failed = Experiment([config], dataset, mesh), []
     history: dict[NetId, list[Trained]] = {net: [] for net in config.nets}
     warn_of_untuned(config, callbacks)

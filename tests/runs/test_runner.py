@@ -72,7 +72,7 @@ def test_the_records_agree_with_each_other(tiny_run, tiny, norm):
 
 def test_a_loaded_model_predicts_what_the_run_did(tiny_run, tiny):
     for norm in ("batch", "layer"):
-        predict = jaxnorm.load_model(tiny_run.path, norm, 3)
+        predict = runner.load_model(tiny_run.path, norm, 3)
         probabilities = predict(tiny.test_images)
         chex.assert_shape(probabilities, (22, 4))
         chex.assert_type(probabilities, jnp.float32)
@@ -89,11 +89,11 @@ def test_a_loaded_model_predicts_what_the_run_did(tiny_run, tiny):
 def test_a_model_that_is_not_there_is_refused(tiny_run, scratch):
     for norm, seed in (("batch", 4), ("rms", 3), ("../x", 3)):
         with pytest.raises(UserError, match="has no checkpoint"):
-            jaxnorm.load_model(tiny_run.path, norm, seed)
+            runner.load_model(tiny_run.path, norm, seed)
     with pytest.raises(UserError, match="not a run directory"):
-        jaxnorm.load_model(scratch, "batch", 3)
+        runner.load_model(scratch, "batch", 3)
     with pytest.raises(UserError, match="cannot be read"):
-        jaxnorm.load_model("a\0b", "batch", 3)
+        runner.load_model("a\0b", "batch", 3)
 
 
 def test_fit_is_the_run_without_the_disk_and_repeats_bit_for_bit(tiny_run, tiny, monkeypatch):
@@ -119,7 +119,7 @@ def test_a_run_whose_batches_were_shared_by_devices_is_a_run_like_any_other(tiny
     run(config, tiny, directory.path)
     logits = logits_of(directory, ("batch", 1))
     assert losses_of(directory, ("batch", 1)).shape == (1,)
-    probabilities = jaxnorm.load_model(directory.path, "batch", 1)(tiny.test_images)
+    probabilities = runner.load_model(directory.path, "batch", 1)(tiny.test_images)
     np.testing.assert_allclose(probabilities, stats.probabilities(logits), atol=1e-6)
 
 
@@ -175,7 +175,7 @@ def test_seeds_that_train_in_one_program_are_the_seeds_alone(tiny, scratch, monk
                 mine, wanted = (getattr(one, field) for one in both)
                 assert mine == pytest.approx(wanted, rel=1e-3)
         images = tiny.test_images
-        predicted = jaxnorm.load_model(directory.path, norm, seed)(images)
+        predicted = runner.load_model(directory.path, norm, seed)(images)
         np.testing.assert_allclose(predicted, fit.predict(images), atol=2e-3)
 
 
