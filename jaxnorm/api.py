@@ -47,7 +47,7 @@ class Run:
 
     @cached_property
     def finding(self) -> Markdown:
-        """What the run found, in two sentences."""
+        """What the run found, in words."""
         return Markdown(tables.finding(self.records))
 
     @cached_property

@@ -263,7 +263,8 @@ def print_summary(requested: list[Config], options: "Options") -> int:
     config = configs[0]
     known = config.dataset in ("cifar10", "digits")
     classes = 10 if known else len(_load(config, options).class_names)
-    summary.check_nets(config, classes)
+    totals = summary.check_nets(config, classes)
     for norm in config.norms:
-        print(tables.layers(dataclasses.replace(config, norm=norm), classes).plain() + "\n")
+        net = summary.summarize(summary.net_of(config, norm, classes))
+        print(tables.layers({norm: net}, totals).plain() + "\n")
     return 0

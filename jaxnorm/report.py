@@ -40,38 +40,42 @@ def main(
         the first run lies in.
     """
     from jaxnorm.analysis import page
+    from jaxnorm.analysis.tables import printable
     from jaxnorm.storage.sweep import Sweep
 
     if not runs:
         raise UserError("no run directory was given: python -m jaxnorm.report RUN [RUN ...]")
     if out and out.is_dir():
         raise UserError(f"out={out} is a folder: name a file, such as {out / 'side-by-side.html'}")
-    parts, unread = [], []
+    if out and out.suffix.lower() != ".html":
+        raise UserError(f"out={out} is no page: give a name that ends with .html")
+    parts, errors = [], []
     for path in runs:
         try:
             directories = Sweep.open(path).directories
-        except UserError as error:
-            unread.append(str(error))
+        except (UserError, OSError) as error:
+            errors.append(error)
             continue
         for directory in directories:
             try:
                 part = page.write(directory)
-            except UserError as error:
-                unread.append(str(error))
+            except (UserError, OSError) as error:
+                errors.append(error)
                 continue
             parts.append(part)
-            print(f"{directory.path / 'report.html'}: {len(part.charts)} figures")
+            print(printable(f"{directory.path / 'report.html'}: {len(part.charts)} figures"))
             for line in part.missing:
                 print(f"missing: {line}", file=sys.stderr)
     if not parts:
-        raise UserError(unread[0])
+        raise errors[0]
+    unread = [printable(str(error)) for error in errors]
     for line in unread:
         print(f"missing: {line}", file=sys.stderr)
     if out or len(parts) + len(unread) > 1:
         together = out or parts[0].run.directory.path.absolute().parent / "side-by-side.html"
         page.write_together(together, parts, unread)
         total = len(parts) + len(unread)
-        print(f"{together}: {len(parts)} of {total} runs side by side")
+        print(printable(f"{together}: {len(parts)} of {total} runs side by side"))
     return 0
 
 

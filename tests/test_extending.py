@@ -15,7 +15,6 @@ import pytest
 from helpers import Evil, init
 from matplotlib.figure import Figure
 
-import jaxnorm
 from jaxnorm import cli, report, run
 from jaxnorm.analysis import figures, tables
 from jaxnorm.analysis.results import Run

@@ -3,10 +3,11 @@
 import json
 import os
 
+import numpy as np
 import pytest
 
 from jaxnorm import cli, report
-from jaxnorm.analysis import figures
+from jaxnorm.analysis import figures, inside
 
 
 def call(*arguments) -> int:
@@ -20,12 +21,12 @@ def undrawn(monkeypatch):
 
 
 def test_one_run_is_reported_in_its_own_directory(sweep, capsys, monkeypatch):
-    monkeypatch.setattr(figures, "png", lambda figure: b"")  # drawing takes the time
-    path = sweep().path
+    monkeypatch.setattr(figures, "FIGURES", (figures.together,))
+    path = sweep(seeds=1).path
     assert call(path) == 0
     assert (path / "report.html").exists()
     assert (path / "report.md").exists()
-    assert "report.html: 23 figures" in capsys.readouterr().out
+    assert "report.html: 2 figures" in capsys.readouterr().out
     assert not (path.parent / "side-by-side.html").exists()
     assert call(path, "--out", path.parent / "alone.html") == 0
     assert (path.parent / "alone.html").read_text() == (path / "report.html").read_text()
@@ -47,11 +48,18 @@ def test_several_runs_stand_side_by_side_and_a_damaged_one_is_named(
     assert call(*paths) == 0
     assert (scratch / "side-by-side.html").exists()
     assert call(bad) == 2
-    capsys.readouterr()
-    assert call(*paths, "--out", scratch) == 2
-    printed = capsys.readouterr()
-    assert f"--out {scratch} is a folder: name a file" in printed.err
-    assert not printed.out
+
+
+def test_out_overwrites_no_record(sweep, scratch, capsys, undrawn):
+    path = sweep(seeds=1).path
+    record = (path / "run.json").read_bytes()
+    for out, wrong in ((scratch, "is a folder: name a file"), (path / "run.json", "is no page")):
+        assert call(path, "--out", out) == 2
+        printed = capsys.readouterr()
+        assert f"--out {out} {wrong}" in printed.err
+        assert printed.err.count("\n") == 1
+        assert not printed.out
+    assert (path / "run.json").read_bytes() == record
 
 
 def test_a_name_that_is_not_utf_8_is_reported(sweep, undrawn):
@@ -72,20 +80,70 @@ def test_runs_of_one_folder_name_have_a_row_each(sweep, scratch, undrawn):
     assert [text.count(f'<th scope="row">{name}/run</th>') for name in ("a", "b")] == [1, 1]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"arch": "of-long-ago"}, {"dropped": 1}, {"recipe": "first"}],
-    ids=str,
-)
+def rewritten(path, file="run.json", **changes):
+    """Changes fields of a record's JSON, or arrays of a record."""
+    if file.endswith(".npz"):
+        np.savez(path / file, **{**np.load(path / file), **changes})
+        return
+    info = json.loads((path / file).read_text())
+    for name, value in changes.items():
+        place, _, field = name.rpartition("__")
+        (info[place] if place else info)[field] = value
+    (path / file).write_text(json.dumps(info))
+
+
+@pytest.mark.parametrize("change", [{"dropped": 1}, {"recipe": "first"}], ids=str)
 def test_a_run_of_an_older_format_is_one_line(sweep, undrawn, capsys, change):
     path = sweep(seeds=1).path
-    info = json.loads((path / "run.json").read_text())
-    info["config"] |= change
-    (path / "run.json").write_text(json.dumps(info))
-    call(path)
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err
-    assert captured.err.count("\n") == 1
+    rewritten(path, **{f"config__{name}": value for name, value in change.items()})
+    assert call(path) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_net_that_is_no_longer_known_is_reported(sweep, undrawn, capsys):
+    path = sweep(seeds=1).path
+    rewritten(path, config__arch="of-long-ago")
+    assert call(path) == 0
+    assert not capsys.readouterr().err
+
+
+PROBES = "probes/group-1.npz"
+SIZES = {"sizes": np.array([4, 8], np.int32)}
+LONGER = {"kernels": np.array(["x"] * 2_000), "gradients": np.ones(2_000, "f4")}
+LONGER |= {"initial_gradients": np.ones(2_000, "f4")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"config__seeds": 3_333}, "9,996 of 9,999 nets lack epochs, so they are left out"),
+        ({"config__seeds": 10_000}, "names 3 norms and 30,000 nets: no more than 100 and 10,000"),
+        ({"dataset__test_count": 10**9}, "is not one of 1,000,000,000 test images"),
+        ({"dataset__train_count": 10**9}, "are 10 and not those of 125,000,000 steps"),
+        ({"file": PROBES, **SIZES}, "the probes of group norm, seed 1, do not fit those of"),
+        ({"file": PROBES, **LONGER}, "the probes of group norm, seed 1, do not fit those of"),
+        ({"file": "examples.npz", "train_labels": np.arange(20) + 4}, "a label is none of"),
+    ],
+    ids=["nets", "many nets", "test images", "training images", "sizes", "kernels", "labels"],
+)
+def test_a_record_that_does_not_fit_run_json_is_one_line_and_stops_no_other_run(
+    sweep, capsys, monkeypatch, changes, line
+):
+    drawn = (figures.seeds, figures.curves, inside.inside, inside.depth, figures.training_images)
+    monkeypatch.setattr(figures, "FIGURES", drawn)
+    monkeypatch.setattr(figures, "png", lambda figure: b"")  # drawing takes the time
+    good, bad = sweep("good", seeds=1).path, sweep("bad\x1b[2J", seeds=1).path
+    rewritten(bad, **changes)
+    assert call(bad, good) == 0
+    printed = capsys.readouterr()
+    lines = [one for one in printed.err.splitlines() if line in one]
+    assert len(lines) == 1
+    assert lines[0].startswith("missing: ")
+    assert len(printed.err.splitlines()) <= 3
+    assert "good/report.html: 8 figures" in printed.out
+    pages = [path.read_text() for path in good.parent.glob("**/*.html")]
+    assert max(map(len, pages)) < 1_000_000
+    assert "\x1b" not in "".join([*pages, printed.err, printed.out])
 
 
 @pytest.mark.parametrize(

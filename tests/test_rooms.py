@@ -16,7 +16,7 @@ BELOW = {
     "storage": {"config", "records"},
     "training": {"config", "records", "model", "data"},
     "runs": {"config", "records", "model", "data", "storage", "training"},
-    "analysis": {"config", "records", "model", "data", "storage"},
+    "analysis": {"config", "records", "data", "storage"},
 }
 COMMANDS = {"cli", "run", "tune", "report", "bench", "__main__", "__init__"}
 FILES = sorted(PACKAGE.rglob("*.py"))

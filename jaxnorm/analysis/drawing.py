@@ -1,8 +1,8 @@
-"""How every figure looks: its caption, its colours, its axes, and the PNG that it becomes.
+"""The look of every figure: its caption, its colours, its axes, and the PNG that it becomes.
 
 Every figure names its data. The study's norms have Okabe and Ito's colours, told apart by the
-colour-blind, the next seven Tol's "muted" ones, and every norm has a colour of its own, and a
-marker and dashes of its own too.
+colour-blind, the next seven Tol's "muted" ones. Every norm has a colour of its own, and a marker
+and dashes of its own too.
 """
 
 import colorsys
@@ -63,7 +63,7 @@ def _look(number: int, norm: str) -> Look:
 
 
 def legible(label: str) -> str:
-    """A label that a legend shows: Matplotlib leaves out those that begin with an underscore."""
+    """Returns a label that a legend shows: Matplotlib leaves out those that begin with "_"."""
     return f" {label}" if label.startswith("_") else label
 
 
@@ -90,12 +90,12 @@ def png(figure: Figure, dots_per_inch: int = 130) -> bytes:
 
 
 def literal(text: str) -> str:
-    """Text in which Matplotlib finds no formula."""
+    """Returns text in which Matplotlib finds no formula."""
     return text.replace("$", r"\$")
 
 
 def label_of(name: str) -> str:
-    """A class's name beside an axis, cut where it would leave the axis no room."""
+    """A class's name beside an axis, cut if it would leave the axis no room."""
     return literal(name if len(name) <= 24 else name[:23] + "\N{HORIZONTAL ELLIPSIS}")
 
 
@@ -120,7 +120,7 @@ def legend(axes: Axes, *entries: list, ncols: int = 1, fontsize: int = 9) -> Non
 
 
 def log_scale(axes: Axes) -> None:
-    """A logarithmic axis upwards, but where no value is positive, as in a dead net."""
+    """Makes the axis upwards logarithmic, unless no value is positive, as in a dead net."""
     if any((np.asarray(line.get_ydata()) > 0).any() for line in axes.lines):
         axes.set_yscale("log")
 
@@ -128,7 +128,7 @@ def log_scale(axes: Axes) -> None:
 def plot_marked(
     axes: Axes, names: np.ndarray, values: np.ndarray, look: Look, second: bool = False
 ) -> None:
-    """A norm's values over names, as layers are."""
+    """Plots a norm's values over names, such as those of layers."""
     keywords = {**look.keywords, "linestyle": look.second} if second else look.keywords
     axes.plot(list(map(str, names)), values, **keywords)
 

@@ -4,7 +4,8 @@ While the data is at hand, `save_examples` keeps the few images that the picture
 is one more function of `Run` that returns (name, Figure) pairs, named in `FIGURES`.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +42,9 @@ class Chart(NamedTuple):
     text: str
     png: bytes
 
+    def _repr_png_(self) -> bytes:
+        return self.png
+
 
 def save_examples(run: Run, dataset: Dataset) -> None:
     """Keeps the images that `draw` shows: test images by their row, and a sample of the training
@@ -60,9 +64,9 @@ def save_examples(run: Run, dataset: Dataset) -> None:
 
 
 def draw(run: Run) -> tuple[list[Chart], list[str]]:
-    """Draws every figure that the records allow into `figures/`.
+    """Draws every figure that the records allow.
 
-    Returns the figures, and a line for each record that was missing or damaged.
+    Returns the figures, and a line for each record that is missing or damaged.
     """
     charts: list[Chart] = []
     missing: list[str] = []
@@ -74,14 +78,23 @@ def draw(run: Run) -> tuple[list[Chart], list[str]]:
         return [], [str(error)]
     for figure_of in FIGURES:
         try:
-            with plain():
-                for name, figure in figure_of(run):
-                    charts.append(_chart(name, figure))
-                    run.directory.write_bytes(f"figures/{name}.png", charts[-1].png)
-        except UserError as error:
+            charts += _charts(figure_of, run)
+        except (UserError, OSError) as error:
             if str(error) not in missing:
                 missing.append(str(error))
     return charts, missing
+
+
+def charts(run: Run) -> Iterator[Chart]:
+    """Yields every figure that the records allow, each drawn when it is asked for."""
+    for figure_of in FIGURES:
+        with contextlib.suppress(UserError, OSError):
+            yield from _charts(figure_of, run)
+
+
+def _charts(figure_of: Callable[[Run], Named], run: Run) -> list[Chart]:
+    with plain():
+        return [_chart(name, figure) for name, figure in figure_of(run)]
 
 
 def _chart(name: str, figure: Figure) -> Chart:
@@ -101,8 +114,8 @@ def _seeds_note(run: Run, norms: Sequence[str], text: str) -> str:
 
 
 def _line(axes: Axes, run: Run, field: str, norm: str, what: str = "") -> None:
-    """The mean over a norm's seeds by epoch, and a band from the lowest to the highest seed. Of
-    what is "train", beside "test", the line is broken, its markers are empty, and it has no band.
+    """Plots the mean over a norm's seeds by epoch, and a band from the lowest to the highest seed.
+    For "train", beside "test", the line is broken, its markers are empty, and it has no band.
     """
     look, second = _looks(run)[norm], what == "train"
     values: dict[int, list[float]] = {}
@@ -129,8 +142,8 @@ def _by_epoch(axes: Axes, what: str) -> None:
 
 
 def curves(run: Run) -> Named:
-    """The study's four curves, for each norm: train loss of every batch, train accuracy, test loss,
-    test accuracy.
+    """Draws the study's four curves of each norm: train loss of every batch, train accuracy, test
+    loss, test accuracy.
     """
     for norm in run.norms:
         title = f"{norm} norm: {run.info.parameters[norm]:,} parameters"
@@ -146,16 +159,18 @@ def curves(run: Run) -> Named:
 
 
 def _step_losses(axes: Axes, run: Run, norm: str) -> None:
-    """The loss of every batch of the first seed, and the moving mean of each seed."""
+    """Plots the loss of every batch of the first seed, and the moving mean of each seed."""
     colour, label = _looks(run)[norm].colour, ""
     for seed in run.seeds(norm):
         losses = run.step_losses(norm, seed)
+        steps = len(losses)
         window, first = max(1, len(losses) // 200), not label
         if first:
-            label, steps = f"mean of {window}", np.arange(1, len(losses) + 1)
-            axes.plot(steps, losses, alpha=0.3, linewidth=0.5, color=colour, label="each batch")
+            look = {"alpha": 0.3, "linewidth": 0.5, "color": colour, "label": "each batch"}
+            axes.plot(np.arange(1, steps + 1), losses, **look)
+            label = f"mean of {window}"
         means = np.convolve(losses, np.ones(window) / window, "valid")
-        line, alpha = np.arange(window, len(losses) + 1), 1 if first else 0.5
+        line, alpha = np.arange(window, steps + 1), 1 if first else 0.5
         axes.plot(line, means, color=colour, alpha=alpha, label=label if first else None)
     axes.set(xlabel="batch", ylabel="train loss")
     axes.grid(alpha=0.3)
@@ -163,7 +178,7 @@ def _step_losses(axes: Axes, run: Run, norm: str) -> None:
 
 
 def together(run: Run) -> Named:
-    """All norms on one loss graph and one accuracy graph."""
+    """Draws all norms on one loss graph and one accuracy graph."""
     for what in ("loss", "accuracy"):
         note = _seeds_note(run, run.norms, "; mean and range of {} seeds")
         figure = new_figure(run.caption, f"{what.capitalize()} of every norm{note}", 8, 5)
@@ -177,8 +192,8 @@ def together(run: Run) -> Named:
 
 
 def seeds(run: Run) -> Named:
-    """The last test accuracy of every seed under every norm, the seeds joined into pairs; and the
-    paired differences with their intervals. Only where there are several seeds.
+    """Draws the last test accuracy of every seed under every norm, the seeds joined into pairs, and
+    the paired differences with their intervals. Nothing if there is one seed.
     """
     norms: list[str] = [norm for norm in run.summaries if run.sample(norm).n > 1]
     if not norms:
@@ -212,7 +227,7 @@ def seeds(run: Run) -> Named:
 
 
 def _paired(axes: Axes, differences: Sequence[stats.Difference]) -> None:
-    """Paired differences in points: each pair, the mean, and both intervals."""
+    """Plots paired differences in points: each pair, the mean, and both intervals."""
     for i, pair in enumerate(differences):
         points, middle = 100 * np.array(pair.sample.values), 100 * pair.sample.mean
         axes.plot(points, [i] * len(points), "o", color="#999999", markersize=4)
@@ -236,7 +251,7 @@ def _paired(axes: Axes, differences: Sequence[stats.Difference]) -> None:
 
 
 def mistakes(run: Run) -> Named:
-    """Misclassified test images, 5x2: the true class, the predicted class and its probability."""
+    """Draws misclassified test images, 5x2: the true class, the predicted one, its probability."""
     rules = {
         "confident": "the mistakes it is surest of",
         "drawn": "mistakes drawn by the seed",
@@ -263,8 +278,8 @@ def mistakes(run: Run) -> Named:
 def _gallery(
     caption: str, title: str, images: Sequence[np.ndarray] | np.ndarray, words: Sequence[str]
 ) -> Figure:
-    """Images, five in a row, with words above each. All share one `Axes`: one for each would take
-    half as long again.
+    """Draws images, five in a row, with words above each. All share one `Axes`: one for each would
+    take half as long again.
     """
     lines = max((text.count("\n") + 1 for text in words), default=1)
     rows, row_height = max(1, -(-len(images) // 5)), 1 + 0.1 * lines
@@ -282,10 +297,10 @@ def _gallery(
 
 
 def confusion(run: Run) -> Named:
-    """The confusion matrix of each norm, in counts (the mean of its seeds); and the accuracy of
-    each class, all norms together, with the range of the seeds.
+    """Draws the confusion matrix of each norm, in counts (the mean of its seeds), and the accuracy
+    of each class, all norms together, with the range of the seeds.
     """
-    names = [label_of(name) for name in run.class_names]
+    names = [label_of(name) for name in run.shown_classes]
     for norm in run.norms:
         matrix, mean = run.confusion(norm), _seeds_note(run, [norm], ", mean of {} seeds")
         title = f"{norm} norm: confusion matrix of {len(run.labels):,} test images{mean}"
@@ -302,7 +317,7 @@ def confusion(run: Run) -> Named:
             axes.set_yticks(range(len(names)), names)
         axes.set(xlabel="predicted class", ylabel="true class")
         yield f"confusion-{norm}", figure
-    height = 1.6 + max(0.36, 0.07 * len(run.norms)) * len(names)
+    height = min(400, 1.6 + max(0.36, 0.07 * len(run.norms)) * len(names))  # what a PNG can hold
     figure = new_figure(run.caption, "Test accuracy of each class", 8, height)
     axes = figure.subplots()
     for norm, offset in zip(run.norms, spread(len(run.norms), 0.2), strict=True):
@@ -321,9 +336,11 @@ def confusion(run: Run) -> Named:
 
 
 def training_images(run: Run) -> Named:
-    """Training images drawn by the seed, as they are, with their classes."""
-    images = run.examples["train_images"]
-    names = [label_of(run.class_names[int(label)]) for label in run.examples["train_labels"]]
+    """Draws training images chosen by the seed, as they are, with their classes."""
+    images, labels = (run.examples[f"train_{what}"][:SAMPLE] for what in ("images", "labels"))
+    if not np.isin(labels, np.arange(len(run.class_names))).all():
+        raise UserError(f"{run.directory.path / 'examples.npz'}: a label is none of the classes")
+    names = [label_of(run.class_names[int(label)]) for label in labels]
     title = f"{len(images)} training images"
     yield "training-images", _gallery(run.caption, title, images, names)
 

@@ -83,8 +83,8 @@ def of_probes(probes: Probes, caption: str, norms: Sequence[str] = ()) -> Named:
 
 
 def depth(run: Run) -> Named:
-    """Before and after training, over depth: the gradient at each kernel, and how alike a norm
-    makes different images. Means over the seeds.
+    """Draws, before and after training and over depth, the gradient at each kernel and how alike a
+    norm makes different images. Means over the seeds.
     """
     measured = {norm: list(nets.values()) for norm, nets in run.probes(DEPTH).items()}
     if not measured:
@@ -111,7 +111,7 @@ def depth(run: Run) -> Named:
 
 
 def corruptions(run: Run) -> Named:
-    """The accuracy on corrupted images: the mean of the seeds and their range."""
+    """Draws the accuracy on corrupted images: the mean of the seeds and their range."""
     measured = {norm: list(nets.values()) for norm, nets in run.probes(CORRUPTED).items()}
     if not measured:
         return
@@ -130,7 +130,7 @@ def corruptions(run: Run) -> Named:
 
 
 def _caption(run: Run, measured: Mapping[str, list]) -> str:
-    """A run's caption, and of how many seeds this was measured where it was not of all."""
+    """A run's caption, with the number of seeds that were measured if some were not."""
     count = min(map(len, measured.values()))
     return run.caption + (f", {count} measured" if count < len(run.seed_numbers) else "")
 

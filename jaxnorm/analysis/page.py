@@ -1,10 +1,11 @@
-"""The report that a person reads, made from run directories alone: `report.md`, and `report.html`,
-one file that needs nothing else, no network and no script.
+"""The report, made from run directories alone: `report.md`, and `report.html`, one file that needs
+nothing else, no network and no script.
 
 A run that is unfinished or damaged is reported as far as it goes, with what is missing named.
 """
 
 import base64
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,10 @@ from jaxnorm.analysis.tables import Table
 from jaxnorm.config import UserError
 from jaxnorm.storage.directory import RunDirectory
 
+MOST_LINES = 10
+"""Unfinished nets that are named one by one; more of them are one line."""
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
 
 @dataclass
 class RunPart:
@@ -28,31 +33,44 @@ class RunPart:
     run: Run
     charts: list[Chart] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    headline: str = ""
     finding: str = ""
     norms: list[str] = field(default_factory=list)
     tables: dict[str, Table] = field(default_factory=dict)
 
     def attempt(self, make: Callable[[], Any], otherwise: Any) -> Any:
-        """Calls `make`; where a record is missing or damaged, notes it and returns `otherwise`."""
+        """Calls `make`; if a record is missing or damaged, notes it and returns `otherwise`."""
         try:
             return make()
         except (UserError, OSError) as error:
-            if str(error) not in self.missing:
-                self.missing.append(str(error))
+            self.note(error)
             return otherwise
 
+    def note(self, what: object) -> None:
+        """Names a record that is missing or damaged, once."""
+        if (line := tables.printable(str(what))) not in self.missing:
+            self.missing.append(line)
+
+    @property
+    def accuracy(self) -> list[Chart]:
+        """The figure that stands beside the finding, if it could be drawn."""
+        return [chart for chart in self.charts if chart.name == "accuracy"]
+
     def charts_of(self, norm: str | None) -> list[Chart]:
-        """The figures of one norm; with None those of all norms together."""
+        """The other figures of one norm; with None those of all norms together."""
         ends = tuple(f"-{one}" for one in self.norms) if norm is None else f"-{norm}"
-        return [chart for chart in self.charts if chart.name.endswith(ends) == (norm is not None)]
+        others = [chart for chart in self.charts if chart not in self.accuracy]
+        return [chart for chart in others if chart.name.endswith(ends) == (norm is not None)]
 
 
 def write(directory: RunDirectory, title: str | None = None) -> RunPart:
-    """Draws the figures of a run anew, and writes its `report.md` and `report.html`.
+    """Draws the figures of a run and writes them, its `report.md` and its `report.html`.
 
-    Raises `UserError` where `run.json` cannot be read.
+    Raises `UserError` if `run.json` cannot be read.
     """
     part = read(directory, title)
+    for chart in part.charts:
+        directory.write_bytes(f"figures/{chart.name}.png", chart.png)
     directory.write_text("report.md", markdown(part))
     directory.write_text("report.html", html([part]))
     directory.write_text("metrics.csv", part.run.csv())
@@ -60,25 +78,28 @@ def write(directory: RunDirectory, title: str | None = None) -> RunPart:
 
 
 def read(directory: RunDirectory, title: str | None = None) -> RunPart:
-    """Draws the figures of a run anew, and collects what its report shows.
+    """Draws the figures of a run and collects what its report shows; writes nothing.
 
-    Raises `UserError` where `run.json` cannot be read.
+    Raises `UserError` if `run.json` cannot be read.
     """
     run = Run(directory)
     part = RunPart(title or directory.path.absolute().name, run)
-    config = run.info.config
-    part.charts, part.missing = figures.draw(run)
-    epochs = run.epochs
-    part.missing += run.damaged
-    for norm, seed in config.nets:
-        left = config.epochs - len(epochs.get((norm, seed), ()))
-        if lost := part.attempt(run.net(norm, seed).lost, None):
-            line = f"{norm} norm, seed {seed}, diverged in epoch {lost.epoch}"
-            part.missing.append(f"{line}, so this net is left out")
-        elif left:
-            line = f"{norm} norm, seed {seed}: {left} of {config.epochs} epochs are missing"
-            part.missing.append(f"{line}, so this net is left out")
+    nets, last = run.info.config.nets, run.info.config.epochs
+    part.charts, missing = figures.draw(run)
+    for line in (*missing, *run.damaged):
+        part.note(line)
+    left = {net: last - len(run.epochs.get(net, ())) for net in nets}
+    lost = {net: part.attempt(run.net(*net).lost, None) for net in nets if left[net]}
+    if len(lost) > MOST_LINES:
+        part.note(f"{len(lost):,} of {len(nets):,} nets lack epochs, so they are left out")
+        lost = {}
+    for net, diverged in lost.items():
+        why = f": {left[net]} of {last} epochs are missing"
+        if diverged is not None:
+            why = f", diverged in epoch {diverged.epoch}"
+        part.note(f"{net.norm} norm, seed {net.seed}{why}, so this net is left out")
     part.norms = part.attempt(lambda: run.norms, [])
+    part.headline = part.attempt(lambda: tables.headline(run), "")
     part.finding = part.attempt(lambda: tables.finding(run), "")
     for make in tables.TABLES:
         table = part.attempt(lambda make=make: make(run), None)
@@ -88,7 +109,7 @@ def read(directory: RunDirectory, title: str | None = None) -> RunPart:
 
 
 def markdown(part: RunPart) -> str:
-    """The report of one run in Markdown."""
+    """Returns the report of one run in Markdown."""
     lines = [f"# {tables.escaped(part.title)}", tables.escaped(part.finding)]
     for table in part.tables.values():
         lines += [f"## {table.title}", table.markdown().rstrip()]
@@ -96,11 +117,11 @@ def markdown(part: RunPart) -> str:
         lines += ["## Missing", *(f"- {tables.escaped(line)}" for line in part.missing)]
     lines.append("## Figures")
     lines += [f"![{tables.escaped(c.title)}](figures/{c.name}.png)" for c in part.charts]
-    return "\n\n".join(line for line in lines if line) + "\n"
+    return CONTROL.sub(" ", "\n\n".join(line for line in lines if line) + "\n")
 
 
 def html(parts: Sequence[RunPart], missing: Sequence[str] = ()) -> str:
-    """One page of one run, or of several side by side. Text of the records is escaped."""
+    """Returns a page of one run, or of several side by side. Text of the records is escaped."""
     if len(parts) > 1:
         titles = distinct([part.run.directory.path for part in parts])
         parts = [replace(part, title=title) for part, title in zip(parts, titles, strict=True)]
@@ -112,16 +133,17 @@ def html(parts: Sequence[RunPart], missing: Sequence[str] = ()) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    return environment.get_template("report.html.jinja").render(
+    page = environment.get_template("report.html.jinja").render(
         parts=parts,
-        missing=list(missing),
+        missing=list(map(tables.printable, missing)),
         side_by_side=tables.side_by_side(several) if several else None,
         address=lambda png: "data:image/png;base64," + base64.b64encode(png).decode(),
     )
+    return CONTROL.sub(" ", page)
 
 
 def distinct(paths: Sequence[Path]) -> list[str]:
-    """The shortest end of each path that no other path has: a folder's name, mostly."""
+    """Returns the shortest end of each path that no other has: a folder's name, mostly."""
     whole = [path.resolve().parts for path in paths]
     names = []
     for parts in whole:

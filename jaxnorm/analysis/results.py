@@ -1,7 +1,7 @@
-"""One run's records, read once, and the numbers made from them: what figures and tables show.
+"""A run's records, read once, and the numbers that figures and tables show.
 
-The seeds of a norm are those of its finished nets, everywhere: a net that diverged or is unfinished
-is left out of every table and figure, and captions and the report say so.
+The seeds of a norm are always those of its finished nets: a net that diverged or is unfinished is
+left out of every table and figure, and captions and the report say so.
 """
 
 import csv
@@ -20,11 +20,13 @@ from jaxnorm.storage.net import NetFolder
 
 GRID = 10
 """Images in a grid of mistakes: 5 columns, 2 rows."""
+MOST_NETS, MOST_NORMS, MOST_CLASSES, MOST_MEASURED = 10_000, 100, 1_000, 1_000
+"""The most that is shown one by one: nets, norms and classes of a run, numbers of a probe."""
 
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """One run's records, read once."""
+    """A run's records, read once."""
 
     directory: RunDirectory
 
@@ -33,8 +35,15 @@ class Run:
 
     @cached_property
     def info(self) -> RunInfo:
-        """`run.json`."""
-        return self.directory.info()
+        """`run.json`. Raises `UserError` if it names more nets than can be shown."""
+        info = self.directory.info()
+        norms, seeds = len(info.config.norms), info.config.seeds
+        if norms > MOST_NORMS or norms * seeds > MOST_NETS:
+            raise UserError(
+                f"{self.directory.path / 'run.json'} names {norms:,} norms and {norms * seeds:,} "
+                f"nets: no more than {MOST_NORMS} and {MOST_NETS:,} can be shown"
+            )
+        return info
 
     def net(self, norm: str, seed: int) -> NetFolder:
         """Returns the folder of a net."""
@@ -146,8 +155,8 @@ class Run:
         return logits
 
     def shown_seed(self, norm: str) -> int:
-        """The seed of the net of a norm that is shown where only one is: the first that is finished
-        under every norm, or else under this one.
+        """Returns the seed of the one net of a norm that is shown: the first that is finished under
+        every norm, or else under this one.
         """
         everywhere = set.intersection(*(set(self.seeds(norm)) for norm in self.norms))
         return min(everywhere or self.seeds(norm))
@@ -167,14 +176,28 @@ class Run:
     def probes(self, shapes: Shapes) -> dict[str, dict[int, dict[str, np.ndarray]]]:
         """Returns what was measured inside the nets of each norm, by seed: the arrays of `shapes`.
         Norms of which no net was measured, or by an earlier version that measured less, are left
-        out.
+        out. Raises `UserError` if nets were not measured alike.
         """
         measured: dict[str, dict[int, dict[str, np.ndarray]]] = {}
         for net in self.finished:
             folder = self.net(*net)
             if folder.measured() and (arrays := folder.probes(shapes)):
                 measured.setdefault(net.norm, {})[net.seed] = arrays
+                self._check_probes(net, measured)
         return {norm: measured[norm] for norm in self.norms if norm in measured}
+
+    def _check_probes(self, net: NetId, measured: dict[str, dict[int, dict]]) -> None:
+        """Raises `UserError` if a net was measured in another way than the nets before it."""
+        arrays, first = measured[net.norm][net.seed], next(iter(measured[net.norm].values()))
+        of_all = next(iter(next(iter(measured.values())).values()))
+        fits = all(array.shape == first[name].shape for name, array in arrays.items())
+        for name in {"sizes", "corruptions"} & arrays.keys():
+            fits = fits and np.array_equal(arrays[name], of_all[name])
+        if not fits or any(array.size > MOST_MEASURED for array in arrays.values()):
+            raise UserError(
+                f"{self.directory.path}: the probes of {net.norm} norm, seed {net.seed}, do not "
+                "fit those of the other nets"
+            )
 
     @property
     def unmeasured(self) -> list[str]:
@@ -197,9 +220,19 @@ class Run:
         """The classes, by number."""
         return self.info.dataset.class_names
 
+    @property
+    def shown_classes(self) -> Sequence[str]:
+        """The classes, to show each; raises `UserError` if they are too many for that."""
+        if len(self.class_names) > MOST_CLASSES:
+            raise UserError(
+                f"{len(self.class_names):,} classes are more than the {MOST_CLASSES:,} that can be "
+                "shown one by one"
+            )
+        return self.class_names
+
     @cached_property
     def seed_numbers(self) -> list[int]:
-        """The seeds of which a net is finished; where none is, those of the settings."""
+        """The seeds that have a finished net; if none has, those of the settings."""
         return sorted({seed for _, seed in self.finished}) or list(self.info.config.seed_numbers)
 
     @property
@@ -234,20 +267,22 @@ class Run:
         return chosen
 
     def confusion(self, norm: str) -> np.ndarray:  # f64[classes, classes]
-        """Returns the mean confusion matrix of a norm's seeds, in counts."""
-        return np.mean([self._confusion(norm, seed) for seed in self.seeds(norm)], axis=0)
+        """Returns the mean confusion matrix of a norm's seeds, in counts: row the true class."""
+        from sklearn.metrics import confusion_matrix
+
+        nets = [self.predictions[NetId(norm, seed)] for seed in self.seeds(norm)]
+        classes = range(len(self.class_names))
+        matrices = [confusion_matrix(net.labels, net.predicted, labels=classes) for net in nets]
+        return np.mean(matrices, axis=0)
 
     def class_accuracies(self, norm: str) -> np.ndarray:  # f64[seeds, classes]
         """Returns the accuracy of each class under each seed of a norm."""
-        nets = [self._confusion(norm, seed) for seed in self.seeds(norm)]
-        return np.array([stats.class_accuracy(matrix) for matrix in nets])
-
-    def _confusion(self, norm: str, seed: int) -> np.ndarray:
-        net = self.predictions[NetId(norm, seed)]
-        return stats.confusion_matrix(net.predicted, net.labels, len(self.class_names))
+        nets = [self.predictions[NetId(norm, seed)] for seed in self.seeds(norm)]
+        count = len(self.class_names)
+        return np.array([stats.class_accuracy(net.predicted, net.labels, count) for net in nets])
 
     def images(self, rows: np.ndarray) -> list[np.ndarray]:  # of u8[32, 32, 3]
-        """Test images by their row; raises `UserError` where one was not kept."""
+        """Returns test images by their row; raises `UserError` if one was not kept."""
         places = {int(row): place for place, row in enumerate(self.examples["test_rows"])}
         if absent := {*map(int, rows)} - places.keys():
             raise UserError(
@@ -258,7 +293,7 @@ class Run:
 
 
 def seeds_text(seeds: Sequence[int]) -> str:
-    """Seeds in words."""
+    """Says in words which seeds these are."""
     if len(seeds) == 1:
         return f"seed {seeds[0]}"
     whole = len(seeds) == seeds[-1] - seeds[0] + 1

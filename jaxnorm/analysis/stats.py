@@ -1,5 +1,4 @@
-"""Numbers from records: what a table or a figure shows, computed from epochs and test logits, and
-nothing else.
+"""The numbers that tables and figures show, computed from epochs and test logits alone.
 
 A seed is the unit: a net's accuracy is one value, and norms are compared by the differences between
 nets of the same seed, which start from the same kernels and see the same batches and masks in
@@ -14,10 +13,10 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import optimize
+from scipy import optimize, special
 from scipy import stats as scipy_stats
 
-from jaxnorm.config import ALL
+from jaxnorm.config import ALL, UserError
 from jaxnorm.records import Epoch, Predictions
 
 TARGET = 0.70
@@ -26,10 +25,12 @@ LEVEL = 0.05
 """The level below which a p-value shows a difference; intervals cover one minus it."""
 FAMILY = tuple(itertools.combinations(ALL, 2))
 """The comparisons that were fixed beforehand, for which p-values are corrected: a difference is
-shown where its p-value after Holm's correction is below `LEVEL`. All others have no verdict.
+shown if its p-value after Holm's correction is below `LEVEL`. All others have no verdict.
 """
 RESAMPLES = 9_999
-"""Of the bootstrap."""
+"""The resamples of the bootstrap."""
+MOST = 10_000_000
+"""The largest sum of differences, in images, for which the sign flips fit in memory."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,13 @@ def differences(values: Mapping[str, Mapping[int, float]], count: int) -> list[D
     """Compares every pair of norms by the seeds that both have; pairs without any are left out, and
     count in the correction of `FAMILY` all the same.
 
-    values: for each norm, an accuracy for each seed, a fraction of `count` test images.
+    values: for each norm, an accuracy for each seed, a fraction of `count` test images; raises
+    `UserError` if one is not.
     """
     pairs = []
+    for value in itertools.chain.from_iterable(of_norm.values() for of_norm in values.values()):
+        if round(value * count) / count != value:
+            raise UserError(f"a test accuracy of {value:g} is not one of {count:,} test images")
     for first, second in itertools.combinations(values, 2):
         if seeds := sorted(values[first].keys() & values[second].keys()):
             correct = [[round(values[n][seed] * count) for seed in seeds] for n in (first, second)]
@@ -150,9 +155,11 @@ def sign_flip_p(differences: Sequence[int]) -> float:
 
     Exact: whole numbers have no rounding that could hide a tie, and the distribution of the sum is
     built up one pair at a time (its shares are multiples of 2**-n, exact in float64 to n = 52).
+    Raises `UserError` if they add up to more than `MOST`.
     """
     sizes = [abs(int(d)) for d in differences]
-    total = sum(sizes)
+    if (total := sum(sizes)) > MOST:
+        raise UserError(f"paired differences of {total:,} images are more than {MOST:,}")
     shares = np.zeros(2 * total + 1)  # of the sums -total to total
     shares[total] = 1.0
     for size in sizes:
@@ -191,7 +198,7 @@ def fewest_pairs(comparisons: int) -> int:
 
 
 def what_n_can_show(n: int, comparisons: int = len(FAMILY)) -> str:
-    """A sentence on what n pairs can show in a family of comparisons."""
+    """Says in a sentence what n pairs can show in a family of comparisons."""
     needed = fewest_pairs(comparisons)
     if n == 1:
         return (
@@ -210,7 +217,7 @@ def what_n_can_show(n: int, comparisons: int = len(FAMILY)) -> str:
 
 
 def epochs_to_target(nets: Sequence[Summary]) -> str:
-    """When the nets of a norm first reached `TARGET`, in words."""
+    """Says in words when the nets of a norm first reached `TARGET`."""
     reached = sorted(net.first_at_target for net in nets if net.first_at_target)
     if not reached:
         return "never"
@@ -220,7 +227,7 @@ def epochs_to_target(nets: Sequence[Summary]) -> str:
 
 
 def accuracy_text(sample: Sample, plus_minus: str = "\N{PLUS-MINUS SIGN}") -> str:
-    """A mean accuracy and its deviation as a percentage."""
+    """Returns a mean accuracy and its deviation as a percentage."""
     text = f"{sample.mean:.2%}"
     if sample.deviation is not None:
         text += f" {plus_minus} {100 * sample.deviation:.2f}"
@@ -228,10 +235,8 @@ def accuracy_text(sample: Sample, plus_minus: str = "\N{PLUS-MINUS SIGN}") -> st
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Softmax over the last axis, in float64."""
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    exponentials = np.exp(shifted)
-    return exponentials / exponentials.sum(-1, keepdims=True)
+    """Returns the softmax over the last axis, in float64."""
+    return special.softmax(logits.astype(np.float64), axis=-1)
 
 
 def calibration_error(
@@ -255,17 +260,16 @@ def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         return 1.0
 
     def loss(logarithm: float) -> float:
-        """The mean cross-entropy at the temperature of this logarithm."""
-        of_label = probabilities(logits / np.exp(logarithm))[np.arange(len(labels)), labels]
-        return -float(np.log(np.maximum(of_label, 1e-300)).mean())
+        scaled = special.log_softmax(logits / np.exp(logarithm), axis=-1)
+        return -float(scaled[np.arange(len(labels)), labels].mean())
 
     best: Any = optimize.minimize_scalar(loss, bounds=(-3, 3), method="bounded")
     return float(np.exp(best.x))
 
 
 def tempered(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:  # f64[N, classes]
-    """Probabilities where every other image's logits are divided by the temperature of the rest, so
-    that none is scaled by itself.
+    """Returns probabilities after every other image's logits are divided by the temperature of the
+    rest, so that none is scaled by itself.
     """
     scaled, even = logits.astype(np.float64), np.arange(len(labels)) % 2 == 0
     for part in (even, ~even):
@@ -295,18 +299,12 @@ def calibration(net: Predictions) -> Calibration:
     )
 
 
-def confusion_matrix(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """Counts i64[classes, classes]: row the true class, column the predicted one."""
-    counts = np.bincount(labels.astype(int) * classes + predicted, minlength=classes**2)
-    return counts.reshape(classes, classes)
+def class_accuracy(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Returns the fraction of each class classified rightly, f64[classes]; NaN for an empty one."""
+    from sklearn.metrics import recall_score  # which takes a third of a second to load
 
-
-def class_accuracy(matrix: np.ndarray) -> np.ndarray:
-    """The fraction of each class classified rightly, f64[classes], from a confusion matrix; NaN for
-    an empty class.
-    """
-    totals = matrix.sum(1)
-    return np.where(totals, matrix.diagonal() / np.maximum(totals, 1), np.nan)
+    options: Any = {"labels": range(classes), "average": None, "zero_division": np.nan}
+    return np.asarray(recall_score(labels, predicted, **options))
 
 
 def confident_mistakes(logits: Sequence[np.ndarray], labels: np.ndarray, count: int) -> np.ndarray:
@@ -319,6 +317,6 @@ def confident_mistakes(logits: Sequence[np.ndarray], labels: np.ndarray, count: 
 
 
 def drawn_mistakes(logits: np.ndarray, labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Mistakes drawn without replacement, every one as likely, in order."""
+    """Draws mistakes without replacement, every one as likely; returns them in order."""
     wrong = np.flatnonzero(logits.argmax(1) != labels)
     return np.sort(np.random.default_rng(seed).choice(wrong, min(count, len(wrong)), replace=False))

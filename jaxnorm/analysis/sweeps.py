@@ -1,4 +1,4 @@
-"""What several runs say together: the table of a sweep, and what a tuning found."""
+"""Tables and figures of several runs together: of a sweep, and of a tuning."""
 
 import math
 from collections.abc import Sequence
@@ -9,21 +9,10 @@ from matplotlib.ticker import MaxNLocator
 
 from jaxnorm.analysis import stats
 from jaxnorm.analysis.drawing import Look, Named, looks, new_figure, percent_axes, plain, png
-from jaxnorm.analysis.figures import save_examples
 from jaxnorm.analysis.results import Run, left_out, seeds_text
 from jaxnorm.analysis.tables import MEAN, Table
 from jaxnorm.config import counted, differing, value_text
-from jaxnorm.data.datasets import Dataset
 from jaxnorm.storage.directory import RunDirectory
-from jaxnorm.storage.sweep import Sweep
-
-
-def runs_of(sweep: Sweep, dataset: Dataset) -> list[Run]:
-    """The runs of a trained sweep, each with the images kept that its figures show."""
-    runs = [Run(directory) for directory in sweep.directories]
-    for run in runs:
-        save_examples(run, dataset)
-    return runs
 
 
 def caption(runs: Sequence[Run]) -> str:
@@ -40,8 +29,8 @@ def _looks(runs: Sequence[Run]) -> dict[str, Look]:
 
 
 def results(runs: Sequence[Run]) -> Table:
-    """The last test accuracy of every norm in every run of a sweep, of finished nets, and how many
-    these are where some are lost: a row a run.
+    """Returns the last test accuracy of every norm in every run of a sweep, of finished nets, and
+    how many these are if some are lost: a row for each run.
     """
     first, rows, lost = runs[0].info.config, [], ""
     differ = differing([run.info.config for run in runs])
@@ -68,7 +57,7 @@ def results(runs: Sequence[Run]) -> Table:
 
 
 def plot_against(axes: Axes, runs: Sequence[Run], setting: str) -> None:
-    """The last test accuracy of every norm against a setting of a sweep: the mean and each seed."""
+    """Plots the last test accuracy of every norm against a setting: the mean and each seed."""
     ordered = sorted((float(getattr(run.info.config, setting)), i) for i, run in enumerate(runs))
     look_of = _looks(runs)
     for norm in runs[0].info.config.norms:
@@ -86,7 +75,7 @@ def plot_against(axes: Axes, runs: Sequence[Run], setting: str) -> None:
 
 
 def draw(runs: Sequence[Run]) -> Named:
-    """Accuracy against what differs between the runs of a sweep, where that is one number."""
+    """Draws accuracy against what differs between the runs of a sweep, if that is one number."""
     differ = differing([run.info.config for run in runs])
     if len(differ) == 1 and any(run.summaries for run in runs):
         title = f"Accuracy against {differ[0].replace('_', ' ')}"
@@ -97,7 +86,7 @@ def draw(runs: Sequence[Run]) -> Named:
 
 class Trial(NamedTuple):
     """A norm's nets at a learning rate (before linear scaling, as it is given to a command), and
-    their mean accuracy on held-out images: 0 for a trial that failed, because a net of it was lost.
+    their mean accuracy on held-out images: 0 for a trial that failed, because a net was lost.
     """
 
     rate: float
@@ -107,7 +96,7 @@ class Trial(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        """True if a net of it diverged or did not finish."""
+        """True if one of its nets diverged or did not finish."""
         return self.finished < self.nets
 
     @property
@@ -133,7 +122,7 @@ def trials(runs: Sequence[Run]) -> dict[str, list[Trial]]:
 
 
 def tuning(runs: Sequence[Run]) -> Table:
-    """Returns the best trial of each norm: a row a norm."""
+    """Returns the best trial of each norm: a row for each."""
     config, rows, trials_of = runs[0].info.config, [], trials(runs)
     count = max(map(len, trials_of.values()))
     for norm, of_norm in trials_of.items():
@@ -162,7 +151,7 @@ def tuning(runs: Sequence[Run]) -> Table:
 
 
 def every_trial(runs: Sequence[Run]) -> Table:
-    """Returns the accuracy of each trial of a tuning on held-out images: a row a learning rate."""
+    """Returns the accuracy of each trial on held-out images: a row for each learning rate."""
     trials_of = trials(runs)
     rows = [
         [f"{at_rate[0].rate:g}", *(trial.text for trial in at_rate)]
@@ -188,7 +177,7 @@ def _held_out(runs: Sequence[Run]) -> str:
 
 
 def draw_tuning(runs: Sequence[Run]) -> Named:
-    """Accuracy on held-out images against the learning rate; and the best of k trials against k."""
+    """Draws accuracy on held-out images by learning rate, and the best of k trials against k."""
     figure = new_figure(caption(runs), "Accuracy against learning rate", 8, 4.6)
     plot_rates(figure.subplots(), runs)
     yield "learning-rate", figure

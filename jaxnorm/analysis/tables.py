@@ -1,6 +1,6 @@
-"""What reports and the README say in words and tables, made from records: every number a person
-reads is formatted here. A new table is one more function in `TABLES`; a new number of the results
-is one more row of `NUMBERS`.
+"""Words and tables of reports and of the README, made from records: every number that they show is
+formatted here. A new table is one more function in `TABLES`; a new number of the results is one
+more row of `NUMBERS`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +11,8 @@ import numpy as np
 
 from jaxnorm.analysis import stats
 from jaxnorm.analysis.results import Run, left_out
-from jaxnorm.config import ALL, Config, NetId, counted
-from jaxnorm.records import Environment
+from jaxnorm.config import ALL, Config, NetId, counted, valid_text
+from jaxnorm.records import Environment, Layer
 
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 EVALUATED = {"sizes": "iu S", "batch_accuracy": "f S", "running_accuracy": "f"}
@@ -38,13 +38,16 @@ class Table:
     note: str = ""
 
     def markdown(self) -> str:
-        """In Markdown, with the note and without the title."""
+        """Returns it in Markdown, with the note and without the title."""
         lines = [self.head, ["---"] + ["--:"] * (len(self.head) - 1), *self.rows]
         text = "\n".join("| " + " | ".join(map(escaped, line)) + " |" for line in lines)
         return text + (f"\n\n{escaped(self.note)}\n" if self.note else "\n")
 
+    def _repr_markdown_(self) -> str:
+        return f"**{escaped(self.title)}**\n\n{self.markdown()}"
+
     def plain(self) -> str:
-        """For a terminal: columns in line, with the note and without the title."""
+        """Returns it for a terminal: columns in line, with the note and without the title."""
         lines = [self.head, *self.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         padded = [[f"{c:>{w}}" for c, w in zip(line, widths, strict=True)] for line in lines]
@@ -52,7 +55,7 @@ class Table:
 
 
 def escaped(text: str) -> str:
-    """Text in which Markdown finds no mark-up, on one line."""
+    """Returns text in which Markdown finds no mark-up, on one line."""
     for character in "\\|<>`*_[]":
         text = text.replace(character, "\\" + character)
     return " ".join(text.split())
@@ -116,7 +119,7 @@ NUMBERS = [
 
 
 def results(run: Run) -> Table:
-    """A row a norm: the last epoch first, then the study's rule; and how it was measured."""
+    """A row for each norm: the last epoch first, then the study's rule; and how it was measured."""
     numbers, rows = [number for number in NUMBERS if number.shown(run)], []
     for norm in run.info.config.norms:
         cells = ["no finished net"] * len(numbers)
@@ -142,12 +145,12 @@ def conditions(run: Run) -> str:
 
 
 def _different(texts: Sequence[str]) -> str:
-    """The texts without repetition, in words."""
+    """Lists the texts without repetition."""
     return listed(list(dict.fromkeys(texts)))
 
 
 def values(run: Run) -> Table:
-    """Every raw value: a row a seed, the last and the best test accuracy of each norm."""
+    """Every raw value: a row for each seed, the last and the best test accuracy of each norm."""
     rows = []
     for seed in run.info.config.seed_numbers:
         nets = [nets.get(seed) for nets in run.summaries.values()]
@@ -159,12 +162,12 @@ def values(run: Run) -> Table:
 
 
 def differences(run: Run) -> Table:
-    """A row a pair of norms: the paired difference, its intervals and what the sign flips say."""
+    """A row for each pair of norms: the paired difference, its intervals, and p."""
     return paired(run.differences)
 
 
 def paired(differences: Sequence[stats.Difference]) -> Table:
-    """`differences`, also of norms that were trained in several runs."""
+    """Returns the table of `differences`, also of norms that were trained in several runs."""
     head = ["difference", "pairs", "mean, points", "95% t interval", "95% bootstrap"]
     head += ["p, exact sign flips", "p after Holm"]
     rows = []
@@ -199,18 +202,33 @@ def _what_n_can_show(differences: Sequence[stats.Difference]) -> str:
     return " ".join(sentences)
 
 
-def finding(run: Run) -> str:
-    """Says what the run found, with n and intervals, and what it does not show: a sentence on where
-    the norms end, one for each pair, and one on what n seeds can show.
+def headline(run: Run) -> str:
+    """Says in two sentences what the run found: the end of each norm, and which differences between
+    them are shown.
     """
+    return " ".join([_ends(run), *filter(None, [_shown(run.differences)])])
+
+
+def finding(run: Run) -> str:
+    """Says what the run found, with n and intervals, and what it does not show: a sentence on the
+    ends of the norms, one for each pair, and one on what n seeds can show.
+    """
+    sentences = [_ends(run), *filter(None, [_untuned(run.info.config)])] if run.summaries else []
+    if len(run.summaries) > 1:
+        sentences += compared(run.differences)
+    return " ".join(sentences or [_ends(run)])
+
+
+def _ends(run: Run) -> str:
+    """The last test accuracy of each norm, the best first, in a sentence."""
     if not run.summaries:
         return "No net is finished yet, so nothing is found."
-    where, ends = "With the study's own nets, which differ in more than the norm", []
-    config, untuned = run.info.config, _untuned(run.info.config)
+    compares, ends = "With the study's own nets, which differ in more than the norm", []
+    config = run.info.config
     if config.arch != "original":
         apart = len({config.rate(norm) for norm in config.norms}) > 1
         only = "the norm and its learning rate differ" if apart else "the norm differs"
-        where = f"With one net in which only {only}"
+        compares = f"With one net in which only {only}"
     samples = {norm: run.sample(norm) for norm in run.summaries}
     for norm, sample in sorted(samples.items(), key=lambda item: -item[1].mean):
         text = f"{norm} norm {'at' if ends else 'ends at'} {sample.mean:.1%}"
@@ -221,11 +239,20 @@ def finding(run: Run) -> str:
     counts = sorted({sample.n for sample in samples.values()})
     n = f"n = {'/'.join(map(str, counts))}"
     n += " seeds each" if counts[-1] > 1 else ", one run of each"
-    sentences = [f"{where}, {listed(ends)} test accuracy ({n}{left_out([run])}, {run.data})."]
-    sentences += [untuned] * bool(untuned)
-    if len(samples) > 1:
-        sentences += compared(run.differences)
-    return " ".join(sentences)
+    return f"{compares}, {listed(ends)} test accuracy ({n}{left_out([run])}, {run.data})."
+
+
+def _shown(differences: Sequence[stats.Difference]) -> str:
+    """Says in a sentence which differences are shown and which are not, of those with a verdict."""
+    judged = [pair for pair in differences if pair.sample.n > 1 and pair.adjusted_p is not None]
+    if not judged:
+        return _what_n_can_show(differences)
+    parts = [listed(above)] if (above := [_above(pair) for pair in judged if pair.shown]) else []
+    if others := [f"{pair.first} and {pair.second}" for pair in judged if not pair.shown]:
+        counts = "/".join(map(str, sorted({pair.sample.n for pair in judged})))
+        between = " or between ".join(others)
+        parts.append(f"no difference between {between} norm is shown (n = {counts})")
+    return f"Paired by seed, {'; '.join(parts)}."
 
 
 def _untuned(config: Config) -> str:
@@ -255,29 +282,42 @@ def _compared(difference: stats.Difference) -> str:
     if difference.adjusted_p is None:
         mean = f"{points(sample.mean)} points (95% interval {interval}, {tail})"
         return f"Paired by seed, {first} norm minus {second} norm is {mean}."
-    tail += f", p {difference.adjusted_p:.2g} after Holm"
     if difference.shown:
-        if sample.mean < 0:
-            first, second, low, high = second, first, -high, -low
-        interval = f"{100 * low:.1f} to {100 * high:.1f}".replace("-", MINUS)
-        mean = f"{abs(100 * sample.mean):.1f} points ({interval}, {tail})"
-        return f"Paired by seed, {first} norm is above {second} norm by {mean}."
-    if sample.n < stats.fewest_pairs(len(stats.FAMILY)):
-        tail = f"n = {sample.n}, too few to show any"
+        return f"Paired by seed, {_above(difference)}."
+    few = sample.n < stats.fewest_pairs(len(stats.FAMILY))
+    tail += ", too few to show any" if few else f", p {difference.adjusted_p:.2g} after Holm"
     return (
         f"No difference between {first} and {second} norm is shown: its 95% interval is "
         f"{interval} points ({tail})."
     )
 
 
+def _above(difference: stats.Difference) -> str:
+    """A difference that is shown, in words."""
+    first, second, sample = difference.first, difference.second, difference.sample
+    low, high = sample.interval or (sample.mean, sample.mean)
+    if sample.mean < 0:
+        first, second, low, high = second, first, -high, -low
+    interval = f"{100 * low:.1f} to {100 * high:.1f}".replace("-", MINUS)
+    return (
+        f"{first} norm is above {second} norm by {abs(100 * sample.mean):.1f} points "
+        f"({interval}, n = {sample.n}, p {difference.adjusted_p:.2g} after Holm)"
+    )
+
+
+def printable(text: str) -> str:
+    """Returns text on one line, with a space for each character that cannot be printed."""
+    return "".join(c if c.isprintable() else " " for c in valid_text(" ".join(text.split())))
+
+
 def listed(texts: Sequence[str]) -> str:
-    """One, one and two, or one, two and three."""
+    """Returns one, one and two, or one, two and three."""
     return texts[0] if len(texts) == 1 else ", ".join(texts[:-1]) + " and " + texts[-1]
 
 
 def evaluation(run: Run) -> Table:
-    """Returns the accuracy of batch norm by the statistics it is evaluated with: a row a norm that
-    keeps any. Empty if that was not measured.
+    """Returns the accuracy by the statistics that batch norm is evaluated with: a row for each norm
+    that keeps any. Empty if that was not measured.
     """
     head, rows, tested = ["norm", "n", "running averages", "averages computed anew"], [], 0
     for norm, by_seed in run.probes(EVALUATED).items():
@@ -321,7 +361,7 @@ def calibration(run: Run) -> Table:
 
 
 def corruptions(run: Run) -> Table:
-    """The accuracy of each norm's nets on corrupted images. Empty where that was not measured."""
+    """The accuracy of each norm's nets on corrupted images. Empty if that was not measured."""
     head, rows, tested = ["norm", "n", "none"], [], 0
     for norm, by_seed in run.probes(CORRUPTED).items():
         nets = list(by_seed.values())
@@ -334,44 +374,39 @@ def corruptions(run: Run) -> Table:
 
 
 def classes(run: Run) -> Table:
-    """The mean test accuracy of each class under each norm; none where it has no test images."""
+    """The mean test accuracy of each class under each norm; "none" if it has no test images."""
     means = [run.class_accuracies(norm).mean(0) for norm in run.norms]
     cells = [["none" if np.isnan(mean) else f"{mean:.1%}" for mean in net] for net in means]
-    names = run.class_names if cells else ()
+    names = run.shown_classes if cells else ()
     rows = [[name, *(net[i] for net in cells)] for i, name in enumerate(names)]
     return Table("Test accuracy of each class", ["class", *run.norms], rows, run.caption + ".")
 
 
 def parameters(run: Run) -> Table:
-    """The layers of each norm's net. A run directory may come from anybody: no module that it names
-    is imported, so that of a norm of the user's own only the total is known.
+    """The layers of each norm's net, as the run recorded them. Empty if it did not, as earlier runs
+    did not.
     """
-    return layers(run.info.config, len(run.class_names), run.info.parameters)
+    nets = {norm: run.info.layers.get(norm, []) for norm in run.info.config.norms}
+    if len({tuple(layer.name for layer in net) for net in nets.values()}) > 1:
+        return layers({}, {})
+    return layers(nets, run.info.parameters)
 
 
-def layers(config: Config, num_classes: int, totals: Mapping[str, int] | None = None) -> Table:
-    """The layers of each norm's net: output, receptive field, parameters of kernel and norm. With
-    `totals` of parameters a norm of the user's own is not imported, and not counted by layer.
+def layers(nets: Mapping[str, Sequence[Layer]], totals: Mapping[str, int]) -> Table:
+    """The layers of each norm's net: output, receptive field, parameters of kernel and norm; and
+    its parameters in all.
     """
-    from jaxnorm.model import summary
-    from jaxnorm.model.layers import is_custom
-
-    head, total, nets, uncounted = ["layer"], ["total"], [], totals or {}
-    for norm in config.norms:
-        known = norm not in uncounted or not is_custom(norm)
-        net = summary.summarize(summary.net_of(config, norm if known else "none", num_classes))
-        count = sum(row.kernel + row.norm for row in net) if known else uncounted[norm]
+    head, total, rows = ["layer"], ["total"], []
+    for norm in nets:
         head += [f"{norm}: output", "field", "kernel", "norm"]
-        total += ["", "", "", f"{count:,}"]
-        nets.append([(row, f"{row.norm:,}" if known else "") for row in net])
-    rows = []
-    for same in zip(*nets, strict=True):
-        row = [same[0][0].name]
-        for layer, of_norm in same:
-            shape = TIMES.join(map(str, layer.shape))
-            row += [shape, str(layer.receptive_field), f"{layer.kernel:,}", of_norm]
+        total += ["", "", "", f"{totals[norm]:,}"]
+    for same in zip(*nets.values(), strict=True):
+        row = [same[0].name]
+        for layer in same:
+            row += [TIMES.join(map(str, layer.shape)), str(layer.receptive_field)]
+            row += [f"{layer.kernel:,}", f"{layer.norm:,}"]
         rows.append(row)
-    return Table("Layers and parameters", head, [*rows, total])
+    return Table("Layers and parameters", head, [*rows, total] if rows else [])
 
 
 def facts(run: Run) -> Table:
@@ -408,7 +443,7 @@ def _later(run: Run) -> list[Environment]:
 
 
 def _resumed(first: Environment, again: Environment) -> str:
-    """When a run was resumed, and what was not as at its start."""
+    """Says when a run was resumed, and what was not as at its start."""
     names = ("device", "mesh", "versions", "git_revision")
     other = [n.replace("_", " ") for n in names if getattr(again, n) != getattr(first, n)]
     checked = f"self-check {again.self_check}"

@@ -18,7 +18,6 @@ from jaxnorm.analysis.results import Run
 from jaxnorm.records import Predictions
 from jaxnorm.storage.sweep import Sweep
 
-
 FOLDER = Path(__file__).resolve().parents[1]
 PAGES = "".join(path.read_text() for path in [FOLDER.parent / "README.md", *FOLDER.glob("pages/*")])
 

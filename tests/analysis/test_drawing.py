@@ -49,7 +49,7 @@ def test_figures_are_drawn_whatever_matplotlibrc_asks_for(sweep, monkeypatch):
     """LaTeX is asked for and is not there."""
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(figures, "FIGURES", (figures.together,))
-    run = Run(sweep(seeds=1))
+    run = Run(sweep(norm="batch", seeds=1))
     plain, _ = figures.draw(run)
     with matplotlib.rc_context({"text.usetex": True, "axes.facecolor": "red"}):
         charts, missing = figures.draw(run)

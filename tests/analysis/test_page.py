@@ -30,6 +30,9 @@ def test_the_page_is_one_valid_file_with_every_part(sweep, unpainted):
     text = (directory.path / "report.html").read_text()
     tree = parse(text)
     addresses = [image.get("src") for image in tree.iter("img")]
+    (first,) = (element for element in tree.iter("div") if element.get("class") == "first")
+    assert [element.text for element in first.iter("p")] == [part.headline]
+    assert [image.get("alt") for image in first.iter("img")] == [part.accuracy[0].text]
     painted = base64.b64encode(b"a PNG").decode()
     assert addresses == [f"data:image/png;base64,{painted}"] * len(part.charts)
     assert all(image.get("alt") for image in tree.iter("img"))
@@ -106,7 +109,7 @@ def test_an_unfinished_run_is_reported_as_far_as_it_goes(sweep, unpainted):
     "gone", ["metrics.jsonl", "predictions", "step_losses", "probes", "examples.npz"]
 )
 def test_whatever_is_missing_or_damaged_there_is_a_page(sweep, gone, unpainted):
-    directory = sweep()
+    directory = sweep(norm="batch", seeds=1)
     path = directory.path / gone
     if path.is_dir():
         for entry in path.iterdir():
@@ -125,7 +128,8 @@ def test_folders_of_one_name_are_told_apart_by_the_shortest_ends_of_their_paths(
     assert page.distinct(paths) == ["a/run", "b/run", "other", "d/e/x", "f/e/x"]
 
 
-def test_several_runs_stand_on_one_page(sweep, scratch, unpainted):
+def test_several_runs_stand_on_one_page(sweep, scratch, monkeypatch):
+    monkeypatch.setattr(figures, "FIGURES", ())
     runs = [Run(sweep(f"b{size}", batch_size=size, seeds=2)) for size in (4, 16)]
     parts = [page.read(run.directory) for run in runs]
     page.write_together(scratch / "both.html", parts, ["x <y> is missing"])

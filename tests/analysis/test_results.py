@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from jaxnorm.analysis import figures, results, tables
 from jaxnorm.analysis.results import Run, differences
 from jaxnorm.config import UserError
 
@@ -96,6 +97,14 @@ def test_accuracies_of_the_classes_are_each_seeds_own(sweep):
     np.testing.assert_allclose(run.confusion("group").diagonal().sum(), (15 + 16 + 15) / 3)
 
 
+def test_classes_that_are_too_many_to_be_shown_are_one_line(sweep, monkeypatch):
+    monkeypatch.setattr(results, "MOST_CLASSES", 3)
+    run = Run(sweep(seeds=1))
+    for show in (tables.classes, lambda run: next(figures.confusion(run))):
+        with pytest.raises(UserError, match="4 classes are more than the 3 that can be shown"):
+            show(run)
+
+
 def test_images_that_were_not_kept_are_named(sweep, tiny):
     run = Run(sweep())
     rows = run.mistakes["mistakes-common"]
@@ -130,7 +139,7 @@ def test_epochs_out_of_order_are_refused(sweep, lines):
         _ = Run(directory).epochs
 
 
-def test_a_run_is_shown_by_its_path_whatever_was_read(tiny_run):
-    run = Run(tiny_run)
+def test_a_run_is_shown_by_its_path_whatever_was_read(sweep):
+    run = Run(sweep(seeds=1))
     assert run.predictions
-    assert repr(run) == f"Run({str(tiny_run.path)!r})"
+    assert repr(run) == f"Run({str(run.directory.path)!r})"

@@ -106,11 +106,16 @@ def test_the_finding_names_the_differences_that_are_shown(sweep):
         "group": ((5, 10),) * 7,
         "layer": tuple((5, 15 + seed % 2) for seed in range(7)),
     }
-    text = tables.finding(Run(sweep(accuracies=rows, seeds=7, arch="original")))
+    run = Run(sweep(accuracies=rows, seeds=7, arch="original"))
+    text = tables.finding(run)
     assert text.startswith("With the study's own nets, which differ in more than the norm, ")
     wanted = "layer norm is above batch norm by 22.7 points (22.7 to 22.7, n = 7, p 0.047 after"
     assert wanted in text
     assert "layer norm is above group norm by 24.7 points (22.4 to 26.9, n = 7" in text
+    first, second = tables.headline(run).split(". Paired by seed, ")
+    assert text.startswith(first)
+    assert second.startswith("layer norm is above batch norm by 22.7 points (22.7 to 22.7, n = 7,")
+    assert second.endswith("; no difference between batch and group norm is shown (n = 7).")
     assert "No difference between batch and group norm is shown" in text
     assert text.endswith("enough to show a difference, which takes a p-value under 0.05.")
 
@@ -138,16 +143,14 @@ def test_norms_outside_of_the_family_have_intervals_and_no_verdict(sweep):
 
 
 @pytest.mark.parametrize(
-    ("n", "norms"), [(8, ALL), (4, (*ALL, "pixel", "instance", "rms", "none"))]
+    ("norms", "runs"), [(ALL, 1_000), ((*ALL, "pixel", "instance", "rms", "none"), 100)]
 )
-def test_what_is_not_there_is_rarely_said_to_be_above(n, norms):
-    """Of 1,000 runs in which all norms are alike: at most 5 %, and three deviations of that."""
-    rng, runs, wrong = np.random.default_rng(0), 1_000, 0
+def test_what_is_not_there_is_rarely_said_to_be_above(norms, runs):
+    """Of runs in which all norms are alike: at most 5 %, and three deviations of that."""
+    rng, wrong = np.random.default_rng(0), 0
     for _ in range(runs):
-        rights = rng.normal(7_000, 60, (len(norms), n)).round()
-        values = {
-            norm: dict(enumerate(of)) for norm, of in zip(norms, rights / 10_000, strict=True)
-        }
+        accuracies = rng.normal(7_000, 60, (len(norms), 8)).round() / 10_000
+        values = {norm: dict(enumerate(of)) for norm, of in zip(norms, accuracies, strict=True)}
         sentences = tables.compared(stats.differences(values, 10_000))
         wrong += any("is above" in sentence for sentence in sentences)
     assert wrong <= runs * 0.05 + 3 * (runs * 0.05 * 0.95) ** 0.5
@@ -187,16 +190,18 @@ def test_a_shown_difference_is_told_whatever_other_norms_lack(sweep):
 
 
 def test_one_seed_finds_nothing(sweep):
-    text = tables.finding(Run(sweep(seeds=1)))
-    assert "n = 1, one run of each" in text
-    assert "No difference between" not in text
-    assert "no telling a difference" in text
+    run = Run(sweep(seeds=1))
+    for text in (tables.finding(run), tables.headline(run)):
+        assert "n = 1, one run of each" in text
+        assert "No difference between" not in text
+        assert "no telling a difference" in text
 
 
 def test_an_unfinished_norm_says_so(sweep):
     table = tables.results(Run(sweep(epochs=3)))
     assert set(table.rows[0][1:]) == {"no finished net"}
-    assert tables.finding(Run(sweep("other", epochs=3))).startswith("No net is finished")
+    for words in (tables.finding, tables.headline):
+        assert words(Run(sweep(words.__name__, epochs=3))).startswith("No net is finished")
 
 
 def test_runs_stand_side_by_side(sweep):
@@ -243,20 +248,25 @@ def test_parameters_are_the_layers_of_every_norm(sweep):
 
 
 def test_no_module_that_a_run_names_is_imported(sweep, scratch, monkeypatch):
-    """A run may come from anybody. Of a norm of the user's own the total alone is known."""
+    """A run may come from anybody. Of a norm whose layers it does not record there is no table."""
     (scratch / "named_by_the_run.py").write_text("raise SystemExit('it was imported')")
     monkeypatch.syspath_prepend(scratch)
     run, norm = Run(sweep()), "named_by_the_run:Norm"
     config = dataclasses.replace(run.info.config, norm=f"group,{norm}")
     parameters = {**run.info.parameters, norm: 1_234_567}
-    run.directory.write_info(dataclasses.replace(run.info, config=config, parameters=parameters))
+    info = dataclasses.replace(run.info, config=config, parameters=parameters)
+    run.directory.write_info(info)
     monkeypatch.setattr(figures, "FIGURES", ())
-    missing = page.read(run.directory).missing
-    assert len(missing) == 3
-    for seed, line in enumerate(missing, 1):
+    part = page.read(run.directory)
+    assert len(part.missing) == 3
+    for seed, line in enumerate(part.missing, 1):
         assert line.startswith(f"{norm} norm, seed {seed}: 2 of 2 epochs are missing")
+    assert "results" in part.tables
+    assert "parameters" not in part.tables
+    layers = {**info.layers, norm: info.layers["layer"]}
+    run.directory.write_info(dataclasses.replace(info, layers=layers))
     first, *_, total = tables.parameters(Run(run.directory)).rows
-    assert first[5:] == [first[1], "3", "432", ""]
+    assert first[5:] == [*first[1:3], "432", "32"]
     assert total[4::4] == ["45,584", "1,234,567"]
 
 
