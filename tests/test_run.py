@@ -17,7 +17,7 @@ from jaxnorm.analysis import figures
 from jaxnorm.config import UserError, product, study
 from jaxnorm.data import cache
 from jaxnorm.data import datasets as data
-from jaxnorm.model import ops
+from jaxnorm.model.fast import convolution
 from jaxnorm.runs import callbacks, environment, runner, signals
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.sweep import Sweep
@@ -368,8 +368,8 @@ def test_a_wrong_operator_stops_it_unless_the_check_is_skipped(
     inside, tiny_by_name, monkeypatch, capsys
 ):
     """One gradient with the wrong sign; the run that is trained all the same says so."""
-    original = ops._kernel_gradient
-    monkeypatch.setattr(ops, "_kernel_gradient", lambda *arguments: -original(*arguments))
+    original = convolution._kernel_gradient
+    monkeypatch.setattr(convolution, "_kernel_gradient", lambda *arguments: -original(*arguments))
     wrong = (*SMALL, "--momentum", "0.913", "--out", "x")
     assert call(*wrong) == 1
     printed = capsys.readouterr().err

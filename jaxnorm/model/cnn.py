@@ -18,10 +18,9 @@ import jax.numpy as jnp
 
 from jaxnorm.config import Precision, UserError
 from jaxnorm.model import layers
+from jaxnorm.model.layers import IMAGE
 
 EPSILON, MOMENTUM = 1e-5, 0.9
-IMAGE = (-3, -2, -1)
-"""Height, width and channels: what layer norm and RMS norm take their statistics over."""
 
 
 class Layer(NamedTuple):
@@ -107,7 +106,7 @@ ARCHS: dict[str, Callable[[str], tuple[Layer, ...] | None]] = {
     "matched": lambda norm: GROUP,
     "residual": lambda norm: RESIDUAL,
 }
-"""The layer table of each net, by the norm; None where it has no net for that norm."""
+"""The layer table of each net, by the norm; None if it has no net for that norm."""
 
 
 class CNN(nn.Module):
@@ -167,7 +166,7 @@ class CNN(nn.Module):
 
     @nn.nowrap
     def normalization(self, train: bool, name: str | None = None) -> nn.Module:
-        """The norm after a 3x3 convolution: a module from f32[N, H, W, C] to the same shape."""
+        """Returns the norm after a 3x3 convolution: from f32[N, H, W, C] to the same shape."""
         L = layers if self.fast else layers.plain
         match self.norm:
             case "batch":  # running averages keep 0.9 of the old value; PyTorch calls it 0.1
@@ -194,7 +193,7 @@ class CNN(nn.Module):
 
     @nn.nowrap
     def conv(self, layer: Layer, window: tuple[int, int], dtype: jnp.dtype) -> nn.Module:
-        """A convolution without a bias, its kernel drawn as in PyTorch: +-1/sqrt(fan_in)."""
+        """Returns a convolution without a bias, drawn as in PyTorch: uniform, +-1/sqrt(fan_in)."""
         L = layers if self.fast else layers.plain
         kind = L.StandardizedConv if self.weight_standardization else L.Conv
         return kind(
@@ -211,7 +210,7 @@ class CNN(nn.Module):
 
     @property
     def table(self) -> tuple[Layer, ...]:
-        """The layer table of this net; raises `UserError` where there is none."""
+        """The layer table of this net; raises `UserError` if there is none."""
         if self.arch not in ARCHS:
             raise UserError(f"arch={self.arch} is wrong: choose {', '.join(ARCHS)}")
         table = ARCHS[self.arch](self.norm)

@@ -1,4 +1,4 @@
-"""What a norm of the user's own computes, as SHA-256: of its source and of its traced program."""
+"""SHA-256 of what a norm of the user's own computes: of its source and of its traced program."""
 
 import contextlib
 import hashlib
@@ -15,11 +15,11 @@ from jaxnorm.model.summary import summarize
 
 
 def source(norm: str) -> str:
-    """SHA-256 of the source of a norm's class and of its bases, but for those of Flax, of Python
-    and of ours, whose versions a run records. What else the class uses, such as a function beside
-    it, is seen in its `program`.
+    """Returns the SHA-256 of the source of a norm's class and its bases, except those of Flax,
+    Python and jaxnorm, whose versions a run records. What else the class uses, such as a function
+    beside it, is seen in its `program`.
 
-    Raises `UserError` where there is no such norm.
+    Raises `UserError` if there is no such norm.
     """
     texts = []
     for kind in layers.custom_class(norm).__mro__:
@@ -30,7 +30,7 @@ def source(norm: str) -> str:
 
 
 def _texts(kind: type) -> Iterator[str]:
-    """The source of a class; of one of a notebook, which Python does not find, of its methods."""
+    """Yields the source of a class, or of its methods if it is one of a notebook."""
     try:
         yield inspect.getsource(kind)
     except (OSError, TypeError):
@@ -42,8 +42,8 @@ def _texts(kind: type) -> Iterator[str]:
 
 @arithmetic.standard()
 def program(net: CNN) -> str:
-    """SHA-256 of what JAX makes of a net's norm, initialized and applied to two images as in
-    training and in evaluation. Other versions of JAX or Flax make other programs of the same norm.
+    """Returns the SHA-256 of what JAX makes of a net's norm, initialized and applied to two images
+    as in training and in evaluation. Other versions of JAX or Flax make other programs of it.
     """
     inputs = jax.ShapeDtypeStruct((2, *summarize(net)[0].shape), jnp.float32)
     texts = []

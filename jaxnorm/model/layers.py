@@ -1,7 +1,8 @@
 """Fast layers under Flax's names, with Flax's fields, parameters and values.
 
-Each class is Flax's own with another `__call__`; `plain` holds the same layers by Flax's and XLA's
-own operators, the standard that the fast ones are compared with. Images are f32[N, H, W, C].
+Each class is Flax's own with another `__call__`, which is fast for what the nets use and leaves
+the rest to Flax: no field is ignored. `plain` holds the same layers by Flax's and XLA's own
+operators, the standard that the fast ones are compared with. Images are f32[N, H, W, C].
 """
 
 import dataclasses
@@ -17,11 +18,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxnorm.config import UserError
-from jaxnorm.model import dropout, ops, pooling
+from jaxnorm.model.fast import convolution, dropout, norm, pooling
 
 BUILT_IN = ("batch", "group", "layer", "pixel", "instance", "rms", "none")
+IMAGE = (-3, -2, -1)
+"""Height, width and channels: what layer norm and RMS norm take their statistics over."""
 _OTHER_MODES = {"train", "training", "is_training", "deterministic"}
-"""What other libraries call whether a net is trained or evaluated."""
+"""Other libraries' names for whether a net is trained or evaluated."""
 
 
 class UnbiasedBatchNorm(nn.BatchNorm):
@@ -30,37 +33,64 @@ class UnbiasedBatchNorm(nn.BatchNorm):
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalizes f32[..., C], and in training updates the running averages."""
-        updates = not self.use_running_average and not self.is_initializing()
-        old = self.get_variable("batch_stats", "var") if updates else 0.0
+        """Normalizes, and in training updates the running averages."""
+        if self.use_running_average or self.is_initializing():
+            return super().__call__(x)
+        old = self.get_variable("batch_stats", "var")
         outputs = super().__call__(x)
-        if updates:
-            devices = jax.lax.axis_size(self.axis_name) if self.axis_name else 1
-            count = devices * math.prod(x.shape[:-1])
-            kept = self.momentum * old
-            biased = self.get_variable("batch_stats", "var") - kept
-            self.put_variable("batch_stats", "var", kept + biased * (count / max(count - 1, 1)))
+        kept = self.momentum * old
+        biased = self.get_variable("batch_stats", "var") - kept
+        self.put_variable("batch_stats", "var", kept + biased * _unbiased(self, x, old.size))
         return outputs
 
 
+def _unbiased(module: nn.BatchNorm, x: jax.Array, features: int) -> float:
+    """Returns n / (n - 1), n the elements of each feature on all devices that share a batch."""
+    count = x.size // features
+    if module.axis_name:
+        count *= jax.lax.psum(1, module.axis_name, axis_index_groups=module.axis_index_groups)
+    return count / max(count - 1, 1)
+
+
+_READ = {"epsilon", "momentum", "scale_init", "bias_init", "num_groups", "name", "parent"}
+"""The fields of Flax's norms that the fast ones take at any value."""
+
+
+def _is_served(module: nn.Module, x: jax.Array, **served: Any) -> bool:
+    """Returns whether the fast form of a norm computes what the module's fields ask for; if not,
+    the module is to call Flax's own, so that no field is ignored.
+
+    A fast form takes f32[N, H, W, C], and each field outside `_READ` at one value: what is
+    `served`, or else Flax's default. Its variance is always that of the centered values.
+    """
+    values = {field.name: field.default for field in dataclasses.fields(module)}
+    values |= {"use_fast_variance": False, **served}
+    fits = (getattr(module, name) == values[name] for name in values.keys() - _READ)
+    return x.ndim == 4 and x.dtype == jnp.float32 and all(fits)
+
+
+def _normalize(module: Any, x: jax.Array, over: norm.Over) -> tuple[jax.Array, norm.Statistics]:
+    """Normalizes with the module's scale and bias for each channel."""
+    scale = module.param("scale", module.scale_init, x.shape[-1:], jnp.float32)
+    bias = module.param("bias", module.bias_init, x.shape[-1:], jnp.float32)
+    return norm.normalize(x, scale, bias, over)
+
+
 class BatchNorm(UnbiasedBatchNorm):
-    """Batch norm over the whole batch, also where devices share it."""
+    """Batch norm over the whole batch, also if devices share it."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes, and in training updates the running averages."""
-        if self.use_running_average or self.is_initializing():
+        served = _is_served(self, x, use_running_average=False, axis_name=self.axis_name)
+        if self.is_initializing() or not served:
             return super().__call__(x)
-        channels, axis_name = x.shape[-1:], self.axis_name
+        channels = x.shape[-1]
         mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
         variance = self.variable("batch_stats", "var", jnp.ones, channels)
-        scale = self.param("scale", self.scale_init, channels)
-        bias = self.param("bias", self.bias_init, channels)
-        over = ops.Over(True, x.shape[-1], epsilon=self.epsilon, axis=axis_name)
-        outputs, statistics = ops.normalize(x, scale, bias, over)
-        devices = jax.lax.axis_size(axis_name) if axis_name else 1
-        count = devices * math.prod(x.shape[:-1])
-        unbiased = statistics.variance[0] * (count / max(count - 1, 1))
+        over = norm.Over(True, channels, epsilon=self.epsilon, axis=self.axis_name)
+        outputs, statistics = _normalize(self, x, over)
+        unbiased = statistics.variance[0] * _unbiased(self, x, channels)
         kept = self.momentum
         mean.value = kept * mean.value + (1 - kept) * statistics.mean[0]
         variance.value = kept * variance.value + (1 - kept) * unbiased
@@ -72,15 +102,16 @@ class GroupNorm(nn.GroupNorm):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalizes; raises `UserError` where the groups do not divide the channels."""
-        channels = x.shape[-1]
-        groups = channels if self.num_groups is None else self.num_groups
-        if channels % groups:
+        """Normalizes; raises `UserError` if the groups do not divide the channels."""
+        channels, groups = x.shape[-1], self.num_groups or 0
+        if groups and channels % groups:
             raise UserError(
                 f"groups={groups} does not divide the {channels} channels of {self.name}: choose "
                 "1, 2, 4, 8 or 16"
             )
-        return _normalize(self, x, ops.Over(False, groups, epsilon=self.epsilon))
+        if groups < 1 or not _is_served(self, x):
+            return super().__call__(x)
+        return _normalize(self, x, norm.Over(False, groups, epsilon=self.epsilon))[0]
 
 
 class InstanceNorm(nn.InstanceNorm):
@@ -88,35 +119,41 @@ class InstanceNorm(nn.InstanceNorm):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _normalize(self, x, ops.Over(False, x.shape[-1], epsilon=self.epsilon))
+        if not _is_served(self, x):
+            return super().__call__(x)
+        over = norm.Over(False, x.shape[-1], epsilon=self.epsilon)
+        return _normalize(self, x, over)[0]
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm over height, width and channels, with a scale for each channel or each element; or
-    over the channels of each pixel.
+    """Layer norm; fast over height, width and channels, with a scale and a bias for each channel or
+    each element.
     """
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.reduction_axes == -1:
+        over = norm.Over(False, 1, epsilon=self.epsilon)
+        if _is_served(self, x, reduction_axes=IMAGE, feature_axes=-1):
+            return _normalize(self, x, over)[0]
+        if not _is_served(self, x, reduction_axes=IMAGE, feature_axes=IMAGE):
             return super().__call__(x)
-        over = ops.Over(False, 1, epsilon=self.epsilon)
-        if self.feature_axes == -1:
-            return _normalize(self, x, over)
-        scale = self.param("scale", self.scale_init, x.shape[1:])
-        bias = self.param("bias", self.bias_init, x.shape[1:])
+        scale = self.param("scale", self.scale_init, x.shape[1:], jnp.float32)
+        bias = self.param("bias", self.bias_init, x.shape[1:], jnp.float32)
         ones, zeros = jnp.ones(x.shape[-1]), jnp.zeros(x.shape[-1])
-        return ops.normalize(x, ones, zeros, over)[0] * scale[None] + bias[None]
+        return norm.normalize(x, ones, zeros, over)[0] * scale[None] + bias[None]
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS norm over height, width and channels: no mean is subtracted, and there is no bias."""
+    """RMS norm, which subtracts no mean and has no bias; fast over height, width and channels."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", self.scale_init, x.shape[-1:])
-        over = ops.Over(False, 1, centered=False, epsilon=self.epsilon)
-        return ops.normalize(x, scale, jnp.zeros_like(scale), over)[0]
+        same = self.use_fast_variance  # of what is not centered there is one variance
+        if not _is_served(self, x, reduction_axes=IMAGE, use_fast_variance=same):
+            return super().__call__(x)
+        scale = self.param("scale", self.scale_init, x.shape[-1:], jnp.float32)
+        over = norm.Over(False, 1, centered=False, epsilon=self.epsilon)
+        return norm.normalize(x, scale, jnp.zeros_like(scale), over)[0]
 
 
 class Identity(nn.Module):
@@ -128,14 +165,14 @@ class Identity(nn.Module):
 
 
 class Conv(nn.Conv):
-    """`nn.Conv` of stride 1, with gradients that XLA runs fast on a CPU."""
+    """`nn.Conv`, with gradients that XLA runs fast on a CPU if its stride is 1."""
 
-    conv_general_dilated: Any = ops.convolution
+    conv_general_dilated: Any = convolution.convolve
 
 
-def _standardized(convolution: Any) -> Any:
-    """The convolution with its kernel shifted and scaled to mean 0 and variance 1 / fan-in for each
-    output (Qiao et al., "Weight Standardization", 2019).
+def _standardized(convolve: Any) -> Any:
+    """Returns the convolution with its kernel shifted and scaled to mean 0 and variance 1 / fan-in
+    for each output (Qiao et al., "Weight Standardization", 2019).
     """
 
     def standardized(images: jax.Array, kernel: jax.Array, *arguments: Any, **options: Any):
@@ -143,7 +180,7 @@ def _standardized(convolution: Any) -> Any:
         centered = kernel - kernel.mean((0, 1, 2), keepdims=True)
         variance = jnp.square(centered).mean((0, 1, 2), keepdims=True)
         kernel = centered * jax.lax.rsqrt(fan_in * variance + 1e-5)
-        return convolution(images, kernel, *arguments, **options)
+        return convolve(images, kernel, *arguments, **options)
 
     return standardized
 
@@ -151,21 +188,28 @@ def _standardized(convolution: Any) -> Any:
 class StandardizedConv(nn.Conv):
     """`Conv` with standardized kernels."""
 
-    conv_general_dilated: Any = _standardized(ops.convolution)
+    conv_general_dilated: Any = _standardized(convolution.convolve)
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Convolves; raises `ValueError` for what would undo or replace the standardization."""
+        for name in ("mask", "conv_general_dilated_cls"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"StandardizedConv takes no {name}: use nn.Conv")
+        return super().__call__(inputs)
 
 
-class _PlainStandardizedConv(nn.Conv):
+class _PlainStandardizedConv(StandardizedConv):
     conv_general_dilated: Any = _standardized(jax.lax.conv_general_dilated)
 
 
 def max_pool(x: jax.Array, window_shape: Sequence[int], strides: Sequence[int]) -> jax.Array:
-    """`nn.max_pool` of 2x2 windows and stride 2; ValueError for any other."""
+    """Applies `nn.max_pool` of 2x2 windows and stride 2; raises `ValueError` for any other."""
     if tuple(window_shape) != (2, 2) or tuple(strides) != (2, 2):
         raise ValueError("max_pool: only 2x2 windows of stride 2 are supported; use nn.max_pool")
     return pooling.max_pool(x)
 
 
-global_max, relu = pooling.global_max, ops.relu
+global_max, relu = pooling.global_max, dropout.relu
 
 
 def dropout_relu(
@@ -204,13 +248,6 @@ plain = SimpleNamespace(
 )
 
 
-def _normalize(module: Any, x: jax.Array, over: ops.Over) -> jax.Array:
-    """Normalizes with the module's scale and bias for each channel."""
-    scale = module.param("scale", module.scale_init, x.shape[-1:])
-    bias = module.param("bias", module.bias_init, x.shape[-1:])
-    return ops.normalize(x, scale, bias, over)[0]
-
-
 def same_type(outputs: Any, inputs: jax.Array, norm: str) -> jax.Array:
     """Returns the outputs of a norm; raises `UserError` unless they have the shape and the dtype of
     its inputs. The layers after it would take other numbers of channels and of images too.
@@ -224,13 +261,13 @@ def same_type(outputs: Any, inputs: jax.Array, norm: str) -> jax.Array:
 
 
 def type_text(array: Any) -> str:
-    """The dtype and shape of an array, for a person: float32[2, 32, 32, 3]."""
+    """Returns the dtype and shape of an array as text: float32[2, 32, 32, 3]."""
     is_array = hasattr(array, "dtype") and hasattr(array, "shape")
     return f"{array.dtype}{list(array.shape)}" if is_array else f"a {type(array).__name__}"
 
 
 def custom_class(path: str) -> Any:
-    """The class of a norm of the user's own, "package.module:Class"; raises `UserError` where
+    """Returns the class of a norm of the user's own, "package.module:Class"; raises `UserError` if
     there is none.
     """
     module_name, _, class_name = path.partition(":")
@@ -253,11 +290,10 @@ def custom_class(path: str) -> Any:
 
 
 def custom_norm(path: str, train: bool, name: str | None) -> nn.Module:
-    """A norm of the user's own: a Flax module from f32[N, H, W, C] to the same shape. A field
-    `use_running_average`, also an inherited one, is set to False in training and to True in
-    evaluation.
+    """Returns a norm of the user's own: a Flax module from f32[N, H, W, C] to the same shape. Its
+    field `use_running_average`, also an inherited one, is False in training and True in evaluation.
 
-    Raises `UserError` where there is no such module, and for a norm that asks in another way
+    Raises `UserError` if there is no such module, and for a norm that asks in another way
     whether it is trained.
     """
     kind = custom_class(path)

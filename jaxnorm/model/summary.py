@@ -1,4 +1,4 @@
-"""What a net is made of, without computing any of it: parameters, output shapes, memory."""
+"""Parameters, output shapes and memory of a net, without computing any of it."""
 
 import functools
 import math
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxnorm.config import Config, UserError
 from jaxnorm.model import arithmetic, layers
 from jaxnorm.model.cnn import CNN
+from jaxnorm.model.fast import xla
 from jaxnorm.records import Layer
 
 CAP = 50_000
@@ -18,7 +19,7 @@ _kept: Any = functools.cache  # whose type does not know that Flax's modules can
 
 
 def net_of(config: Config, norm: str, num_classes: int) -> CNN:
-    """The net of one norm under a configuration."""
+    """Returns the net of one norm under a configuration."""
     return CNN(
         norm,
         config.arch,
@@ -33,9 +34,9 @@ def net_of(config: Config, norm: str, num_classes: int) -> CNN:
 @_kept  # tracing a net takes a sixth of a second, and a run asks many times
 @arithmetic.standard()
 def parameter_shapes(net: CNN) -> dict[str, Any]:
-    """The shapes of a net's parameters by layer name.
+    """Returns the shapes of a net's parameters by layer name.
 
-    Raises `UserError` for no such net, and where a norm of the user's own is not what training
+    Raises `UserError` if there is no such net, or if a norm of the user's own is not what training
     takes it for.
     """
     try:
@@ -101,7 +102,7 @@ def _check_custom(net: CNN, variables: Any) -> None:
 
 
 def _types(tree: Any) -> dict[str, str]:
-    """The dtype and shape of each array of a tree, by its path."""
+    """Returns the dtype and shape of each array of a tree, by its path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): layers.type_text(leaf)
@@ -110,12 +111,12 @@ def _types(tree: Any) -> dict[str, str]:
 
 
 def count_parameters(net: CNN) -> int:
-    """The number of trained parameters."""
+    """Returns the number of trained parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(parameter_shapes(net)))
 
 
 def check_nets(config: Config, num_classes: int) -> dict[str, int]:
-    """The parameters of each norm's net.
+    """Returns the number of parameters of each norm's net.
 
     Raises `UserError` for a net that cannot be built, and for more than 50,000 parameters.
     """
@@ -131,7 +132,7 @@ def check_nets(config: Config, num_classes: int) -> dict[str, int]:
 
 
 def summarize(net: CNN) -> list[Layer]:
-    """The layers of a net on 32x32x3 images."""
+    """Returns the layers of a net on 32x32x3 images."""
     params = parameter_shapes(net)
     side, channels, field, jump, rows = 32, 3, 1, 1, []
     for layer in net.table:
@@ -156,5 +157,17 @@ def summarize(net: CNN) -> list[Layer]:
 
 
 def activation_bytes(net: CNN) -> list[int]:
-    """The bytes of one image's output of each layer, in float32."""
+    """Returns the bytes of one image's output of each layer, in float32."""
     return [4 * math.prod(row.shape) for row in summarize(net)]
+
+
+def micro_batch(net: CNN, count: int, updated: Any = ()) -> int:
+    """Returns how many of `count` images a net takes at a time, so that its largest activation
+    stays in a core's cache.
+
+    All of them if the net is plain, and if its images may know of each other: because the norm is
+    the user's own, or because state is `updated` by them, as batch norm's is in training.
+    """
+    if jax.tree.leaves(updated) or layers.is_custom(net.norm) or not net.fast:
+        return count
+    return xla.micro_batch_of(count, max(activation_bytes(net)))

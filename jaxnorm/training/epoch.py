@@ -19,9 +19,8 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jaxnorm.model import layers, ops
 from jaxnorm.model.cnn import CNN
-from jaxnorm.model.summary import activation_bytes
+from jaxnorm.model.summary import activation_bytes, micro_batch
 from jaxnorm.training.mesh import BATCH, SEED, MeshShape
 from jaxnorm.training.step import (
     Program,
@@ -210,15 +209,6 @@ def net_bytes(net: CNN, batch_size: int) -> int:
     return 6 * max(batch_size, EVALUATION_BATCH) * sum(activation_bytes(net))
 
 
-def evaluation_batch(net: CNN) -> int:
-    """Returns how many images to evaluate at a time; a norm of the user's own may look at all of
-    them.
-    """
-    if layers.is_custom(net.norm):
-        return EVALUATION_BATCH
-    return ops.micro_batch_of(EVALUATION_BATCH, max(activation_bytes(net)))
-
-
 def _logits(program: Program, mesh: MeshShape, images: jax.Array, state: TrainState) -> jax.Array:
     """Returns the logits of one net; each device of a row takes its share of the images."""
 
@@ -228,7 +218,7 @@ def _logits(program: Program, mesh: MeshShape, images: jax.Array, state: TrainSt
 
     def of_part(images):
         """Any number of images, a batch at a time; the first ones again fill the last batch."""
-        size = min(len(images), evaluation_batch(program.model))
+        size = min(len(images), micro_batch(program.model, EVALUATION_BATCH))
         filled = jnp.pad(images, ((0, -len(images) % size), *[(0, 0)] * 3), mode="wrap")
         logits = lax.map(of_batch, filled.reshape(-1, size, *images.shape[1:]))
         return logits.reshape(len(filled), -1)[: len(images)]

@@ -17,9 +17,8 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxnorm.model import layers, ops
 from jaxnorm.model.cnn import CNN
-from jaxnorm.model.summary import activation_bytes
+from jaxnorm.model.summary import micro_batch
 
 _PURPOSES = {"init": 0, "order": 1, "dropout": 2, "augment": 3}
 _KERNEL = jax.tree_util.DictKey("kernel")
@@ -171,22 +170,22 @@ def train_step(
         correct = (logits.argmax(-1) == labels).sum(dtype=jnp.int32)
         return losses.sum() / batch_size, (correct, norm_state)
 
-    micro_batch = micro_batch_size(net, state, count)
+    size = micro_batch(net, count, updated=state.norm_state)
     differentiate = partial(jax.value_and_grad(loss_of, has_aux=True), state.params)
-    if micro_batch == count:
+    if size == count:
         (loss, (correct, norm_state)), gradients = differentiate(images, labels, first_image)
         total = loss, correct, gradients
     else:  # of norms that keep no state: images know nothing of each other
         norm_state = state.norm_state
 
         def add_micro_batch(i, total):
-            start = i * micro_batch
-            part = (lax.dynamic_slice_in_dim(a, start, micro_batch) for a in (images, labels))
+            start = i * size
+            part = (lax.dynamic_slice_in_dim(a, start, size) for a in (images, labels))
             (loss, (correct, _)), gradients = differentiate(*part, first_image + start)
             return jax.tree.map(jnp.add, total, (loss, correct, gradients))
 
         zeros = jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, state.params)
-        total = lax.fori_loop(0, count // micro_batch, add_micro_batch, zeros)
+        total = lax.fori_loop(0, count // size, add_micro_batch, zeros)
 
     loss, correct, gradients = total if axis is None else lax.psum(total, axis)
     optimizer = program.optimizer(learning_rate, weight_decay)
@@ -207,13 +206,3 @@ def cross_entropy(
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     smooth = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
     return optax.softmax_cross_entropy(logits, smooth)
-
-
-def micro_batch_size(net: CNN, state: TrainState, count: int) -> int:
-    """Returns how many of `count` images to take at a time: all of them if a norm keeps state, as
-    batch norm does, or is the user's own, because its images may know of each other.
-    """
-    keeps_state = bool(jax.tree.leaves(state.norm_state))
-    if keeps_state or layers.is_custom(net.norm) or not net.fast:
-        return count
-    return ops.micro_batch_of(count, max(activation_bytes(net)))

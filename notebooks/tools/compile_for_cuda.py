@@ -33,8 +33,8 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from jaxnorm.analysis.tables import Table
-from jaxnorm.model import ops
 from jaxnorm.model.cnn import CNN
+from jaxnorm.model.fast import xla
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training.mesh import ONE
 from jaxnorm.training.step import Program, init_state
@@ -153,7 +153,7 @@ def main(
     form: Literal["grouped", "patches"] = "grouped",
 ) -> None:
     """Compiles for each norm and precision."""
-    ops._on_cpu = lambda: False  # the operators as a GPU gets them
+    xla.on_cpu = lambda: False  # the operators as a GPU gets them
     if form == "patches":
         jax.lax.conv_general_dilated = over_patches
     topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")

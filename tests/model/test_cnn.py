@@ -1,17 +1,19 @@
 """The nets: sizes, layer tables, each norm against its closed form, and what a norm may look at."""
 
+from functools import partial
+
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from close import assert_gradients_close
 from helpers import SOON
 
 from jaxnorm.config import UserError
-from jaxnorm.model import cnn, dropout, summary
+from jaxnorm.model import cnn, summary
 from jaxnorm.model.cnn import CNN
+from jaxnorm.model.fast import dropout
+from jaxnorm.model.layers import BUILT_IN
 
 
 def normalization(norm, arch="matched", groups=4, train=True, name=None):
@@ -24,7 +26,7 @@ def initial(net, seed, images):
 
 
 RNG = np.random.default_rng(1)
-ALL_NORMS = ["batch", "group", "layer", "instance", "rms"]
+ALL_NORMS = [norm for norm in BUILT_IN if norm != "none"]
 
 
 @pytest.mark.parametrize(
@@ -70,8 +72,7 @@ def test_the_matched_net_is_the_studys_group_net():
     assert modules[0] == modules[1]
 
 
-def test_the_study_shapes():
-    """The sides of the feature maps, from the study's page."""
+def test_feature_maps_have_the_sides_of_the_studys_page():
     sides = {
         "batch": [32, 32, 34, 17, 15, 13, 11, 11, 5, 5, 5, 5, 1, 1],
         "group": [30, 28, 28, 14, 14, 14, 14, 14, 7, 7, 7, 5, 1, 1],
@@ -118,10 +119,9 @@ def closed_form(norm: str, x: np.ndarray, scale, bias, cotangent, groups: int):
     """
     x, cotangent = x.astype(np.float64), cotangent.astype(np.float64)
     n, h, w, c = x.shape
-    groups = {"layer": 1, "rms": 1, "instance": c, "group": groups}.get(norm, 1)
-    shape, axes = {"batch": ((n, h, w, c), (0, 1, 2))}.get(
-        norm, ((n, h, w, groups, c // groups), (1, 2, 4))
-    )
+    groups = {"instance": c, "group": groups}.get(norm, 1)
+    of_group = (n, h, w, groups, c // groups), (1, 2, 4)
+    shape, axes = {"batch": (x.shape, (0, 1, 2)), "pixel": (x.shape, 3)}.get(norm, of_group)
 
     def mean(values):
         return np.broadcast_to(values.reshape(shape).mean(axes, keepdims=True), shape).reshape(
@@ -138,12 +138,11 @@ def closed_form(norm: str, x: np.ndarray, scale, bias, cotangent, groups: int):
 
 
 @pytest.mark.parametrize("spread", [1.0, 3e-3], ids=["unit", "near-eps"])
-@pytest.mark.parametrize("arch", ["original", "matched"])
-@pytest.mark.parametrize("norm", ALL_NORMS)
+@pytest.mark.parametrize(
+    ("norm", "arch"), [(norm, "matched") for norm in ALL_NORMS] + [("layer", "original")]
+)
 def test_each_norm_and_its_gradients_equal_the_closed_form(norm, arch, spread):
     """With inputs far from zero, and with variances near eps, so that neither can be dropped."""
-    if arch == "original" and norm not in ("batch", "group", "layer"):
-        arch = "matched"
     x = (RNG.normal(size=(6, 5, 4, 8)) * spread + 2 * spread).astype(np.float32)
     cotangent = RNG.normal(size=x.shape).astype(np.float32)
     module = normalization(norm, arch, 4, True, None)
@@ -175,18 +174,13 @@ def test_each_norm_and_its_gradients_equal_the_closed_form(norm, arch, spread):
 
 
 @pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("norm", [*ALL_NORMS, "pixel"])
+@pytest.mark.parametrize("norm", ALL_NORMS)
 def test_no_variance_is_a_difference_of_squares(norm, fast):
     """At a mean of 2,000 and a deviation of 1 the squares are rounded to a quarter."""
     x = (2_000 + RNG.normal(size=(6, 5, 4, 16))).astype(np.float32)
     module = CNN(norm, "matched", fast=fast).normalization(True)
-    outputs, _ = module.init_with_output(jax.random.key(0), x)
-    if norm == "pixel":
-        exact = x.astype(np.float64)
-        centered = exact - exact.mean(-1, keepdims=True)
-        wanted = centered / np.sqrt(np.square(centered).mean(-1, keepdims=True) + 1e-5)
-    else:
-        wanted = closed_form(norm, x, np.ones(16), 0, x, 4)[0]
+    outputs, _ = jax.jit(module.init_with_output)(jax.random.key(0), x)
+    wanted = closed_form(norm, x, np.ones(16), 0, x, 4)[0]
     np.testing.assert_allclose(outputs, wanted, atol=2e-3)
 
 
@@ -215,10 +209,11 @@ def test_only_batch_norm_lets_one_example_reach_another(norm):
 def test_running_averages_equal_the_closed_form_and_evaluation_leaves_and_uses_them():
     batches = RNG.normal(size=(3, 6, 4, 4, 8)) * 2 + 1
     train, test = (normalization("batch", "matched", 4, mode, None) for mode in (True, False))
+    apply = jax.jit(partial(train.apply, mutable="batch_stats"))
     variables = train.init(jax.random.key(0), jnp.zeros((1, 4, 4, 8)))
     mean, var = np.zeros(8), np.ones(8)
     for batch in batches:
-        _, updates = train.apply(variables, jnp.asarray(batch, jnp.float32), mutable="batch_stats")
+        _, updates = apply(variables, jnp.asarray(batch, jnp.float32))
         variables = {**variables, **updates}
         flat = batch.reshape(-1, 8)
         mean, var = 0.9 * mean + 0.1 * flat.mean(0), 0.9 * var + 0.1 * flat.var(0, ddof=1)
@@ -244,52 +239,22 @@ def test_initial_kernels_are_uniform_within_one_over_root_fan_in():
             chex.assert_trees_all_equal(leaves["bias"], jnp.zeros_like(leaves["bias"]))
 
 
-@pytest.mark.parametrize(
-    ("arch", "blocks"), [("every-kind", 3), pytest.param("matched", 8, marks=pytest.mark.slow)]
-)
-def test_one_seed_gives_the_same_kernels_and_masks_under_every_norm(arch, blocks, monkeypatch):
+def test_one_seed_gives_the_same_kernels_and_masks_under_every_norm(monkeypatch):
+    """Of plain nets, whose operators are compiled once for all norms; `fast` changes no name."""
     images = jnp.asarray(RNG.normal(size=(2, 32, 32, 3)), jnp.float32)
     kernels, masks, original = {}, {}, dropout.keep_mask
-
-    def masks_of(net, variables):
-        drawn = []
-        with monkeypatch.context() as patch:
-            patch.setattr(dropout, "keep_mask", lambda *a: drawn.append(original(*a)) or drawn[-1])
-            rngs = {"dropout": jax.random.key(9)}
-            net.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
-        return drawn
-
-    for norm in [*ALL_NORMS, "none"]:
-        net = CNN(norm, arch)
+    for norm in BUILT_IN:
+        net, drawn = CNN(norm, "every-kind", fast=False), []
+        monkeypatch.setattr(
+            dropout, "keep_mask", lambda *a, to=drawn: to.append(original(*a)) or to[-1]
+        )
         variables = initial(net, 4, images)
+        rngs = {"dropout": jax.random.key(9)}
+        net.apply(variables, images, train=True, rngs=rngs, mutable=["batch_stats"])
         kernels[norm] = {k: v["kernel"] for k, v in variables["params"].items() if "kernel" in v}
-        masks[norm] = jax.jit(masks_of, static_argnums=0, **SOON)(net, variables)
-    assert len(masks["batch"]) == blocks
-    for norm in kernels:
+        masks[norm] = drawn
+    assert len(masks["batch"]) == 3
+    for norm in BUILT_IN:
         chex.assert_trees_all_equal(kernels[norm], kernels["batch"])
         chex.assert_trees_all_equal(masks[norm], masks["batch"])
     assert not any(np.array_equal(m, masks["batch"][1]) for m in masks["batch"][2:])
-
-
-@pytest.mark.parametrize("arch", ["every-kind", pytest.param("original", marks=pytest.mark.slow)])
-def test_the_fast_net_equals_the_plain_one_with_dropout(arch):
-    """Without dropout, every net stands against PyTorch; here the masks are on."""
-    images = jnp.asarray(RNG.normal(size=(4, 32, 32, 3)), jnp.float32)
-    variables = initial(CNN("layer", arch), 4, images)
-    labels = nn.one_hot(jnp.array([1, 2, 3, 4]), 10)
-
-    def loss(params, plain):
-        rngs = {"dropout": jax.random.key(9)}
-        logits = CNN("layer", arch, fast=not plain).apply(
-            {"params": params}, images, train=True, rngs=rngs
-        )
-        return -(nn.log_softmax(logits) * labels).sum()
-
-    fast, plain = (
-        jax.jit(jax.value_and_grad(loss), static_argnums=1, **(SOON if p else {}))(
-            variables["params"], p
-        )
-        for p in (False, True)
-    )
-    np.testing.assert_allclose(fast[0], plain[0], rtol=1e-6)
-    assert_gradients_close(fast[1], plain[1])

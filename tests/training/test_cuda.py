@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxnorm.config import Config
-from jaxnorm.model import ops
+from jaxnorm.model.fast import xla
 from jaxnorm.model.layers import BUILT_IN
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training import experiment
@@ -22,7 +22,7 @@ PRECISIONS = {"float32": "HIGHEST", "tf32": "HIGH", "bfloat16": "HIGHEST"}
 
 def lowered(tiny, norm, precision, nets, monkeypatch):
     """The StableHLO of training, evaluation and start, as GPUs take them: not in micro-batches."""
-    monkeypatch.setattr(ops, "_on_cpu", lambda: False)
+    monkeypatch.setattr(xla, "on_cpu", lambda: False)
     monkeypatch.setattr(epochs, "nets_at_once", lambda *_: nets)
     monkeypatch.setattr(experiment, "check", lambda *_: {})  # there is no GPU for tf32
     config = Config(norm, "matched", "tiny", 1, 16, precision=precision, seeds=nets)

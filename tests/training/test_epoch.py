@@ -12,7 +12,7 @@ from helpers import SOON, evaluate, init, predict_logits, program_of, train_chun
 
 from jaxnorm.config import ALL
 from jaxnorm.model.cnn import CNN
-from jaxnorm.model.summary import activation_bytes
+from jaxnorm.model.summary import activation_bytes, micro_batch
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training import step as train
 from jaxnorm.training.mesh import ONE, MeshShape
@@ -142,8 +142,8 @@ def test_evaluation_is_exact_for_any_number_of_images(tiny, count):
 
 
 def test_a_norm_of_ones_own_is_evaluated_on_large_batches():
-    assert epochs.evaluation_batch(CNN("own.module:Norm", "matched")) == epochs.EVALUATION_BATCH
-    assert epochs.evaluation_batch(CNN("group")) < 16  # what a core's cache holds
+    assert micro_batch(CNN("own.module:Norm", "matched"), 128) == 128
+    assert micro_batch(CNN("group"), 128) < 16  # what a core's cache holds
 
 
 def test_no_images_give_no_logits(tiny):

@@ -9,8 +9,8 @@ import pytest
 
 from jaxnorm.config import Config, study, tuned
 from jaxnorm.data.datasets import load
-from jaxnorm.model import ops
 from jaxnorm.model.cnn import ARCHS, Layer
+from jaxnorm.model.fast import convolution, norm
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training import selfcheck
@@ -68,12 +68,12 @@ def scaled(function):
 
 
 @pytest.mark.parametrize(
-    ("operator", "wrong", "momentum"),
-    [("_kernel_gradient", negated, 0.81), ("_by_channel", scaled, 0.82)],
+    ("module", "operator", "wrong", "momentum"),
+    [(convolution, "_kernel_gradient", negated, 0.81), (norm, "_by_channel", scaled, 0.82)],
 )
-def test_a_wrong_operator_is_refused(tiny, monkeypatch, operator, wrong, momentum):
+def test_a_wrong_operator_is_refused(tiny, monkeypatch, module, operator, wrong, momentum):
     """The momenta differ because JAX keeps what it traced by program."""
-    monkeypatch.setattr(ops, operator, wrong(getattr(ops, operator)))
+    monkeypatch.setattr(module, operator, wrong(getattr(module, operator)))
     config = dataclasses.replace(EVEN, momentum=momentum)
     with pytest.raises(selfcheck.WrongNumbers, match="one training step of layer norm") as raised:
         selfcheck.self_check(Experiment([config], tiny))

@@ -10,6 +10,8 @@ import pytest
 from close import assert_gradients_close
 from helpers import SOON, evaluate, init, predict_logits, program_of, train_chunk, train_epoch
 
+from jaxnorm.model.fast import xla
+from jaxnorm.model.summary import micro_batch
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training import step as train
 from jaxnorm.training.epoch import Chunk, epoch_keys
@@ -74,8 +76,7 @@ def test_a_step_in_micro_batches_or_shared_by_devices_is_the_plain_step(tiny, ar
     chunk = Chunk(jnp.arange(32, dtype=jnp.int32)[None, None], 0, 0, 1)
     micro, plain = program_of(norm, tiny, arch), program_of(norm, tiny, arch, fast=False)
     if norm == "layer":
-        initial = init(micro, tiny, 1)
-        assert train.micro_batch_size(micro.model, initial, 16) < 16
+        assert micro_batch(micro.model, 16) < 16
     assert meshes.choose(1, 32).batch == 2
     assert meshes.choose(1, 31).batch == meshes.choose(1, 16).batch == 1
 
@@ -127,10 +128,9 @@ def test_a_norm_that_keeps_state_sees_the_whole_batch(norm, whole, tiny, monkeyp
     program = program_of(norm, tiny)
     state = init(program, tiny, 1)
     assert bool(state.norm_state) == (norm == "batch")
-    monkeypatch.setattr(train.ops, "micro_batch_of", lambda count, size: 8)
-    assert train.micro_batch_size(program.model, state, 128) == whole
-    renamed = state._replace(norm_state={"statistics": {"mean": jnp.zeros(3)}})
-    assert train.micro_batch_size(program.model, renamed, 128) == 128
+    monkeypatch.setattr(xla, "micro_batch_of", lambda count, size: 8)
+    assert micro_batch(program.model, 128, state.norm_state) == whole
+    assert micro_batch(program.model, 128, {"statistics": {"mean": jnp.zeros(3)}}) == 128
 
 
 def test_train_step_is_sgd_with_momentum_on_the_mean_cross_entropy(tiny, arrays):

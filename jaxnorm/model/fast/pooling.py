@@ -8,7 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxnorm.model.ops import stored
+from jaxnorm.model.fast import xla
 
 
 @jax.custom_vjp
@@ -22,7 +22,7 @@ def max_pool(images: jax.Array) -> jax.Array:  # f32[N, H, W, C] -> f32[N, H // 
 
 
 def _windows(images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The maximum of each window, and which of its corners is the first that has it."""
+    """Returns the maximum of each window, and which of its corners is the first that has it."""
     chex.assert_rank(images, 4)
     n, height, width, channels = images.shape
     even = images[:, : height // 2 * 2, : width // 2 * 2]
@@ -35,7 +35,7 @@ def _windows(images: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _max_pool_forward(images: jax.Array):
     maximum, first = _windows(images)
-    return stored(maximum), (first, images)
+    return xla.stored(maximum), (first, images)
 
 
 def _max_pool_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array):
@@ -54,9 +54,9 @@ max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 def global_max(images: jax.Array) -> jax.Array:  # f32[N, H, W, C] -> f32[N, 1, 1, C]
     """Takes the maximum of all pixels of each channel; in a tie the gradient goes to the first.
 
-    JAX sends the gradient where an input equals the maximum. XLA computes that input anew in the
-    backward pass and may round it otherwise, so that none equals it: a batch of 29 lost a third of
-    the gradient, or got NaN. Where the maximum lies is kept from the forward pass instead.
+    JAX sends the gradient where an input equals the maximum. XLA computes that input again in
+    the backward pass and may round it otherwise, so that none equals it: a batch of 29 lost a third
+    of the gradient, or got NaN. Where the maximum lies is kept from the forward pass instead.
     """
     chex.assert_rank(images, 4)
     return images.max((1, 2), keepdims=True)

@@ -11,7 +11,9 @@ import pytest
 from close import assert_gradients_close
 from jax import lax
 
-from jaxnorm.model import layers, ops, pooling
+from jaxnorm.model import layers
+from jaxnorm.model.fast import convolution, dropout, pooling, xla
+from jaxnorm.model.fast import norm as norms
 
 RNG = np.random.default_rng(0)
 
@@ -62,7 +64,7 @@ def plain_convolution(images, kernel, padding):
 )
 def test_convolution_and_both_gradients_equal_xlas(side, kernel, padding):
     images, weights = normal(5, *side, kernel[2]), normal(*kernel)
-    ours = partial(ops.convolution, window_strides=(1, 1), padding=padding)
+    ours = partial(convolution.convolve, window_strides=(1, 1), padding=padding)
     plain = partial(plain_convolution, padding=padding)
     outputs, gradients = with_gradients(ours, images, weights)
     wanted, wanted_gradients = with_gradients(plain, images, weights)
@@ -76,27 +78,13 @@ def test_convolution_equals_a_sum_over_the_window_in_float64():
     images, kernel = np.asarray(normal(2, 5, 6, 3)), np.asarray(normal(3, 3, 3, 4))
     padded = np.pad(images.astype(np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
     wanted = sum(padded[:, i : i + 5, j : j + 6] @ kernel[i, j] for i in range(3) for j in range(3))
-    ours = ops.convolution(jnp.asarray(images), jnp.asarray(kernel), (1, 1), ((1, 1), (1, 1)))
+    ours = convolution.convolve(jnp.asarray(images), jnp.asarray(kernel), (1, 1), ((1, 1), (1, 1)))
     np.testing.assert_allclose(ours, wanted, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"window_strides": (2, 2)},
-        {"window_strides": (1, 1), "lhs_dilation": (2, 1)},
-        {"window_strides": (1, 1), "rhs_dilation": (1, 2)},
-        {"window_strides": (1, 1), "feature_group_count": 2},
-    ],
-)
-def test_convolution_refuses_what_its_gradients_do_not_cover(options):
-    with pytest.raises(ValueError, match="stride 1"):
-        ops.convolution(normal(1, 4, 4, 2), normal(3, 3, 2, 2), padding=((0, 0),) * 2, **options)
 
 
 def test_convolution_under_vmap_equals_one_by_one():
     images, kernels = normal(3, 2, 6, 6, 2), normal(3, 3, 3, 2, 4)
-    one = partial(ops.convolution, window_strides=(1, 1), padding=((1, 1), (1, 1)))
+    one = partial(convolution.convolve, window_strides=(1, 1), padding=((1, 1), (1, 1)))
     total = jax.jit(jax.grad(lambda x, w: jnp.square(one(x, w)).sum(), (0, 1)))
     together = jax.jit(jax.vmap(total))(images, kernels)
     apart = [total(x, w) for x, w in zip(images, kernels, strict=True)]
@@ -108,22 +96,22 @@ def test_convolution_under_vmap_equals_one_by_one():
 @pytest.mark.parametrize("count", [1, 16, 20, 29, 34])
 def test_a_kernels_gradient_is_that_of_all_images(count, monkeypatch):
     """However many there are, and however they are cut into pieces."""
-    monkeypatch.setattr(ops, "MICRO_BATCH_BYTES", 4 * 16 * 5 * 6 * 4)  # 16 images
+    monkeypatch.setattr(xla, "MICRO_BATCH_BYTES", 4 * 16 * 5 * 6 * 4)  # 16 images
     images, weights, padding = normal(count, 5, 6, 3), normal(3, 3, 3, 4), ((1, 1), (1, 1))
     _, wanted = with_gradients(lambda w: plain_convolution(images, w, padding), weights)
-    _, ours = with_gradients(lambda w: ops.convolution(images, w, (1, 1), padding), weights)
+    _, ours = with_gradients(lambda w: convolution.convolve(images, w, (1, 1), padding), weights)
     chex.assert_trees_all_close(ours, wanted, rtol=1e-5, atol=1e-4)
 
 
 def test_pieces_divide_and_are_few():
-    image = ops.MICRO_BATCH_BYTES // 16
+    image = xla.MICRO_BATCH_BYTES // 16
     for count in range(1, 300):
-        piece = ops.micro_batch_of(count, image)
+        piece = xla.micro_batch_of(count, image)
         assert count % piece == 0
         assert piece > 8 or piece == count
-    assert [ops.micro_batch_of(count, image) for count in (16, 40, 64, 128)] == [16, 10, 16, 16]
-    assert ops.micro_batch_of(64, image // 4) == 64
-    assert ops.micro_batch_of(7, 10 * ops.MICRO_BATCH_BYTES) == 1
+    assert [xla.micro_batch_of(count, image) for count in (16, 40, 64, 128)] == [16, 10, 16, 16]
+    assert xla.micro_batch_of(64, image // 4) == 64
+    assert xla.micro_batch_of(7, 10 * xla.MICRO_BATCH_BYTES) == 1
 
 
 FLAX_NORMS = {
@@ -149,13 +137,13 @@ def test_normalize_and_its_gradients_equal_flaxs(norm, offset, atol):
     module = module.clone(epsilon=1e-3)
     inputs, scale, bias = normal(6, 5, 7, 8) + offset, normal(8), normal(8)
     params = {"scale": scale, "bias": bias} if centered else {"scale": scale}
-    over = ops.Over(batch, groups, centered, epsilon=1e-3)
+    over = norms.Over(batch, groups, centered, epsilon=1e-3)
 
     def flax(inputs, params):
         return module.apply({"params": params}, inputs, mutable=["batch_stats"])[0]
 
     def ours(inputs, params):
-        return ops.normalize(inputs, params["scale"], params.get("bias", 0 * bias), over)[0]
+        return norms.normalize(inputs, params["scale"], params.get("bias", 0 * bias), over)[0]
 
     wanted, wanted_gradients = with_gradients(flax, inputs, params)
     outputs, gradients = with_gradients(ours, inputs, params)
@@ -170,13 +158,13 @@ def test_normalize_is_right_at_the_nets_own_sizes(norm, shape):
     by a seventh (a fused reduction that leaves out its padding), at no smaller batch.
     """
     channels = shape[-1]
-    over = ops.Over(norm == "batch", {"batch": channels, "group": 4, "layer": 1}[norm])
+    over = norms.Over(norm == "batch", {"batch": channels, "group": 4, "layer": 1}[norm])
     axes = (0, 1, 2) if norm == "batch" else (1, 2, 4)
     inputs, cotangent = normal(*shape) + 0.5, normal(*shape)
     scale, bias = normal(channels), normal(channels)
 
     def ours(inputs, scale, bias):
-        return ops.normalize(inputs, scale, bias, over)[0]
+        return norms.normalize(inputs, scale, bias, over)[0]
 
     def both(inputs, scale, bias):
         outputs, back = jax.vjp(ours, inputs, scale, bias)
@@ -211,9 +199,9 @@ def test_normalize_corrects_values_as_well_as_variances(norm, shape, offset, dev
     """At a mean of 1e5 float32 holds every 0.008th number, so that a value is off by up to 0.004;
     of constants nothing is left.
     """
-    over = ops.Over(False, {"group": 4, "layer": 1, "instance": shape[-1]}[norm])
+    over = norms.Over(False, {"group": 4, "layer": 1, "instance": shape[-1]}[norm])
     inputs, ones = offset + deviation * normal(*shape), jnp.ones(shape[-1])
-    outputs = jax.jit(lambda x: ops.normalize(x, ones, 0 * ones, over)[0])(inputs)
+    outputs = jax.jit(lambda x: norms.normalize(x, ones, 0 * ones, over)[0])(inputs)
     x = np.asarray(inputs, np.float64).reshape(*shape[:3], over.groups, -1)
     centered = x - x.mean((1, 2, 4), keepdims=True)
     wanted = centered / np.sqrt(np.square(centered).mean((1, 2, 4), keepdims=True) + 1e-5)
@@ -222,7 +210,7 @@ def test_normalize_corrects_values_as_well_as_variances(norm, shape, offset, dev
 
 def test_normalize_tells_the_statistics_it_used():
     inputs, ones = normal(6, 5, 7, 8) * 2 + 1, jnp.ones(8)
-    _, statistics = ops.normalize(inputs, ones, 0 * ones, ops.Over(True, 8))
+    _, statistics = norms.normalize(inputs, ones, 0 * ones, norms.Over(True, 8))
     np.testing.assert_allclose(statistics.mean[0], inputs.mean((0, 1, 2)), atol=1e-6)
     np.testing.assert_allclose(statistics.variance[0], inputs.var((0, 1, 2)), rtol=1e-5)
 
@@ -231,28 +219,26 @@ def test_relu_and_its_gradient_equal_flaxs_whatever_its_first_value_is():
     for first in (0.0, -0.0, 1.0, -1.0, np.nan, np.inf):
         x = np.array(normal(2, 3, 4, 5))
         x[0, 0, 0, :2] = first, 0.0
-        chex.assert_trees_all_equal(with_gradients(ops.relu, x), with_gradients(nn.relu, x))
+        chex.assert_trees_all_equal(with_gradients(dropout.relu, x), with_gradients(nn.relu, x))
 
 
 def test_gradients_can_be_differentiated_again():
     images, kernel = normal(2, 6, 6, 2), normal(3, 3, 2, 4)
 
-    def of_gradient(convolution, relu, max_pool):
+    def of_gradient(convolve, relu, max_pool):
         """The gradient of a gradient's squares."""
 
         def cubes(kernel):
-            return (max_pool(relu(convolution(images, kernel))) ** 3).sum()
+            return (max_pool(relu(convolve(images, kernel))) ** 3).sum()
 
         squares = jax.grad(lambda kernel: jnp.square(jax.grad(cubes)(kernel)).sum())
         return jax.jit(squares)(kernel)
 
     same = ((1, 1), (1, 1))
-    convolution = partial(ops.convolution, window_strides=(1, 1), padding=same)
-    ours = of_gradient(convolution, ops.relu, pooling.max_pool)
-    convolution = partial(plain_convolution, padding=same)
-    flax = of_gradient(
-        convolution, nn.relu, partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
-    )
+    convolve = partial(convolution.convolve, window_strides=(1, 1), padding=same)
+    ours = of_gradient(convolve, dropout.relu, pooling.max_pool)
+    convolve = partial(plain_convolution, padding=same)
+    flax = of_gradient(convolve, nn.relu, partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2)))
     np.testing.assert_allclose(ours, flax, rtol=1e-4, atol=1e-4 * np.abs(flax).max())
 
 
@@ -300,8 +286,8 @@ def test_the_gradient_of_a_maximum_does_not_hang_on_how_xla_rounds(plain):
             x = jax.nn.standardize(x, axis=(0, 1, 2), epsilon=1e-5) * scale[None, None, None]
             x = layers.plain.global_max(nn.relu(x + bias[None, None, None]))
         else:
-            x = ops.convolution(images, kernel, (1, 1), ((1, 1), (1, 1)))
-            x = ops.normalize(x, scale, bias, ops.Over(True, 64))[0]
+            x = convolution.convolve(images, kernel, (1, 1), ((1, 1), (1, 1)))
+            x = norms.normalize(x, scale, bias, norms.Over(True, 64))[0]
             x = pooling.global_max(nn.relu(x))
         return jnp.square(x).sum()
 
@@ -313,3 +299,28 @@ def test_the_gradient_of_a_maximum_does_not_hang_on_how_xla_rounds(plain):
     ]
     for gradients in others:
         assert_gradients_close(gradients, usual, typical=1e-4)
+
+
+def test_what_is_stored_is_computed_once(monkeypatch):
+    """A block's gradient, compiled with `xla.stored` and without: XLA draws the dropout mask in as
+    many places as it computes the activation. If `stored` saves none of them, it can go.
+    """
+    images, kernel = normal(4, 16, 16, 16), normal(3, 3, 16, 16)
+
+    def loss(kernel, key):
+        x = convolution.convolve(images, kernel, (1, 1), ((1, 1), (1, 1)))
+        mask = dropout.keep_mask(key, 1, x.shape, 0.1)
+        x = dropout.dropout_relu(x, mask, 0.1)
+        return jnp.square(convolution.convolve(pooling.max_pool(x), kernel, (1, 1), "SAME")).sum()
+
+    def account():
+        """The shifts of the hash, and all operations."""
+        gradient = jax.jit(lambda *arguments: jax.grad(loss)(*arguments))
+        compiled = gradient.lower(kernel, jax.random.key(0)).compile()
+        return compiled.as_text().count(" shift-right-logical("), compiled.cost_analysis()["flops"]
+
+    shifts, operations = account()
+    monkeypatch.setattr(xla, "stored", lambda x: x)
+    wasted_shifts, wasted_operations = account()
+    assert 2 * shifts <= wasted_shifts
+    assert operations < wasted_operations

@@ -1,4 +1,4 @@
-"""Dropout whose masks are a hash of the element's index, and dropout with ReLU in one pass.
+"""Dropout whose masks are a hash of the element's index, dropout with ReLU in one pass, and ReLU.
 
 Threefry bits took half of a training step on a CPU. The fused gradient needs nothing but the
 output, so no mask is stored or drawn twice.
@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxnorm.model.ops import stored
+from jaxnorm.model.fast import xla
 
 
 def _mix(bits: jax.Array) -> jax.Array:
-    """The 32-bit finalizer `lowbias32`: every input bit flips every output bit with probability
-    near one half.
+    """Applies the 32-bit finalizer `lowbias32`: every input bit flips every output bit with
+    probability near one half.
 
     Source: C. Wellons, "Prospecting for hash functions" (2018), the constants with the least
     measured bias.
@@ -57,18 +57,18 @@ def keep_mask(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dropout_relu(inputs: jax.Array, mask: jax.Array, rate: float) -> jax.Array:
-    """Dropout and then ReLU in one pass: `relu(where(mask, inputs / (1 - rate), 0))`, the same
-    shape as `inputs`.
+    """Applies dropout and then ReLU in one pass: `relu(where(mask, inputs / (1 - rate), 0))`, the
+    same shape as `inputs`.
 
-    An output is positive exactly where the element was kept and positive, so the gradient needs the
-    output alone, which the next layer keeps anyway, and no mask is stored or drawn twice.
+    An output is positive if and only if the element was kept and positive, so the gradient needs
+    the output alone, which the next layer keeps anyway, and no mask is stored or drawn twice.
     """
     chex.assert_equal_shape([inputs, mask])
     return jnp.where(mask, jnp.maximum(inputs, 0) * (1 / (1 - rate)), 0)
 
 
 def _dropout_relu_forward(inputs: jax.Array, mask: jax.Array, rate: float):
-    outputs = stored(dropout_relu(inputs, mask, rate))
+    outputs = xla.stored(dropout_relu(inputs, mask, rate))
     return outputs, outputs
 
 
@@ -77,3 +77,17 @@ def _dropout_relu_backward(rate: float, outputs: jax.Array, gradient: jax.Array)
 
 
 dropout_relu.defvjp(_dropout_relu_forward, _dropout_relu_backward)
+
+
+@jax.custom_vjp
+def relu(x: jax.Array) -> jax.Array:
+    """Returns max(x, 0); the backward pass reads the stored output, as in PyTorch."""
+    return jnp.maximum(x, 0)
+
+
+def _relu_forward(x: jax.Array):
+    outputs = xla.stored(jnp.maximum(x, 0))
+    return outputs, outputs
+
+
+relu.defvjp(_relu_forward, lambda outputs, gradient: (jnp.where(outputs > 0, gradient, 0),))

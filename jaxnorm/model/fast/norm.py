@@ -1,0 +1,181 @@
+"""Every norm as one operator whose gradient is written out: two sums over all elements each way.
+
+Values and gradients are those of the plain form within float32 rounding. Arrays are NHWC, float32.
+"""
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxnorm.model.fast import xla
+
+
+@dataclass(frozen=True)
+class Over:
+    """The elements that share a statistic: all positions of `channels / groups` neighbouring
+    channels, of each image or of the whole batch; `centered` is False for RMS norm.
+
+    `axis` names the mesh axis along which devices share a batch, if they do.
+    """
+
+    batch: bool
+    groups: int
+    centered: bool = True
+    epsilon: float = 1e-5
+    axis: str | None = None
+
+
+class Statistics(NamedTuple):
+    """The statistics that `normalize` subtracted and divided by; no gradient of them is asked."""
+
+    mean: jax.Array  # f32[1 or N, groups]
+    variance: jax.Array  # f32[1 or N, groups], over all elements (divided by n)
+
+
+def normalize(
+    inputs: jax.Array,  # f32[N, H, W, C]
+    scale: jax.Array,  # f32[C]
+    bias: jax.Array,  # f32[C]
+    over: Over,
+) -> tuple[jax.Array, Statistics]:  # f32[N, H, W, C]
+    """Subtracts the mean, divides by sqrt(variance + epsilon), scales and shifts: batch, group,
+    layer, instance and RMS norm, by the elements that they average `over`.
+
+    The variance is that of the centered values. Sums go over the height first, which leaves whole
+    rows as vectors; XLA's own reduction to few channels takes several times as long.
+    """
+    chex.assert_rank(inputs, 4)
+    chex.assert_shape([scale, bias], inputs.shape[-1:])
+    return _normalize(inputs, scale, bias, over)
+
+
+def _by_channel(over: Over, *values: jax.Array) -> list[jax.Array]:
+    """Sums arrays f32[N, H, W, C] over height and width: f32[N, C] each.
+
+    Rows are added up first, and then their pixels by a product with zeros and ones. Two reductions
+    in a row can come out wrong on a CPU: jaxlib 0.10.1 fuses them, and leaves values out if the
+    second does not divide into its windows (28 x 32 values, say).
+    """
+    n, height, width, channels = values[0].shape
+    if not _in_cache(over):
+        # XLA stores what it sums: here a quarter of an array instead of all of it.
+        rows = [_quartered(v).reshape(n, -1, width * channels).sum(1) for v in values]
+    else:
+        # One reduction of all arrays is fused with what computes them. It takes up to 8 rows: more,
+        # a power of two apart, evict each other from a cache, which a prime height is not.
+        tall = max(tall for tall in range(1, 9) if height % tall == 0)
+        tall = tall if tall > 1 else height
+        parts = [v.reshape(n, height // tall, tall, width * channels) for v in values]
+        zeros = [jnp.zeros((), v.dtype) for v in values]
+        parts = lax.reduce(parts, zeros, lambda a, b: list(map(jnp.add, a, b)), (2,))
+        parts = lax.optimization_barrier(parts)
+        rows = [reduce(jnp.add, jnp.unstack(part, axis=1)) for part in parts]
+    same_channel = np.tile(np.eye(channels, dtype=np.float32), (width, 1))
+    return [
+        jnp.matmul(row, same_channel, precision=lax.Precision.HIGHEST)
+        for row in lax.optimization_barrier(rows)
+    ]
+
+
+def _in_cache(over: Over) -> bool:
+    """Returns whether a core's cache holds the arrays: those of micro-batches, which batch norm
+    does not take.
+    """
+    return xla.on_cpu() and not over.batch
+
+
+def _quartered(values: jax.Array) -> jax.Array:
+    """Adds the quarters of the height, or halves or thirds if it has no quarters."""
+    count = max(count for count in range(1, 5) if values.shape[1] % count == 0)
+    return reduce(jnp.add, jnp.split(values, count, axis=1))
+
+
+def _pool(sums: jax.Array, over: Over) -> jax.Array:
+    """Sums f32[N, C] over what shares a statistic: f32[1 or N, groups]."""
+    if over.batch:
+        sums = xla.over_images(sums)[None]
+        if over.axis is not None:
+            sums = lax.psum(sums, over.axis)
+    if over.groups == sums.shape[1]:
+        return sums
+    return sums.reshape(sums.shape[0], over.groups, -1).sum(2)
+
+
+def _spread(statistic: jax.Array, inputs: jax.Array) -> jax.Array:
+    """Spreads a statistic f32[1 or N, groups] over its channels: f32[1 or N, 1, 1, C]."""
+    return jnp.repeat(statistic, inputs.shape[-1] // statistic.shape[1], 1)[:, None, None, :]
+
+
+def _count(inputs: jax.Array, over: Over) -> int:
+    """Returns how many elements share a statistic."""
+    n, height, width, channels = inputs.shape
+    images = n * (lax.axis_size(over.axis) if over.axis else 1) if over.batch else 1
+    return images * height * width * channels // over.groups
+
+
+def _statistics(inputs: jax.Array, over: Over) -> Statistics:
+    count = _count(inputs, over)
+    if over.centered:
+        mean = _pool(_by_channel(over, inputs)[0], over) / count
+    else:
+        mean = jnp.zeros((1 if over.batch else inputs.shape[0], over.groups), inputs.dtype)
+    centered = inputs - _spread(mean, inputs)
+    squares = jnp.square(centered)
+    if not (over.centered and _in_cache(over)):
+        return Statistics(mean, _pool(_by_channel(over, squares)[0], over) / count)
+    # What rounding left of the mean comes at no cost, and corrects the variance; and the mean too
+    # if values would be off by more than a thousandth of a deviation.
+    rest, variance = (_pool(sums, over) / count for sums in _by_channel(over, centered, squares))
+    mean = jnp.where(jnp.square(rest) > 1e-6 * variance, mean + rest, mean)
+    return Statistics(mean, jnp.maximum(variance - jnp.square(rest), 0))
+
+
+def _normalize_plainly(
+    inputs: jax.Array, scale: jax.Array, bias: jax.Array, over: Over
+) -> tuple[jax.Array, Statistics]:
+    statistics = _statistics(inputs, over)
+    factor = lax.rsqrt(statistics.variance + over.epsilon)
+    # Else they would be spread over the channels of their group again for each element.
+    mean = xla.stored(_spread(statistics.mean, inputs))
+    factor = xla.stored(_spread(factor, inputs) * scale[None, None, None])
+    return (inputs - mean) * factor + bias[None, None, None], statistics
+
+
+_normalize = jax.custom_vjp(_normalize_plainly, nondiff_argnums=(3,))
+
+
+def _normalize_forward(inputs: jax.Array, scale: jax.Array, bias: jax.Array, over: Over):
+    outputs, statistics = _normalize(inputs, scale, bias, over)
+    return (outputs, statistics), (inputs, scale, statistics)
+
+
+def _normalize_backward(over: Over, saved, gradients):
+    inputs, scale, statistics = saved
+    gradient, _ = gradients
+    # With x the centered input, r = 1 / sqrt(variance + epsilon) and g = gradient * scale:
+    # to_inputs = r * (g - mean(g) - x * r^2 * mean(g x)). Two sums over all elements serve
+    # everything.
+    count = _count(inputs, over)
+    factor = lax.rsqrt(statistics.variance + over.epsilon)
+    centered = inputs - _spread(statistics.mean, inputs)
+    to_bias, to_scale = _by_channel(over, gradient, gradient * centered)
+    mean_gradient = _pool(to_bias * scale[None], over) / count * factor
+    if not over.centered:
+        mean_gradient = jnp.zeros_like(mean_gradient)
+    mean_product = _pool(to_scale * scale[None], over) / count * factor**3
+    to_inputs = (
+        gradient * (_spread(factor, inputs) * scale[None, None, None])
+        - centered * _spread(mean_product, inputs)
+        - _spread(mean_gradient, inputs)
+    )
+    to_scale = to_scale * _spread(factor, inputs)[:, 0, 0, :]
+    return to_inputs, xla.over_images(to_scale), xla.over_images(to_bias)
+
+
+_normalize.defvjp(_normalize_forward, _normalize_backward)

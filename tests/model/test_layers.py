@@ -1,0 +1,173 @@
+"""Fast layers under Flax's names: every field of Flax's is honoured or refused."""
+
+import dataclasses
+from functools import partial
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from jaxnorm.config import UserError
+from jaxnorm.model import layers
+from jaxnorm.model.cnn import CNN
+
+IMAGES = jnp.asarray(np.random.default_rng(1).normal(1, 1, (2, 3, 5, 6, 4)), jnp.float32)
+"""Of two devices."""
+
+
+def drawn(key, shape, dtype):
+    """Values that differ, without random bits, which take long to compile."""
+    return jnp.cos(jnp.arange(np.prod(shape))).reshape(shape).astype(dtype)
+
+
+NORM = {"use_fast_variance": False, "scale_init": drawn}
+LAYERS = {  # ours by what each is served fast, and what it is to equal
+    "BatchNorm": (NORM | {"use_running_average": False, "bias_init": drawn}, nn.BatchNorm),
+    "GroupNorm": (NORM | {"num_groups": 4, "bias_init": drawn}, nn.GroupNorm),
+    "InstanceNorm": (NORM | {"bias_init": drawn}, nn.InstanceNorm),
+    "LayerNorm": (NORM | {"reduction_axes": layers.IMAGE, "bias_init": drawn}, nn.LayerNorm),
+    "RMSNorm": (NORM | {"reduction_axes": layers.IMAGE}, nn.RMSNorm),
+    "Conv": (
+        {"features": 4, "kernel_size": (3, 3), "kernel_init": drawn, "bias_init": drawn},
+        nn.Conv,
+    ),
+    "StandardizedConv": (
+        {"features": 4, "kernel_size": (3, 3), "kernel_init": drawn, "bias_init": drawn},
+        layers.plain.StandardizedConv,
+    ),
+}
+SETTINGS = {
+    "use_running_average": [True],
+    "axis": [(1, -1)],
+    "momentum": [0.5],
+    "epsilon": [0.1],
+    "dtype": [jnp.bfloat16],
+    "param_dtype": [jnp.bfloat16],
+    "use_bias": [False],
+    "use_scale": [False],
+    "bias_init": [nn.initializers.ones],
+    "scale_init": [nn.initializers.ones],
+    "kernel_init": [nn.initializers.ones],
+    "axis_name": ["devices"],
+    "axis_index_groups": [{"axis_name": "devices", "axis_index_groups": ((0,), (1,))}],
+    "use_fast_variance": [True],
+    "force_float32_reductions": [{"force_float32_reductions": False, "param_dtype": jnp.bfloat16}],
+    "num_groups": [2],
+    "group_size": [{"num_groups": None, "group_size": 1}],
+    "reduction_axes": [-1, (-2, -1)],
+    "feature_axes": [layers.IMAGE, (-2, -1)],
+    "features": [6],
+    "kernel_size": [(1, 2), (3,)],
+    "strides": [2],
+    "padding": ["VALID", "CIRCULAR", ((2, 0), (0, 1))],
+    "input_dilation": [{"input_dilation": 2, "padding": 1}],
+    "kernel_dilation": [(1, 2)],
+    "feature_group_count": [2],
+    "mask": [jnp.ones((3, 3, 4, 4)).at[0].set(0)],
+    "precision": ["high"],
+    "promote_dtype": [lambda *arrays, dtype: [None if a is None else 2 * a for a in arrays]],
+    "conv_general_dilated": [lax.conv_general_dilated],
+    "conv_general_dilated_cls": [lambda: lax.conv_general_dilated],
+}
+"""Other values than `LAYERS` has, for each field; with what else a value needs."""
+REFUSED = {("StandardizedConv", "mask"), ("StandardizedConv", "conv_general_dilated_cls")}
+CASES = [
+    pytest.param(name, field.name, value, id=f"{name}-{field.name}-{number}")
+    for name, (_, flax) in LAYERS.items()
+    for field in dataclasses.fields(flax)
+    if field.name not in ("name", "parent")
+    for number, value in enumerate(SETTINGS[field.name])
+]
+
+
+def in_training(module, images):
+    """The module's outputs for the images, and its variables afterwards."""
+    variables = module.init(jax.random.key(3), images)
+    return module.apply(variables, images, mutable=True)
+
+
+def on_devices(module, images):
+    """The same on two devices, of which each has its part of the images."""
+    apply = partial(in_training, module)
+    if not getattr(module, "axis_name", None):
+        return apply(images[0])
+    if not module.axis_index_groups:
+        return jax.vmap(apply, axis_name="devices")(images)
+    of_each = jax.shard_map(
+        lambda images: jax.tree.map(lambda leaf: leaf[None], apply(images[0])),
+        mesh=jax.sharding.Mesh(np.array(jax.devices()[:2]), "devices"),
+        in_specs=P("devices"),
+        out_specs=P("devices"),
+        check_vma=False,
+    )
+    return jax.jit(of_each)(np.asarray(images))
+
+
+@pytest.mark.parametrize(("name", "field", "value"), CASES)
+def test_each_field_is_flaxs_or_refused(name, field, value):
+    settings, flax = LAYERS[name]
+    settings = settings | (value if isinstance(value, dict) else {field: value})
+    ours = getattr(layers, name)(**settings)
+    if (name, field) in REFUSED:
+        with pytest.raises(ValueError, match=f"takes no {field}"):
+            on_devices(ours, IMAGES)
+        return
+    # A mean at which rounding spoils the variance of Flax's `use_fast_variance`.
+    images = IMAGES + 3_000 if field == "use_fast_variance" else IMAGES
+    outputs, variables = on_devices(ours, images)
+    wanted, wanted_variables = on_devices(flax(**settings), images)
+    chex.assert_trees_all_equal_shapes_and_dtypes((outputs, variables), (wanted, wanted_variables))
+    np.testing.assert_allclose(outputs, wanted, atol=2e-5)
+    for tree in (variables, wanted_variables):  # its variance is that of the test below
+        tree.get("batch_stats", {}).pop("var", None)
+    chex.assert_trees_all_close(variables, wanted_variables, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [layers.BatchNorm, layers.UnbiasedBatchNorm])
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({}, 3 * 5 * 6),
+        ({"axis": (1, -1)}, 3 * 6),
+        ({"axis_name": "devices"}, 2 * 3 * 5 * 6),
+        ({"axis_name": "devices", "axis_index_groups": ((0,), (1,))}, 3 * 5 * 6),
+    ],
+)
+def test_the_running_variance_is_the_unbiased_one(kind, settings, count):
+    settings = LAYERS["BatchNorm"][0] | {"momentum": 0.5} | settings
+    biased = on_devices(nn.BatchNorm(**settings), IMAGES)[1]["batch_stats"]["var"] - 0.5
+    variance = on_devices(kind(**settings), IMAGES)[1]["batch_stats"]["var"]
+    np.testing.assert_allclose(variance - 0.5, biased * count / (count - 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        layers.BatchNorm(),
+        layers.GroupNorm(num_groups=None),
+        layers.GroupNorm(num_groups=2, group_size=2),
+        layers.GroupNorm(num_groups=-1),
+        layers.GroupNorm(num_groups=3),
+    ],
+)
+def test_what_flax_refuses_is_refused(module):
+    with pytest.raises((ValueError, UserError)):
+        on_devices(module, IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("norm", "arch"),
+    [(norm, "residual") for norm in ("batch", "group", "layer", "instance", "rms")]
+    + [("layer", "original")],
+)
+def test_the_nets_own_layers_are_the_fast_ones(norm, arch):
+    """A fast layer leaves other settings than theirs to Flax, and no value would show it."""
+    net = CNN(norm, arch)
+    for module in (net.conv(net.table[0], (3, 3), jnp.float32), net.normalization(True)):
+        program = jax.make_jaxpr(partial(in_training, module))(IMAGES[0])
+        assert "custom_vjp" in str(program)
