@@ -20,18 +20,7 @@
 # 30 minutes.
 
 # %%
-import tempfile
-from pathlib import Path
-
-from IPython.display import Image, Markdown, display
-
 import jaxnorm
-from jaxnorm.analysis import figures, tables
-from jaxnorm.analysis.results import Run
-from jaxnorm.runs import runner
-from jaxnorm.storage.sweep import Sweep
-from jaxnorm.training.experiment import Experiment
-from jaxnorm.training.fit import Callback
 
 DATASET, EPOCHS, SEEDS = "digits", 4, 2
 
@@ -40,70 +29,59 @@ config = jaxnorm.study(
     norm="all", arch="matched", dataset=DATASET, epochs=EPOCHS, learning_rate=0.02, seeds=SEEDS
 )
 dataset = jaxnorm.load(config.dataset)
-sweep = Sweep.create(Path(tempfile.mkdtemp()) / "compare", [config], "compare_norms.ipynb")
-print(f"{dataset.caption}: {len(dataset.train_labels)} training images")
+dataset
 
 # %% [markdown]
 # ## The three experiments
 #
 # A line for each epoch. Under one seed every norm starts from the same kernels and sees the same
-# batches under the same dropout masks.
-
+# batches under the same dropout masks. The run is a folder under `runs/`; with `out="NAME"` the
+# cell goes on with it if it is there already.
 
 # %%
-class Log(Callback):
-    """Prints a line for each epoch."""
-
-    def on_epoch(self, config, epoch):
-        """One line."""
-        print(
-            f"{epoch.norm:>6} norm  seed {epoch.seed}  epoch {epoch.epoch}  "
-            f"train {epoch.train_loss:.4f} {epoch.train_accuracy:7.2%}  "
-            f"test {epoch.test_loss:.4f} {epoch.test_accuracy:7.2%}"
-        )
-
-
-runner.run(sweep, Experiment(sweep.configs, dataset), "compare_norms.ipynb", Log())
-run = Run(sweep.folder)
-figures.save_examples(run, dataset)
+run = jaxnorm.train(config, dataset)
 
 # %% [markdown]
 # ## What was found
 
 # %%
-display(Markdown(tables.finding(run)))
-for make in (tables.results, tables.differences, tables.values):
-    display(Markdown(make(run).markdown()))
+run.finding
 
+# %%
+run.results
+
+# %%
+run.differences
+
+# %%
+run.values
 
 # %% [markdown]
 # ## Curves
 
+# %%
+run.figures["seeds"]
 
 # %%
-def show(drawn):
-    """Shows figures."""
-    for _, figure in drawn:
-        display(Image(figures.png(figure, 80)))
-
-
-show(figures.seeds(run))
-show(figures.together(run))
+run.figures["loss"]
 
 # %%
-show(figures.curves(run))
+run.figures["accuracy"]
+
+# %%
+run.figures["curves-batch"]
 
 # %% [markdown]
 # ## Mistakes
 #
-# Of each norm the mistakes that it is surest of, and ten drawn by the seed, all from the whole test
-# set; then the images that every norm gets wrong.
+# The test images that every norm gets wrong, those with the highest confidence first. Each norm's
+# own are `run.figures["mistakes-confident-batch"]` and so on; `list(run.figures)` names all.
 
 # %%
-show(figures.mistakes(run))
+run.figures["mistakes-common"]
 
 # %% [markdown]
 # ## Classes
 
 # %%
-show(figures.confusion(run))
+run.figures["confusion-layer"]

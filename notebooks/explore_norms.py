@@ -22,21 +22,13 @@ import dataclasses
 
 import exploring
 import numpy as np
-from IPython.display import Image, display
+from exploring import show
 
 import jaxnorm
-from jaxnorm.analysis import figures, inside
-from jaxnorm.training import probes
 
 NORMS = ("batch", "group", "layer")
-EPOCHS, SIZES = 3, probes.SIZES
+EPOCHS, SIZES = 3, (4, 16, 64, 128)
 dataset = jaxnorm.load("digits")
-
-
-def show(drawn):
-    """Shows a figure."""
-    display(Image(figures.png(drawn, 80)))
-
 
 # %% [markdown]
 # ## What a norm averages over
@@ -61,12 +53,8 @@ show(exploring.draw_averaged(masks))
 # %%
 config = jaxnorm.study(arch="matched", dataset="digits", epochs=EPOCHS, learning_rate=0.02)
 fits = jaxnorm.fit(config, dataset)
-measured = {
-    norm: probes.measure(fit.program, fit.state, dataset, fit.logits, fit.seed)
-    for (norm, _), fit in fits.items()
-}
 caption = f"{dataset.caption}; matched nets, seed 1, {EPOCHS} epochs"
-for _, drawn in inside.of_probes(measured, caption):
+for drawn in exploring.draw_inside(fits.values(), dataset, caption):
     show(drawn)
 
 # %% [markdown]

@@ -1,17 +1,37 @@
 """What `explore_norms` measures and draws, beside what a run records of every net."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from IPython.display import Image, display
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from jaxnorm.analysis.drawing import looks
+from jaxnorm.analysis import inside
+from jaxnorm.analysis.drawing import looks, png
+from jaxnorm.data.datasets import Dataset
 from jaxnorm.model.cnn import CNN
+from jaxnorm.training import probes
+from jaxnorm.training.fit import Fit
 from jaxnorm.training.step import Program, TrainState, standardize
+
+
+def show(drawn: Figure) -> None:
+    """Shows a figure."""
+    display(Image(png(drawn, 80)))
+
+
+def draw_inside(fits: Iterable[Fit], dataset: Dataset, caption: str) -> Iterator[Figure]:
+    """Draws what is measured inside trained nets, one of each norm."""
+    measured = {
+        fit.norm: probes.measure(fit.program, fit.state, dataset, fit.logits, fit.seed)
+        for fit in fits
+    }
+    for _, figure in inside.of_probes(measured, caption):
+        yield figure
 
 
 def averaged_over(

@@ -18,21 +18,11 @@
 # divided by the root of its mean square. It needs no batch and subtracts no mean.
 
 # %%
-import tempfile
-from pathlib import Path
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
-from IPython.display import Markdown, display
 
 import jaxnorm
-from jaxnorm.analysis import tables
-from jaxnorm.analysis.results import Run
-from jaxnorm.runs import runner
-from jaxnorm.storage.sweep import Sweep
-from jaxnorm.training.experiment import Experiment
 
 EPOCHS, SEEDS = 4, 2
 
@@ -58,7 +48,6 @@ class FilterResponseNorm(nn.Module):
 # `use_running_average`, and keeps them in variables of any name.
 
 # %%
-dataset = jaxnorm.load("digits")
 config = jaxnorm.study(
     norm="all,__main__:FilterResponseNorm",
     arch="matched",
@@ -66,25 +55,16 @@ config = jaxnorm.study(
     epochs=EPOCHS,
     seeds=SEEDS,
 )
-sweep = Sweep.create(Path(tempfile.mkdtemp()) / "run", [config], "own_norm.ipynb")
-runner.run(sweep, Experiment(sweep.configs, dataset), "own_norm.ipynb")
-run = Run(sweep.folder)
+run = jaxnorm.train(config)
 
 # %% [markdown]
 # ## Side by side
 
 # %%
-display(Markdown(tables.results(run).markdown()))
+run.results
 
 # %%
-figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-for norm in run.norms:
-    seeds = [[line.test_accuracy for line in run.epochs[norm, s]] for s in run.seeds(norm)]
-    means = [sum(values) / len(values) for values in zip(*seeds, strict=True)]
-    axes.plot(range(1, EPOCHS + 1), means, marker="o", label=norm.rpartition(":")[2])
-axes.set(xlabel="epoch", ylabel="test accuracy", title=f"{dataset.caption}, n = {SEEDS} seeds")
-axes.legend()
-plt.show()
+run.figures["accuracy"]
 
 # %% [markdown]
 # ## The differences, paired by seed
@@ -93,7 +73,7 @@ plt.show()
 # taken seed by seed.
 
 # %%
-display(Markdown(tables.differences(run).markdown()))
+run.differences
 
 # %% [markdown]
 # So few seeds and epochs say nothing yet: set `EPOCHS` and `SEEDS` higher. On CIFAR-10 take

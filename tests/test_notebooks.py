@@ -25,7 +25,7 @@ SHORTER = {
         ("EPOCHS, SEEDS = 4, 2", "EPOCHS, SEEDS = 1, 1"),
         ("epochs=EPOCHS,", "epochs=EPOCHS, batch_size=479,"),
     ],
-    "explore_norms": [("EPOCHS, SIZES = 3, probes.SIZES", "EPOCHS, SIZES = 1, (479,)")],
+    "explore_norms": [("EPOCHS, SIZES = 3, (4, 16, 64, 128)", "EPOCHS, SIZES = 1, (479,)")],
 }
 """What says how long each trains, and in what batches (with 479, a third of the digits, none is
 ragged, and fewer programs are compiled), and another for the test; all else runs as it is.

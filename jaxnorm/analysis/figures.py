@@ -86,22 +86,25 @@ def draw(run: Run) -> tuple[list[Chart], list[str]]:
 
 
 def charts(run: Run) -> Iterator[Chart]:
-    """Yields every figure that the records allow, each drawn when it is asked for."""
+    """Yields every figure that the records allow, small, each drawn when it is asked for."""
     for figure_of in FIGURES:
         with contextlib.suppress(UserError, OSError):
-            yield from _charts(figure_of, run)
+            yield from _charts(figure_of, run, small=True)
 
 
-def _charts(figure_of: Callable[[Run], Named], run: Run) -> list[Chart]:
+def _charts(figure_of: Callable[[Run], Named], run: Run, small: bool = False) -> list[Chart]:
     with plain():
-        return [_chart(name, figure) for name, figure in figure_of(run)]
+        return [
+            _chart(name, figure, png(figure, 80) if small else png(figure))
+            for name, figure in figure_of(run)
+        ]
 
 
-def _chart(name: str, figure: Figure) -> Chart:
+def _chart(name: str, figure: Figure, content: bytes) -> Chart:
     title, panels = figure.get_suptitle(), [axes.get_title() for axes in figure.axes]
     words = filter(None, [title, *panels, str(figure.get_label())])
     text = "; ".join(words).replace("\n", ", ").replace(r"\$", "$")
-    return Chart(name, title.replace(r"\$", "$"), text, png(figure))
+    return Chart(name, title.replace(r"\$", "$"), text, content)
 
 
 def _looks(run: Run) -> dict[str, Look]:
