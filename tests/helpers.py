@@ -71,9 +71,9 @@ def train_chunk(program, state, images, labels, chunk, keys, rate=0.01, mesh=ONE
     state, images, labels = jax.device_get((state, images, labels))
     states = meshes.place(mesh, jax.tree.map(lambda a: np.asarray(a)[None], state), True)
     images, labels = meshes.place(mesh, (images, labels))
-    rates, decays = jnp.broadcast_to(rate, (1, chunk.batches.shape[1])), jnp.zeros(1)
+    rates = jnp.broadcast_to(jnp.float32(rate), (1, chunk.batches.shape[1]))  # as a run's own
     states, steps = epochs.train_nets(
-        program, mesh, states, images, labels, chunk.batches, keys, rates, decays, *chunk[1:]
+        program, mesh, states, images, labels, chunk.batches, keys, rates, jnp.zeros(1), *chunk[1:]
     )
     states, steps = meshes.fetch((states, steps))
     return first(states), steps.losses[0], int(steps.correct[0])

@@ -12,7 +12,7 @@ from jaxnorm.training import step
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_only_batch_norm_lets_one_images_loss_depend_on_another(tiny, norm):
-    program = step.Program(model=CNN(norm, "every-kind", 4))
+    program = step.Program(model=CNN(norm, "three-layers", 4))
     state = init(program, tiny, 1)
     images, labels = tiny.train_images[:4], tiny.train_labels[:4]
     gradients = exploring.example_gradients(program, state, images, labels)

@@ -1,7 +1,6 @@
 """Where things go: one of each is added in its one place, and found in Markdown and HTML."""
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Evil, init
+from helpers import SOON, Evil, epochs_of, init, losses_of, train
 from matplotlib.figure import Figure
 
 from jaxnorm import cli, report, run
@@ -22,10 +21,10 @@ from jaxnorm.config import Config, UserError
 from jaxnorm.data import datasets
 from jaxnorm.model import summary
 from jaxnorm.model.cnn import CNN
-from jaxnorm.runs import environment, runner
+from jaxnorm.runs import runner
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.sweep import Sweep
-from jaxnorm.training import step
+from jaxnorm.training import probes, step
 from jaxnorm.training.experiment import Experiment, program_of
 from jaxnorm.training.fit import Callback, fit
 from jaxnorm.training.mesh import ONE
@@ -63,54 +62,40 @@ def test_an_own_norm_net_and_data_go_through_run_resume_and_report(
         assert call(run.app, *resume) == call(run.app, *resume, "--dataset", "digits") == 2
         missing, other = capsys.readouterr().err.splitlines()
         assert "there is no such file" in missing
-        assert "--dataset digits conflicts with the run in" in other
+        assert "--dataset digits conflicts with the run" in other
         assert call(run.app, *resume, "--dataset", moved) == 0
     assert "own_norm:OwnNorm  epoch  2/2" in capsys.readouterr().out
     assert call(report.app, out) == 0
-    directory = RunDirectory(out)
-    assert [epoch.epoch for epoch in directory.epochs()] == [1, 2]
-    state = runner.load_state(out, "own_norm:OwnNorm", 1)[1]
-    largest = state.norm_state["largest"]["C1_norm"]["value"]
-    assert (np.asarray(largest) != 1).all()
-    for name in ("report.md", "report.html"):
-        text = (out / name).read_text()
-        assert "own" in text
+    assert [epoch.epoch for epoch in epochs_of(RunDirectory(out))] == [1, 2]
+    ((name, of_layers),) = runner.load_state(out, "own_norm:OwnNorm", 1)[1].norm_state.items()
+    assert name == "largest"
+    assert (np.asarray(of_layers["C1_norm"]["value"]) != 1).all()
+    for page in ("report.md", "report.html"):
+        text = (out / page).read_text()
         assert "OwnNorm" in text
         assert r"the file caf\udce9.npz" in text.replace("\\\\", "\\")
         assert "three-layers nets" in text
 
 
-def test_an_own_norm_is_compared_with_another_by_seed(own_data, scratch, monkeypatch):
-    monkeypatch.setattr(figures, "FIGURES", (figures.together,))
-    path, _ = own_data
-    flags = ("--arch", NET, "--dataset", path, "--epochs", "1", "--batch-size", "35")
-    flags += ("--seeds", "2", "--skip-self-check", "--quiet")
-    both, alone = scratch / "both", scratch / "alone"
-    assert call(run.app, "--norm", "layer,own_norm:OwnNorm", *flags, "--out", both) == 0
-    assert call(run.app, "--norm", "layer", *flags, "--out", alone) == 0
-    (pair,) = Run(RunDirectory(both)).differences
+def test_an_own_norm_is_compared_with_another_by_seed(sweep):
+    accuracies = dict.fromkeys(("layer", "own_norm:OwnNorm"), ((11, 16), (13, 18)))
+    directory = sweep(accuracies=accuracies, norm=",".join(accuracies), arch=NET, seeds=2)
+    (pair,) = Run(directory).differences
     assert (pair.first, pair.second, pair.sample.n) == ("layer", "own_norm:OwnNorm", 2)
-    section = (both / "report.md").read_text().split("## Paired differences")[1]
-    assert rf"| layer {tables.MINUS} own\_norm:OwnNorm | 2 |" in section
-    for seed in (1, 2):
-        losses, wanted = (RunDirectory(p).step_losses(("layer", seed)) for p in (both, alone))
-        np.testing.assert_array_equal(losses, wanted)
+    text = tables.differences(Run(directory)).markdown()
+    assert rf"| layer {tables.MINUS} own\_norm:OwnNorm | 2 |" in text
 
 
-def test_a_norm_may_wrap_or_inherit_from_flaxs_batch_norm(tiny_by_name, scratch):
-    """Both are Flax's batch norm, so they end alike; what they average is not computed anew."""
-    norms = ("own_norm:WrappedNorm", "own_norm:InheritedNorm")
-    flags = ("--arch", NET, "--dataset", "tiny", "--epochs", "1", "--batch-size", "35")
-    out = scratch / "run"
-    assert call(run.app, "--norm", ",".join(norms), *flags, "--skip-self-check", "--out", out) == 0
-    directory = RunDirectory(out)
-    wrapped, inherited = (directory.predictions((norm, 1))[0] for norm in norms)
-    np.testing.assert_allclose(wrapped, inherited, atol=1e-5)
-    (averages,) = runner.load_state(out, norms[0], 1)[1].norm_state["batch_stats"].values()
+def test_a_norm_may_wrap_or_inherit_from_flaxs_batch_norm(tiny):
+    """Both are Flax's batch norm, so they end alike; what they average is not computed again."""
+    wrapped, inherited = ("own_norm:WrappedNorm", "own_norm:InheritedNorm")
+    fits = fit(Config(f"{wrapped},{inherited}", NET, "tiny", 1, 35), tiny)
+    one, other = (fits[norm, 1] for norm in (wrapped, inherited))
+    np.testing.assert_allclose(one.logits, other.logits, atol=1e-5)
+    (averages,) = one.state.norm_state["batch_stats"].values()
     assert (np.asarray(averages["BatchNorm_0"]["mean"]) != 0).all()
-    for norm in norms:
-        measured = directory.probes((norm, 1), {"precise_accuracy": "f", "running_accuracy": "f"})
-        assert measured["precise_accuracy"] == measured["running_accuracy"]
+    measured = probes.measure(one.program, one.state, tiny, one.logits, 1)
+    assert measured["precise_accuracy"] == measured["running_accuracy"]
 
 
 SHAPE = "it must map f32[N, H, W, C] to the same shape"
@@ -188,7 +173,7 @@ def test_a_run_takes_no_other_norm_under_the_name_of_its_own(run_of_mine, tiny, 
     before = run_of_mine.read_bytes("run.json")
     change_mine(scratch, *CHANGED)
     with pytest.raises(UserError, match="source has changed since; put it back, or start a new"):
-        runner.run(Sweep(run_of_mine.path, [more]), Experiment([more], tiny))
+        train(Sweep(run_of_mine.path, [more]), tiny)
     assert call(run.app, "--resume", run_of_mine.path, "--seeds", "2") == 2
     error = capsys.readouterr().err
     assert "error: --norm mine:Mine is not the norm that the run in" in error
@@ -213,19 +198,9 @@ def test_another_function_that_a_norm_calls_is_warned_of(run_of_mine, tiny, scra
     callback = Callback()
     callback.on_warning = heard.append
     change_mine(scratch, "x * 2", "x * 2.5")
-    now = environment.describe(more, tiny, {"mine:Mine": 132}, "")
-    runner._begin(run_of_mine, now, callback)
+    experiment, now = Experiment([more], tiny), run_of_mine.info().environment
+    runner._begin(Sweep(run_of_mine.path, [more]), experiment, now, [callback], True)
     assert [text for text in heard if "norm=mine:Mine computes something else" in text]
-
-
-def test_a_run_of_an_earlier_version_has_no_fingerprint_of_its_norm(run_of_mine, scratch):
-    values = json.loads(run_of_mine.read_bytes("run.json"))
-    assert len(values.pop("norm_sources")["mine:Mine"]) == 64
-    assert len(values.pop("norm_programs")["mine:Mine"]) == 64
-    run_of_mine.write_bytes("run.json", json.dumps(values).encode())
-    change_mine(scratch, *CHANGED)
-    assert run_of_mine.info().norm_sources == {}
-    runner.check_sources(run_of_mine.info(), run_of_mine.path, ["mine:Mine"])
 
 
 def test_a_norm_that_is_not_finite_is_not_taken_for_a_wrong_machine(own_data, scratch, capsys):
@@ -280,7 +255,7 @@ def test_a_new_setting_of_a_sweep_is_one_entry(own_data, scratch):
     for name, dropout in (("batch-35-rate-0.01", 0.0), ("batch-35-rate-0.01-dropout-0.5", 0.5)):
         directory = RunDirectory(scratch / "s" / name)
         assert directory.info().config.dropout == dropout
-        losses.append(directory.step_losses(("layer", 1)))
+        losses.append(losses_of(directory, ("layer", 1)))
         trained = fit(directory.info().config, datasets.load(str(path)), mesh=ONE)["layer", 1]
         np.testing.assert_array_equal(losses[-1], trained.step_losses)
         for page in ("report.md", "report.html"):
@@ -322,7 +297,7 @@ def test_weight_decay_finds_the_kernels_among_parameters_of_any_kind(tiny):
     program = program_of(Config(norm, NET, "tiny", 1, 35), norm, 4)
     start, key = init(program, tiny, 1), step.derive_key(1, "dropout", 1, 0)
     data = jnp.asarray(tiny.train_images[:8]), jnp.asarray(tiny.train_labels[:8]), key
-    one = jax.jit(step.train_step, static_argnums=0)
+    one = jax.jit(step.train_step, static_argnums=0, **SOON)
     plain, decayed = (one(program, start, *data, 0.1, decay)[0].params for decay in (0.0, 0.5))
     for layer, before in start.params.items():
         for name, values in before.items():
@@ -330,12 +305,3 @@ def test_weight_decay_finds_the_kernels_among_parameters_of_any_kind(tiny):
             share = 0.05 if name == "kernel" else 0.0
             wanted = jax.tree.map(lambda values, share=share: share * values, values)
             chex.assert_trees_all_close(moved, wanted, atol=1e-6)
-
-
-def test_a_norm_of_ones_own_keeps_its_state_under_its_own_name(tiny):
-    config = Config("own_norm:OwnNorm", NET, "tiny", 1, 35)
-    trained = fit(config, tiny)["own_norm:OwnNorm", 1]
-    net = CNN("own_norm:OwnNorm", NET, 4)
-    assert trained.program.model.table == net.table
-    assert set(trained.state.norm_state) == {"largest"}
-    assert np.isfinite(trained.logits).all()

@@ -66,7 +66,7 @@ def test_summary_prints_the_layer_tables_and_trains_nothing(scratch, capsys):
 )
 def test_a_tenth_of_the_training_images_is_held_out(flags, count, monkeypatch):
     begun = []
-    monkeypatch.setattr(tune.run, "start", lambda configs, *_: begun.extend(configs) or 0)
+    monkeypatch.setattr(tune.run, "start", lambda configs, *_, tunes: begun.extend(configs) or 0)
     assert call(*flags) == 0
     assert {config.validation for config in begun} == {count}
 

@@ -2,8 +2,8 @@
 
 Each side has a process of its own. They take turns, in an order that changes from round to round,
 so that what else the machine does falls on all alike; medians over the rounds are reported, and the
-ratio is taken within each round. Imports, compilation and warm-up are outside the timing, and told
-apart. Nothing else should run meanwhile.
+ratio is taken within each round. Imports, compilation and warm-up are outside the timing, and
+reported apart. Nothing else should run meanwhile.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +29,8 @@ from jaxnorm import cli
 from jaxnorm.bench.worker import IMAGES, Job, Peer
 from jaxnorm.config import UserError
 
+COMMAND = (sys.executable, "-m", "jaxnorm.bench.worker")
+"""The command of a side's process."""
 QUIET = 0.8
 """The share of the best matrix product's speed below which a round does not count."""
 
@@ -42,7 +44,7 @@ app = App(
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What to time.
+    """The nets and sides to time.
 
     Parameters
     ----------
@@ -89,11 +91,11 @@ class Worker:
         self.start()
 
     def start(self) -> None:
-        """Starts the process, with no compilation cache but the job's."""
+        """Starts the process, with the compilation cache of the job or none."""
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "jaxnorm.bench.worker"],
+            COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -105,7 +107,7 @@ class Worker:
         self.failed: str | None = self.ready.pop("failed", None)
 
     def seconds_for(self, steps: int) -> float:
-        """The seconds of some steps; raises `ChildProcessError` if the process has ended."""
+        """Returns the seconds of some steps; raises `ChildProcessError` if the process ended."""
         answer = self._ask(str(steps))
         if "failed" in answer:
             raise ChildProcessError(
@@ -167,28 +169,16 @@ def compare(options: Options, ours: Job) -> list[Worker]:
     """Times all sides of one net in turn until the seconds are spent, at least three rounds;
     PyTorch in both layouts. A side that fails has no samples.
 
-    Our own side is first started without compiled code, and then with that of the first time. A
-    round before or after which a matrix product takes a quarter longer than in the best is made
+    A round before or after which a matrix product takes a quarter longer than in the best is made
     again, for twice the seconds at most.
     """
     workers: list[Worker] = []
     with tempfile.TemporaryDirectory(prefix="jaxnorm-bench-") as cache:
         try:
-            for peer in options.peers:
-                layouts = ("contiguous", "channels_last")[: 2 if peer.startswith("torch") else 1]
-                for layout in layouts:
-                    stored = cache if peer == "jaxnorm" else None
-                    job = dataclasses.replace(ours, peer=peer, layout=layout)
-                    job = dataclasses.replace(job, compilation_cache=stored)
-                    workers.append(worker := Worker(job))
-                    if worker.failed and peer == "jaxnorm":
-                        raise UserError(f"our own side failed: {worker.failed}")
-                    if peer == "jaxnorm":
-                        cold = worker.ready
-                        worker.close()
-                        worker.start()
-                        warm = worker.ready.get("first_step_seconds")
-                        worker.ready = {**cold, "warm_first_step_seconds": warm}
+            for job in _sides(options, ours, cache):
+                workers.append(worker := Worker(job))
+                if job.peer == "jaxnorm":
+                    _start_warm(worker)
             sides = [worker for worker in workers if not worker.failed]
             counts: dict[str, int] = {}
             end, rounds, speeds = time.monotonic() + options.seconds, 0, [matrix_speed()]
@@ -209,8 +199,34 @@ def compare(options: Options, ours: Job) -> list[Worker]:
     return workers
 
 
+def _sides(options: Options, ours: Job, cache: str) -> Iterator[Job]:
+    """Yields the job of each side; `cache` is a folder for our compiled code."""
+    for peer in options.peers:
+        if peer == "jaxnorm":
+            yield dataclasses.replace(ours, compilation_cache=cache)
+            continue
+        for layout in ("contiguous", "channels_last"):
+            yield dataclasses.replace(ours, peer=peer, layout=layout)
+
+
+def _start_warm(worker: Worker) -> None:
+    """Starts our side, which was started without compiled code, once more with that of the first
+    time. Raises `UserError` if one of the two starts fails.
+    """
+    cold = worker.ready
+    if not worker.failed:
+        worker.close()
+        worker.start()
+    if worker.failed:
+        raise UserError(f"our own side failed: {worker.failed}")
+    warm = worker.ready["first_step_seconds"]
+    worker.ready = {**cold, "warm_first_step_seconds": warm}
+
+
 def matrix_speed() -> float:
-    """FLOP/s of a 1024 x 1024 float32 matrix product in this process now: the best of five."""
+    """Returns the FLOP/s of a 1024 x 1024 float32 matrix product in this process now: the best of
+    five.
+    """
     matrix, times = np.ones((1024, 1024), np.float32), []
     for _ in range(5):
         clock = time.perf_counter()
@@ -228,7 +244,8 @@ def _take_turn(side: Worker, counts: dict[str, int]) -> None:
 
 
 def step_flops(job: Job) -> float:
-    """Floating-point operations of the convolutions in a training step, or in an evaluation.
+    """Returns the floating-point operations of the convolutions in a training step, or in an
+    evaluation.
 
     A step is the outputs and both gradients, the first layer's input gradient left out.
     """
@@ -243,7 +260,7 @@ def step_flops(job: Job) -> float:
 
 
 def summarize(workers: Sequence[Worker], ceiling: float) -> dict:
-    """A comparison as it is written: each side, and our ratio to PyTorch's fastest variant."""
+    """Returns a comparison as it is written: each side, and our ratio to PyTorch's best side."""
     ours = next(worker for worker in workers if worker.job.peer == "jaxnorm")
     job, flops = ours.job, step_flops(ours.job)
     images = job.batch_size if job.task == "train" else IMAGES
@@ -278,7 +295,7 @@ def summarize(workers: Sequence[Worker], ceiling: float) -> dict:
 
 
 def render(comparison: dict) -> str:
-    """A comparison as a table for a person."""
+    """Returns a comparison as a table in plain text."""
     from jaxnorm.analysis.tables import Table
 
     unit = "step" if comparison["task"] == "train" else "10,000 images"
@@ -308,7 +325,9 @@ def render(comparison: dict) -> str:
 
 
 def measure_ceiling() -> float:
-    """FLOP/s of a 2048 x 2048 float32 matrix product here: the best of ten, in a fresh process."""
+    """Returns the FLOP/s of a 2048 x 2048 float32 matrix product: the best of ten, in a fresh
+    process.
+    """
     code = (
         "import time, jax, jax.numpy as jnp\n"
         "a = jnp.ones((2048, 2048)); f = jax.jit(lambda a: a @ a); best = 1e9\n"
@@ -317,7 +336,9 @@ def measure_ceiling() -> float:
         "    best = min(best, time.perf_counter() - clock)\n"
         "print(2 * 2048**3 / best)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise ChildProcessError(f"the matrix product ended with {done.returncode}")
     return float(done.stdout)
 
 

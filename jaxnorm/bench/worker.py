@@ -1,9 +1,9 @@
-"""What `jaxnorm.bench` times, each in a process of its own: our training, and PyTorch's.
+"""A side that `jaxnorm.bench` times, in a process of its own: our training, or PyTorch's.
 
-It reads a job from standard input, a line of JSON, prepares it (imports,
-compilation and warm-up, timed apart), and then answers each further line, a number of steps, with
-the seconds that they took. Both sides hold the same images as uint8 in memory, take the same
-batches, crop and mirror them where the recipe does, standardize them, and make the same step.
+It reads a job from standard input, a line of JSON, prepares it (imports, compilation and warm-up,
+timed apart), and then answers each further line, a number of steps, with the seconds that they
+took. Both sides hold the same images as uint8 in memory, take the same batches, crop and mirror
+them if the recipe does, standardize them, and make the same step.
 """
 
 import json
@@ -45,25 +45,25 @@ class Job:
 
     @property
     def name(self) -> str:
-        """As tables name it."""
+        """The name of its side in tables."""
         return f"{self.peer} {self.layout}" if self.peer.startswith("torch") else self.peer
 
 
 def draw_data() -> tuple[np.ndarray, np.ndarray]:
-    """Random images u8[IMAGES, 32, 32, 3] and labels i32[IMAGES]."""
+    """Returns random images u8[IMAGES, 32, 32, 3] and labels i32[IMAGES]."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (IMAGES, 32, 32, 3), np.uint8)
     return images, rng.integers(0, 10, IMAGES).astype(np.int32)
 
 
 def batches_of(batch_size: int) -> np.ndarray:
-    """One epoch's batches, rows of the images, i32[IMAGES // batch_size, batch_size]."""
+    """Returns an epoch's batches, rows of the images, i32[IMAGES // batch_size, batch_size]."""
     order = np.random.default_rng(1).permutation(IMAGES).astype(np.int32)
     return order[: IMAGES // batch_size * batch_size].reshape(-1, batch_size)
 
 
 def config_of(job: Job) -> Config:
-    """The settings of the net: the residual one is trained by the tuned recipe."""
+    """Returns the settings of the net: the residual one is trained by the tuned recipe."""
     recipe = tuned if job.arch == "residual" else study
     return recipe(norm=job.norm, arch=job.arch, batch_size=job.batch_size)
 
@@ -92,7 +92,7 @@ def jax_setup(job: Job) -> tuple[Any, Any, Any, tuple]:
 
 
 def jax_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
-    """Our training or evaluation, and what it runs on."""
+    """Returns our training or evaluation, and what it runs on."""
     import jax
 
     from jaxnorm.training import epoch
@@ -123,7 +123,7 @@ def jax_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
 
 
 def torch_net(config: Config) -> Any:
-    """The same net in PyTorch, from the same layer tables."""
+    """Returns the same net in PyTorch, from the same layer tables."""
     import torch  # pyright: ignore[reportMissingImports]
     from torch import nn  # pyright: ignore[reportMissingImports]
 
@@ -133,7 +133,7 @@ def torch_net(config: Config) -> Any:
     table, rows = net.table, summarize(net)  # here: torch.compile looks into no module of Flax's
 
     class Conv(nn.Conv2d):
-        """A convolution without a bias, its kernel standardized where that is asked for."""
+        """A convolution without a bias, its kernel standardized if the settings say so."""
 
         def forward(self, input: Any) -> Any:
             """The outputs."""
@@ -145,7 +145,7 @@ def torch_net(config: Config) -> Any:
             return nn.functional.conv2d(input, kernel, padding=self.padding)
 
     def norm_of(shape: tuple[int, int, int]) -> Any:
-        """The norm of an output of this height, width and number of channels."""
+        """Returns the norm of an output of this height, width and number of channels."""
         height, width, channels = shape
         if config.norm == "batch":
             return nn.BatchNorm2d(channels)
@@ -196,7 +196,7 @@ def torch_net(config: Config) -> Any:
 
 
 def torch_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
-    """PyTorch's training or evaluation, and what it runs on."""
+    """Returns PyTorch's training or evaluation, and what it runs on."""
     import torch  # pyright: ignore[reportMissingImports]
 
     torch.backends.cudnn.allow_tf32 = False  # ours is full float32
@@ -220,13 +220,13 @@ def torch_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
     model = torch.compile(net, mode=mode) if job.peer == "torch-compile" else net
 
     def moved(count: int) -> Any:
-        """The rows or columns of images moved by up to 2 pixels, reflected at the edges."""
+        """Returns rows or columns of images moved by up to 2 pixels, reflected at the edges."""
         pixels = torch.arange(32, device=device)[None]
         places = (pixels + torch.randint(-2, 3, (count, 1), device=device)).abs()
         return 31 - (31 - places).abs()
 
     def standardized(rows: Any, augment: bool = False) -> Any:
-        """The images of these rows, cropped and mirrored where that is asked for."""
+        """Returns the images of these rows, with `augment` cropped and mirrored."""
         chosen = images[rows]
         if augment:
             down, across = moved(len(rows)), moved(len(rows))
@@ -242,7 +242,7 @@ def torch_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
             torch.cuda.synchronize()
 
     def steps(count: int) -> None:
-        """Trains on so many batches."""
+        """Trains on a number of batches."""
         net.train()
         for i in range(count):
             rows = batches[i % len(batches)]
@@ -255,7 +255,7 @@ def torch_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
 
     @torch.no_grad()
     def evaluations(count: int) -> None:
-        """Evaluates all images so many times."""
+        """Evaluates all images a number of times."""
         net.eval()
         for _ in range(count):
             for first in range(0, IMAGES, 500):
@@ -270,7 +270,7 @@ def torch_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
 
 
 def peak_bytes(job: Job) -> int:
-    """The most memory taken so far: an accelerator's where there is one, else the process's."""
+    """Returns the most memory taken so far, of an accelerator or else of the process."""
     if job.peer.startswith("torch"):
         import torch  # pyright: ignore[reportMissingImports]
 
@@ -302,7 +302,7 @@ def main() -> None:
         stepper(1)
         first, first_step_seconds = time.perf_counter(), time.time() - job.spawned
         stepper(3 if job.task == "train" else 1)
-    except Exception as error:  # a variant that does not work here is told, not hidden
+    except Exception as error:  # a variant that does not work here is reported, not hidden
         answer(failed=" ".join(f"{type(error).__name__}: {error}".split())[:200])
         return
     answer(

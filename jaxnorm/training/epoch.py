@@ -2,9 +2,9 @@
 
 The data stays on the device as uint8. Nets that differ in their seed and learning rate alone train
 in one program, spread over the rows of the mesh; the bits of a net depend neither on its row nor on
-the others. An epoch is a `lax.fori_loop` with bounds given at run time, so that a caller who shows
-progress runs it in chunks without compiling twice, and gets the same bits. The ragged last batch is
-trained on, as in the study.
+the others. An epoch is a `lax.fori_loop` with bounds given at run time, so that a caller that
+shows progress runs it in chunks without compiling twice, and gets the same bits. The ragged last
+batch is trained on, as in the study.
 """
 
 import itertools
@@ -45,7 +45,7 @@ class Steps(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """K nets on a whole set of N images."""
+    """The result of K nets on a whole set of N images."""
 
     logits: jax.Array  # f32[K, N, classes]
     loss: jax.Array  # f32[K], mean cross-entropy
@@ -67,12 +67,12 @@ class Chunk(NamedTuple):
 def epoch_order(
     seed: int | jax.Array, epoch: int | jax.Array, count: int
 ) -> jax.Array:  # i32[count]
-    """The order in which an epoch (from 1) takes the training images: a fresh shuffle for each."""
+    """Returns the order in which an epoch (from 1) takes the training images: a fresh shuffle."""
     return jax.random.permutation(derive_key(seed, "order", epoch), count).astype(jnp.int32)
 
 
 def epoch_keys(seed: int | jax.Array, epoch: int | jax.Array) -> jax.Array:  # [2]
-    """The keys of an epoch's dropout and of its augmentation."""
+    """Returns the keys of an epoch's dropout and of its augmentation."""
     return jnp.stack([derive_key(seed, "dropout", epoch), derive_key(seed, "augment", epoch)])
 
 
@@ -81,7 +81,6 @@ def _orders(
     mesh: MeshShape, seeds: jax.Array, epoch: int | jax.Array, rows: jax.Array
 ) -> tuple[jax.Array, jax.Array]:  # i32[K, N], [K, 2]
     def of_net(epoch, seed, rows):
-        """One net's order of its images, and its keys."""
         return rows[epoch_order(seed, epoch, rows.shape[0])], epoch_keys(seed, epoch)
 
     return _for_each_net(mesh, of_net, (epoch,), (seeds, rows))
@@ -135,10 +134,8 @@ def train_nets(
     shared = mesh.batch > 1 and batches.shape[2] % mesh.batch == 0
 
     def train_net(images, labels, first_step, start, stop, state, batches, keys, rates, decay):
-        """Trains one net on each device."""
 
         def train_batch(i, carry):
-            """One batch."""
             state, losses, correct = carry
             rows, step = batches[i], first_step + i
             key, of_images = (jax.random.fold_in(purpose_key, step) for purpose_key in keys)
@@ -166,7 +163,7 @@ def train_nets(
 
 
 def augmented(images: jax.Array, rows: jax.Array, *places: jax.Array) -> jax.Array:
-    """Images by their rows i32[B], each made anew of the pixels that `crop_and_flip` chose."""
+    """Returns images by their rows i32[B], made of the pixels that `crop_and_flip` chose."""
     if not places:
         return images[rows]
     down, across = places
@@ -179,7 +176,7 @@ def _for_each_net(mesh: MeshShape, function: Callable, common: tuple, per_net: t
     """
 
     def on_row(common, per_net):
-        """Runs on one row of devices: a single net without `vmap`, as if it were alone."""
+        """Trains the nets of a row of devices: a single one without `vmap`, as if it were alone."""
         if jax.tree.leaves(per_net)[0].shape[0] > 1:
             axes = (*[None] * len(common), *[0] * len(per_net))
             return jax.vmap(function, axes)(*common, *per_net)
@@ -194,7 +191,7 @@ def _for_each_net(mesh: MeshShape, function: Callable, common: tuple, per_net: t
 
 def nets_at_once(program: Program, batch_size: int) -> int:
     """Returns how many nets a row of devices trains at the same time: one on a CPU, because one
-    after the other is faster there, elsewhere what half of a device's memory holds.
+    after the other is faster there, on an accelerator what half of its memory holds.
     """
     if jax.default_backend() == "cpu":
         return 1
@@ -203,8 +200,8 @@ def nets_at_once(program: Program, batch_size: int) -> int:
 
 
 def net_bytes(net: CNN, batch_size: int) -> int:
-    """The memory that training or evaluating a net takes besides the data: some six arrays of the
-    size of each layer's output, by XLA's own account (`notebooks/tools/compile_for_cuda.py`).
+    """Returns the memory that training or evaluating a net takes besides the data: six arrays of
+    the size of each layer's output, by XLA's own account (`notebooks/tools/compile_for_cuda.py`).
     """
     return 6 * max(batch_size, EVALUATION_BATCH) * sum(activation_bytes(net))
 
@@ -213,11 +210,10 @@ def _logits(program: Program, mesh: MeshShape, images: jax.Array, state: TrainSt
     """Returns the logits of one net; each device of a row takes its share of the images."""
 
     def of_batch(batch):
-        """One batch, standardized, through the net."""
         return program.model.apply(state.variables, standardize(state, batch))
 
     def of_part(images):
-        """Any number of images, a batch at a time; the first ones again fill the last batch."""
+        """Returns their logits, a batch at a time; the first images again fill the last batch."""
         size = min(len(images), micro_batch(program.model, EVALUATION_BATCH))
         filled = jnp.pad(images, ((0, -len(images) % size), *[(0, 0)] * 3), mode="wrap")
         logits = lax.map(of_batch, filled.reshape(-1, size, *images.shape[1:]))
@@ -243,7 +239,7 @@ def predict_logits(
     states: TrainState,  # every array with a leading axis K
     images: jax.Array,  # u8[N, 32, 32, 3]
 ) -> jax.Array:  # f32[K, N, classes]
-    """Logits of any number of images, with running averages and without dropout."""
+    """Returns logits of any number of images, with running averages and without dropout."""
     per_net = (states._replace(opt_state=()),)
     return _for_each_net(mesh, partial(_logits, program, mesh), (images,), per_net)
 
@@ -257,13 +253,12 @@ def evaluate_nets(
     labels: jax.Array,  # i32[N]
     rows: jax.Array | None = None,  # i32[K, M]
 ) -> Evaluation:
-    """Loss and accuracy of K nets over exactly these N images, or each over its own rows of them:
-    summed over all, divided once.
+    """Returns loss and accuracy of K nets over exactly these N images, or of each over its own rows
+    of them: summed over all, divided once.
     """
     chex.assert_equal_shape_prefix([images, labels], 1)
 
     def of_net(images, labels, state, *rows):
-        """One net."""
         if rows:
             images, labels = images[rows[0]], labels[rows[0]]
         logits, count = _logits(program, mesh, images, state), labels.shape[0]

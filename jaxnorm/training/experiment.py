@@ -206,22 +206,22 @@ class Group:
 
     @property
     def norm(self) -> str:
-        """The norm of its nets."""
+        """The norm of the nets."""
         return self.nets[0].norm
 
     @property
     def config(self) -> Config:
-        """The settings of its first net's run; the others differ in `ARGUMENTS` alone."""
+        """The settings of the first net's run; the others differ in `ARGUMENTS` alone."""
         return self.experiment.configs[self.nets[0].run]
 
     @property
     def filled(self) -> tuple[SweptNet, ...]:
-        """Its nets, the last one repeated to as many as the program trains."""
+        """The nets, the last one repeated to as many as the program trains."""
         return self.nets + self.nets[-1:] * (self.size - len(self.nets))
 
     @functools.cached_property
     def program(self) -> Program:
-        """The program that trains its nets."""
+        """The program that trains the nets."""
         return self.experiment.program(self.config, self.norm)
 
     @property
@@ -231,7 +231,7 @@ class Group:
 
     @property
     def steps(self) -> int:
-        """Batches in an epoch."""
+        """The number of batches in an epoch."""
         return self.config.steps(len(self.experiment.dataset.train_labels))
 
     @functools.cached_property
@@ -260,7 +260,7 @@ class Group:
         return meshes.place(self.mesh, arrays, by_net=True)
 
     def of(self, nets: Iterable[SweptNet], start: int) -> "Group":
-        """Returns the group of these of its nets, which are at epoch `start`."""
+        """Returns the group of some of the nets, which are at epoch `start`."""
         return dataclasses.replace(self, nets=tuple(nets), start=start)
 
     def states(self, start: Sequence[TrainState | None]) -> TrainState:

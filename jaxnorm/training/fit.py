@@ -38,7 +38,7 @@ class NonFiniteLoss(ArithmeticError):
 
 
 class Callback:
-    """Hears what happens while nets train. Every method does nothing unless overridden."""
+    """A listener to what happens while nets train. Its methods do nothing unless overridden."""
 
     def on_start(self, norm: str, seeds: list[int], steps: int) -> None:
         """The nets of a norm and these seeds start to train together; `steps` is the number of
@@ -72,7 +72,7 @@ class Trained(NamedTuple):
 
     @property
     def net(self) -> SweptNet:
-        """The net that it is of."""
+        """The net that was trained."""
         return SweptNet(self.run, self.record.norm, self.record.seed)
 
 
@@ -97,7 +97,9 @@ class Fit:
         )
 
     def predict(self, images: jax.Array | np.ndarray) -> jax.Array:
-        """Probabilities f32[N, classes] of u8[N, 32, 32, 3] images; ValueError for any other."""
+        """Returns probabilities f32[N, classes] of images u8[N, 32, 32, 3]; raises ValueError for
+        any other.
+        """
         return predict(self.program, self.state, images)
 
 
@@ -173,7 +175,7 @@ def predict(program: Program, state: TrainState, images: Any) -> jax.Array:
 def train(
     group: Group, states: Sequence[TrainState | None], callbacks: Sequence[Callback]
 ) -> Iterator[Trained | NonFiniteLoss]:
-    """Trains the nets of a group to their last epoch, from these states of theirs (None: the
+    """Trains the nets of a group to their last epoch, from these states (None: the
     initial one); yields each epoch of each net.
 
     If the loss of a net is not finite, the error is yielded, and the others go on without the net.
@@ -197,7 +199,7 @@ def train(
 
 
 def warn_of_untuned(config: Config, callbacks: Sequence[Callback]) -> None:
-    """Warns that norms train at a learning rate that was not tuned, beside others whose was."""
+    """Warns if norms train at a learning rate that was not tuned, beside others whose was."""
     if config.untuned:
         text = (
             f"the {config.recipe} recipe has no learning rate for "
@@ -265,12 +267,12 @@ def _train_epoch(
 
 
 def _mean_loss(losses: np.ndarray, count: int, batch_size: int) -> float:
-    """The mean over an epoch's images of the mean losses of its batches, the last one ragged."""
+    """Returns the mean loss of an epoch's images from those of its batches, the last one ragged."""
     sizes = np.full(len(losses), batch_size)
     sizes[-1] = count - batch_size * (len(losses) - 1)
     return float(np.average(losses.astype(np.float64), weights=sizes))
 
 
 def _fraction(accuracy: Any, count: int) -> float:
-    """An accuracy in float32 as the double nearest to the fraction that it is."""
+    """Returns an accuracy in float32 as the double nearest to the fraction that it is."""
     return round(float(accuracy) * count) / count

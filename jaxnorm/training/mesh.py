@@ -30,7 +30,7 @@ SHARE = 16
 @dataclass(frozen=True)
 class MeshShape:
     """A mesh: nets on `seed` rows of devices, each net's batches shared by the `batch` devices of
-    its row. Of one device where both are 1.
+    its row. It is of one device if both are 1.
     """
 
     seed: int = 1
@@ -50,7 +50,7 @@ class MeshShape:
 
     @property
     def devices(self) -> int:
-        """The number of devices it takes."""
+        """The number of devices of the mesh."""
         return self.seed * self.batch
 
     @property
@@ -76,7 +76,7 @@ ONE = MeshShape()
 
 
 def choose(nets: int, batch_size: int) -> MeshShape:
-    """Returns the mesh for a number of nets that can train at the same time: rows for nets first,
+    """Returns the mesh for some nets that can train at the same time: rows for nets first,
     which costs no communication, and then devices to share a batch, if they divide it into enough
     images each.
     """

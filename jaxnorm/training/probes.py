@@ -1,13 +1,13 @@
 """Probes, measurements inside a net: the activations before and after each norm, the gradients that
-reach each layer, what batch norm loses when it is evaluated otherwise than it was trained, and how
-a net bears corrupted images.
+reach each layer, what batch norm loses if it is evaluated otherwise than it was trained, and the
+accuracy on corrupted images.
 
 Pure functions of nets and images. `measure` is what a run records of a net; a new probe is one more
 entry in its result. All that it calls look at the net as it is in training, with the statistics of
 the batch, but without dropout, so that what differs between two norms is the norm.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -57,7 +57,7 @@ def gradient_norms(
     images: jax.Array,  # u8[N, 32, 32, 3]
     labels: jax.Array,  # i32[N]
 ) -> dict[str, jax.Array]:
-    """The Euclidean norm f32[] of the loss's gradient with respect to each convolution's kernel."""
+    """Returns the Euclidean norm f32[] of the loss's gradient by each convolution's kernel."""
 
     def objective(params: Any) -> jax.Array:
         net = state._replace(params=params)
@@ -77,7 +77,7 @@ def batch_accuracy(
     labels: jax.Array,  # i32[N]
     batch_size: int,  # divides N
 ) -> jax.Array:  # f32[]
-    """The accuracy when batches of this size are normalized by their own statistics, as in
+    """Returns the accuracy if batches of this size are normalized by their own statistics, as in
     training.
 
     Against `evaluate_nets`, which uses the running averages, it is batch norm's gap between
@@ -101,14 +101,14 @@ def precise_statistics(
     batches: jax.Array,  # u8[S, B, 32, 32, 3]
     key: jax.Array | None = None,
 ) -> Any:
-    """Batch norm's state with the statistics of all these images, as its layers see them in
-    training, in place of running averages (Wu and Johnson, "Rethinking 'Batch'", 2021). With a key
-    dropout is on, as it is when running averages are collected.
+    """Returns batch norm's state with the statistics of all these images, as its layers see them
+    in training, in place of running averages (Wu and Johnson, "Rethinking 'Batch'", 2021). With a
+    key dropout is on, as it is when running averages are collected.
     """
     empty = state._replace(norm_state=jax.tree.map(jnp.zeros_like, state.norm_state))
 
     def of_batch(numbered: tuple[jax.Array, jax.Array]) -> Any:
-        """Its statistics: what an average that was zero moved by."""
+        """Returns a batch's statistics: what an average that was zero moved by."""
         number, batch = numbered
         dropout = None if key is None else jax.random.fold_in(key, number)
         _, updates = _apply(program, empty, standardize(state, batch), dropout=dropout)
@@ -129,8 +129,8 @@ def precise_statistics(
 def corrupt(
     images: np.ndarray,  # u8[N, 32, 32, 3]
 ) -> dict[str, np.ndarray]:
-    """The images under five corruptions, after Hendrycks and Dietterich, "Benchmarking Neural
-    Network Robustness to Common Corruptions" (2019): u8[N, 32, 32, 3] by name.
+    """Returns the images under five corruptions, after Hendrycks and Dietterich, "Benchmarking
+    Neural Network Robustness to Common Corruptions" (2019): u8[N, 32, 32, 3] by name.
     """
     pixels, size = images.astype(np.float32), images.shape
     noise = np.random.default_rng(0).normal(0, 20, size).astype(np.float32)
@@ -151,8 +151,8 @@ def corrupt(
 def similarity(
     activations: np.ndarray,  # f32[N, H, W, C]
 ) -> float:
-    """The mean cosine between what ReLU makes of the activations of two different images, of which
-    it left any; 1 where there are no two such images, for then no two are told apart.
+    """Returns the mean cosine between what ReLU leaves of the activations of two different images,
+    over those of which it leaves any; 1 if there are no two such images, for then no two differ.
     """
     flat = np.maximum(activations, 0).reshape(len(activations), -1)
     lengths = np.linalg.norm(flat, axis=1, keepdims=True)
@@ -185,69 +185,98 @@ def measure(
     - corruptions: names of the five of `corrupt`; corrupted_accuracy: f32[5], on the same images.
 
     The first `LOOKED_AT` training images and `TESTED` test images are looked at. `progress` is
-    called with how many of five parts are done.
+    called with how many of four parts are done.
     """
-    progress(0, 5)
+    progress(0, 4)
     state = jax.tree.map(jnp.asarray, jax.device_get(state))
+    initial = init_state(program, seed, state.standard)
     images = jnp.asarray(dataset.train_images[:LOOKED_AT])
     labels = jnp.asarray(dataset.train_labels[:LOOKED_AT])
-    initial = init_state(program, seed, state.standard)
-    nets = state, initial
-    seen, seen_before = jax.device_get([activations(program, net, images) for net in nets])
-    progress(1, 5)
-    gradients, gradients_before = jax.device_get(
-        [gradient_norms(program, net, images, labels) for net in nets]
-    )
-    progress(2, 5)
-    sizes = [size for size in SIZES if size <= len(dataset.test_labels)]
-    largest = max(sizes, default=1)
-    tested = min(TESTED, len(dataset.test_labels)) // largest * largest
-    test_images, test_labels = dataset.test_images[:tested], dataset.test_labels[:tested]
-    running = precise = (logits[:tested].argmax(1) == test_labels).mean()
-    accuracies = [running] * len(sizes)
-    if jax.tree.leaves(state.norm_state):  # else there are no statistics of a batch
-        test = (jnp.asarray(test_images), jnp.asarray(test_labels))
-        accuracies = [batch_accuracy(program, state, *test, size) for size in sizes]
-    progress(3, 5)
-    if program.model.norm == "batch":  # what a norm of the user's own averages is not known
-        count = min(largest, len(dataset.train_labels))
-        whole = dataset.train_images[: len(dataset.train_labels) // count * count]
-        statistics = precise_statistics(program, state, whole.reshape(-1, count, 32, 32, 3))
-        precise = _accuracy(
-            program, state._replace(norm_state=statistics), test_images, test_labels
-        )
-    progress(4, 5)
-    corrupted = corrupt(test_images)
-    # What comes out of a compiled function is sorted by name.
-    order = [layer.name for layer in program.model.table]
-    layers, kernels = (sorted(names, key=order.index) for names in (seen, gradients))
+    measured = _of_norms(program, initial, state, images)
+    progress(1, 4)
+    measured |= _of_kernels(program, initial, state, images, labels)
+    progress(2, 4)
+    measured |= _of_batches(program, state, dataset, logits)
+    progress(3, 4)
+    tested = int(measured["tested"])
+    corrupted = corrupt(dataset.test_images[:tested])
+    labels = dataset.test_labels[:tested]
+    wrong = [_accuracy(program, state, pixels, labels) for pixels in corrupted.values()]
+    measured["corruptions"] = np.array(list(corrupted))
+    measured["corrupted_accuracy"] = np.array(wrong, np.float32)
+    progress(4, 4)
+    return measured
+
+
+def _of_norms(
+    program: Program, initial: TrainState, state: TrainState, images: jax.Array
+) -> dict[str, np.ndarray]:
+    """Returns the activations before and after each norm, and how similar images are there."""
+    seen_before, seen = jax.device_get([activations(program, s, images) for s in (initial, state)])
+    layers = _in_order(program, seen)
     before, after = (
         [(values.mean(), values.std()) for values in side]
         for side in zip(*(seen[name] for name in layers), strict=True)
     )
     similarities = [[similarity(outputs[n][1]) for n in layers] for outputs in (seen_before, seen)]
-    wrong = [_accuracy(program, state, pixels, test_labels) for pixels in corrupted.values()]
-    progress(5, 5)
     return {
         "layers": np.array(layers),
         "before": np.array(before, np.float32),
         "after": np.array(after, np.float32),
+        "similarities": np.array(similarities, np.float32),
+    }
+
+
+def _of_kernels(
+    program: Program, initial: TrainState, state: TrainState, images: jax.Array, labels: jax.Array
+) -> dict[str, np.ndarray]:
+    """Returns the norms of the gradients of the kernels, before training and after it."""
+    gradients_before, gradients = jax.device_get(
+        [gradient_norms(program, s, images, labels) for s in (initial, state)]
+    )
+    kernels = _in_order(program, gradients)
+    return {
         "kernels": np.array(kernels),
         "gradients": np.array([gradients[name] for name in kernels], np.float32),
         "initial_gradients": np.array([gradients_before[n] for n in kernels], np.float32),
-        "similarities": np.array(similarities, np.float32),
+    }
+
+
+def _in_order(program: Program, names: Iterable[str]) -> list[str]:
+    """Returns layers as the net has them; what a compiled function returns is sorted by name."""
+    order = [layer.name for layer in program.model.table]
+    return sorted(names, key=order.index)
+
+
+def _of_batches(
+    program: Program, state: TrainState, dataset: Dataset, logits: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Returns the accuracies by the statistics of batches, of all images, and of training."""
+    sizes = [size for size in SIZES if size <= len(dataset.test_labels)]
+    largest = max(sizes, default=1)
+    tested = min(TESTED, len(dataset.test_labels)) // largest * largest
+    images, labels = dataset.test_images[:tested], dataset.test_labels[:tested]
+    running = precise = (logits[:tested].argmax(1) == labels).mean()
+    accuracies = [running] * len(sizes)
+    if jax.tree.leaves(state.norm_state):  # else there are no statistics of a batch
+        test = (jnp.asarray(images), jnp.asarray(labels))
+        accuracies = [batch_accuracy(program, state, *test, size) for size in sizes]
+    if program.model.norm == "batch":  # what a norm of the user's own averages is not known
+        count = min(largest, len(dataset.train_labels))
+        whole = dataset.train_images[: len(dataset.train_labels) // count * count]
+        statistics = precise_statistics(program, state, whole.reshape(-1, count, 32, 32, 3))
+        precise = _accuracy(program, state._replace(norm_state=statistics), images, labels)
+    return {
         "sizes": np.array(sizes, np.int32),
         "batch_accuracy": np.array(accuracies, np.float32),
         "running_accuracy": np.array(running, np.float32),
         "precise_accuracy": np.array(precise, np.float32),
         "tested": np.array(tested, np.int32),
-        "corruptions": np.array(list(corrupted)),
-        "corrupted_accuracy": np.array(wrong, np.float32),
     }
 
 
 def _accuracy(program: Program, state: TrainState, images: np.ndarray, labels: np.ndarray) -> float:
-    """As in evaluation."""
+    """Returns the accuracy in evaluation."""
     states = jax.tree.map(lambda leaf: leaf[None], state)
     logits = np.asarray(predict_logits(program, ONE, states, jnp.asarray(images)))[0]
     return float((logits.argmax(1) == labels).mean())
@@ -260,7 +289,7 @@ def _apply(
     capture: bool = False,
     dropout: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
-    """Logits of standardized images as in training, without dropout where there is no key for it;
+    """Returns logits of standardized images as in training, with dropout if there is a key for it,
     and what was captured.
     """
     mutable = [*state.norm_state, "intermediates"]

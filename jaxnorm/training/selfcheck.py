@@ -1,7 +1,7 @@
-"""Does this machine compute what it should? Asked before training, and answered in seconds.
+"""The check that this machine computes what it should, in seconds, before training.
 
-Compilers err: jaxlib 0.10.2 silently sums wrongly on a CPU (jax-ml/jax#39103), and 0.10.1 does
-where two reductions are fused. So the known case is run, and one step of the very program that will
+Compilers err: jaxlib 0.10.2 silently sums wrongly on a CPU (jax-ml/jax#39103), and 0.10.1 does if
+two reductions are fused. So the known case is run, and one step of the very program that will
 train, a full batch and the ragged one, and its evaluation are compared with those of a net of
 Flax's and XLA's own operators, in float32.
 """
@@ -39,7 +39,7 @@ ALLOWED: dict[Precision, tuple[float, float]] = {
 }
 """The largest relative errors of losses, logits and running averages, and of gradients, that pass.
 
-Two right programs round differently, and where a pre-activation lies within rounding of zero one
+Two right programs round differently, and if a pre-activation lies within rounding of zero one
 lets its gradient through and the other does not: that moves gradients by a percent. In bfloat16
 right programs were found 70 % off, so that only a gradient of the wrong sign or size is seen; the
 values for tf32 lie between by its bits, and were not measured.
@@ -71,7 +71,7 @@ def self_check(experiment: Experiment, progress: Progress = lambda what, done, t
     done = itertools.count()
 
     def tick() -> None:
-        """A step or an evaluation is compared next, three for each program."""
+        """Reports that one of a program's three comparisons is next."""
         progress("checking the arithmetic", next(done), 3 * len(programs))
 
     for group in programs.values():
@@ -79,9 +79,9 @@ def self_check(experiment: Experiment, progress: Progress = lambda what, done, t
 
 
 def with_noise(dataset: Dataset) -> Dataset:
-    """The data half as bright, with noise. Over flat areas activations tie, so that two right
-    programs send the gradient of a maximum to different pixels, and a plain sum of so many equal
-    values is off by 1e-4.
+    """Returns the data half as bright, with noise. Over flat areas activations tie, so that two
+    right programs send the gradient of a maximum to different pixels, and a plain sum of thousands
+    of equal values is off by 1e-4.
     """
     random = np.random.default_rng(0)
     train, test = (
@@ -92,10 +92,10 @@ def with_noise(dataset: Dataset) -> Dataset:
 
 
 def check_compiler() -> None:
-    """Runs the known miscompilation; raises `WrongNumbers` where it is there."""
+    """Runs the known miscompilation; raises `WrongNumbers` if it is there."""
 
     def squares(numbers: jax.Array) -> jax.Array:
-        """The squared length of each row (i, 0, 0), by way of a product with the identity."""
+        """Returns the squared length of each row (i, 0, 0), by a product with the identity."""
         rows = jnp.stack((numbers, jnp.zeros_like(numbers), jnp.zeros_like(numbers)), axis=1)
         identity = jnp.eye(3, dtype=numbers.dtype)
         return jax.vmap(lambda row: jnp.sum((identity @ row) ** 2))(rows)
@@ -205,7 +205,7 @@ def _disagreement(
     for (path, got), (_, wanted), (_, before) in zip(*leaves, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator=" ")
         if name.startswith("norm_state"):
-            # A norm's state is compared as a whole: where kernels sum to zero a mean is nearly
+            # A norm's state is compared as a whole: if kernels sum to zero a mean is nearly
             # zero, and its error is to be small beside the deviation. And by what the batch adds
             # to it: a variance that is near the initial one hardly moves.
             name, before = name.rpartition(" ")[0], MOMENTUM * before
@@ -220,7 +220,7 @@ def _disagreement(
 
 
 def _relative(got: Any, wanted: Any, before: Any) -> float:
-    """||got - wanted|| / ||wanted - before||, infinite where it is no number."""
+    """Returns ||got - wanted|| / ||wanted - before||, infinite if that is no number."""
     got, wanted, before = (np.asarray(array, np.float64) for array in (got, wanted, before))
     moved = np.linalg.norm(wanted - before)
     # A step so small that float32 does not hold it tells nothing.

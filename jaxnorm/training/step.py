@@ -56,7 +56,7 @@ def _is_kernel(params: Any) -> Any:
 
 
 class TrainState(NamedTuple):
-    """All that training carries from step to step: arrays alone."""
+    """The arrays that training carries from step to step."""
 
     params: Any
     norm_state: Any
@@ -72,8 +72,8 @@ class TrainState(NamedTuple):
 
 
 def derive_key(seed: int | jax.Array, purpose: Purpose, *numbers: int | jax.Array) -> jax.Array:
-    """The random key of a purpose; `numbers` is the epoch (from 1), but for "init", and for
-    "dropout" and "augment" then the step (from 0).
+    """Returns the random key of a purpose. `numbers` is empty for "init", the epoch (from 1) for
+    "order", and the epoch and the step (from 0) for "dropout" and "augment".
     """
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), _PURPOSES[purpose])
     for number in numbers:
@@ -119,14 +119,14 @@ def init_state(
 def crop_and_flip(
     key: jax.Array, count: int, most: int = 2
 ) -> tuple[jax.Array, jax.Array]:  # i32[count, 32], i32[count, 32]
-    """The rows and columns that each of `count` images is made of anew: moved by up to `most`
+    """Returns the rows and columns of which to make each of `count` images: moved by up to `most`
     pixels each way, reflected at the edges, and half of the images mirrored.
     """
     for_rows, for_columns, for_mirrors = jax.random.split(key, 3)
     pixels = jnp.arange(32, dtype=jnp.int32)[None]
 
     def moved(key: jax.Array) -> jax.Array:
-        """Places that lie over an edge are reflected at it."""
+        """Returns moved rows or columns; those over an edge are reflected at it."""
         places = jnp.abs(pixels + jax.random.randint(key, (count, 1), -most, most + 1))
         return 31 - jnp.abs(31 - places)
 
@@ -157,7 +157,7 @@ def train_step(
         batch_size, first_image = count * lax.axis_size(axis), count * lax.axis_index(axis)
 
     def loss_of(params, images, labels, first_image):
-        """Their share of the batch's mean loss; correct predictions, and the norms' new state."""
+        """Returns the images' share of the batch's mean loss; correct predictions, new state."""
         logits, norm_state = net.apply(
             {"params": params, **state.norm_state},
             standardize(state, images),

@@ -4,9 +4,11 @@ import json
 import os
 import signal
 import subprocess
+import sys
 
 import end_to_end
 import fill_pages
+import jax
 import numpy as np
 import profile_step as profiling
 import pytest
@@ -160,15 +162,6 @@ def test_profiles_are_a_column_a_norm_with_their_sums():
     ]
 
 
-def test_both_sides_take_the_same_batches():
-    batches = batches_of(128)
-    assert batches.shape == (78, 128)
-    assert len(np.unique(batches)) == batches.size
-    images, labels = draw_data()
-    assert images.shape == (IMAGES, 32, 32, 3)
-    assert labels.max() == 9
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -188,75 +181,80 @@ def test_mistakes_are_one_line_and_exit_code_2(arguments, capsys):
     assert error.count("\n") == 1
 
 
-def test_a_side_that_is_killed_between_its_turns_is_one_line(monkeypatch, capsys):
-    def killed(*_):
-        worker = side("torch", "contiguous", [])
-        worker._process = subprocess.Popen(["true"], stdin=-1, stdout=-1, text=True)
-        worker._process.wait()
-        return worker.seconds_for(3)
+FAKE = """if True:
+    import json, os, pathlib, signal, sys
+    job = json.loads(sys.stdin.readline())
+    peer, size, cache = job["peer"], job["batch_size"], job["compilation_cache"]
+    started = pathlib.Path(cache or "", "started")
+    if peer == "torch-compile" or size == 1 or (size == 2 and cache and started.exists()):
+        sys.exit(print(json.dumps({"failed": "it does not compile"})))
+    if cache:
+        started.touch()
+    print(json.dumps({"about": {"device": "cpu x2"}, "first_step_seconds": 1.0}), flush=True)
+    for turn, line in enumerate(sys.stdin):
+        if peer == "torch" and size == 3 and turn == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        seconds = int(line) * (0.02 if peer == "torch" else 0.01)
+        print(json.dumps({"seconds": seconds, "peak_bytes": 1}), flush=True)
+"""
+"""A side whose steps take a hundredth of a second, PyTorch's two; some batch sizes fail."""
 
+
+@pytest.fixture
+def fake_sides(monkeypatch):
+    """Replaces the processes of all sides; returns a list of those that were started."""
+    started, popen = [], subprocess.Popen
+
+    def start(*arguments, **options):
+        started.append(popen(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(bench.subprocess, "Popen", start)
+    monkeypatch.setattr(bench, "COMMAND", (sys.executable, "-S", "-c", FAKE))
     monkeypatch.setattr(bench, "measure_ceiling", lambda: 1e11)
-    monkeypatch.setattr(bench, "compare", killed)
-    assert call() == 1
-    error = capsys.readouterr().err
-    assert error == "error: torch contiguous stopped between its turns: the process ended with 0\n"
+    return started
 
 
-def test_a_side_that_cannot_be_had_is_told(monkeypatch):
-    """A job that no process can do: the worker says why, and the comparison says that."""
-    worker = bench.Worker(Job("jaxnorm", "no such norm", "original", 128))
-    assert worker.failed is not None
-    worker.close()
+FEW = ("--norm", "layer", "--seconds", "0.01", "--peers", "jaxnorm", "torch", "torch-compile")
 
 
-class Told:
-    """Stands for a worker's process: every step takes a hundredth of a second, PyTorch's two."""
-
-    alive = 0
-
-    def __init__(self, job):
-        self.job, self.samples, self.peak_bytes, self.running = job, [], 1, False
-        self.start()
-
-    def start(self):
-        self.failed = "it does not compile" if self.job.peer == "torch-compile" else None
-        self.ready = {"about": {"device": "cpu x2"}, "first_step_seconds": 1.0}
-        self.running = True
-        Told.alive += 1
-
-    def seconds_for(self, steps):
-        assert self.running
-        return steps * (0.02 if self.job.peer == "torch" else 0.01)
-
-    def close(self):
-        Told.alive -= self.running
-        self.running = False
-
-
-def test_a_comparison_is_printed_and_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "Worker", Told)
-    monkeypatch.setattr(bench, "measure_ceiling", lambda: 1e11)
-    monkeypatch.setattr(Told, "alive", 0)
-    out, peers = tmp_path / "x.json", ("jaxnorm", "torch", "torch-compile")
-    arguments = ("--norm", "layer", "--seconds", "0.01", "--peers", *peers)
-    assert call(*arguments, "--out", out) == 0
-    assert Told.alive == 0
+def test_a_comparison_is_printed_and_written(tmp_path, fake_sides, capsys):
+    assert call(*FEW, "--out", tmp_path / "x.json") == 0
+    assert len(fake_sides) == 6  # ours twice, PyTorch's in two layouts
+    assert all(process.returncode is not None for process in fake_sides)
     printed = capsys.readouterr().out
     assert "ours is 2.00 times as fast as torch contiguous" in printed
     assert "it does not compile" in printed
-    (comparison,) = json.loads(out.read_text())["comparisons"]
+    (comparison,) = json.loads((tmp_path / "x.json").read_text())["comparisons"]
     samples = comparison["sides"]["jaxnorm"]["samples_milliseconds"]
     assert samples == pytest.approx([10] * len(samples))
     assert len(samples) >= 3
-    monkeypatch.setattr(Told, "start", lambda self: vars(self).update(ready={}, failed="no"))
-    assert call("--norm", "layer", "--seconds", "0.01") == 2
-    assert "our own side failed: no" in capsys.readouterr().err
 
 
-def test_a_round_on_a_busy_machine_is_made_again(monkeypatch):
+@pytest.mark.parametrize(
+    ("size", "code", "message"),
+    [
+        (1, 2, "our own side failed: it does not compile"),
+        (2, 2, "our own side failed: it does not compile"),  # when it is started again
+        (3, 1, "torch contiguous stopped between its turns: the process ended with -9"),
+    ],
+)
+def test_a_side_that_fails_or_is_killed_is_one_line(fake_sides, capsys, size, code, message):
+    assert call(*FEW, "--batch-size", size) == code
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert all(process.returncode is not None for process in fake_sides)
+
+
+def test_a_side_that_cannot_be_had_says_why():
+    """A job that no process can do."""
+    worker = bench.Worker(Job("jaxnorm", "no such norm", "original", 128))
+    assert "no such norm" in (worker.failed or "")
+    worker.close()
+
+
+def test_a_round_on_a_busy_machine_is_made_again(fake_sides, monkeypatch):
     """The second round ends slow, and the third begins so: both are dropped from every side."""
     speeds = iter([100, 100, 70, 100, *[90] * 10**4])
-    monkeypatch.setattr(bench, "Worker", Told)
     monkeypatch.setattr(bench, "matrix_speed", lambda: next(speeds))
     made = []
     monkeypatch.setattr(bench, "_take_turn", lambda side, _: side.samples.append(made.append(1)))
@@ -278,27 +276,41 @@ def few_images(monkeypatch):
     monkeypatch.setattr(peers, "IMAGES", 32)
 
 
-@pytest.mark.parametrize("task", ["train", "evaluate"])
-def test_our_side_makes_steps(few_images, monkeypatch, task):
-    monkeypatch.setattr(peers, "MEAN", (0.5, 0.5, 0.5))
-    stepper, about = peers.jax_stepper(Job("jaxnorm", "layer", "three-layers", 16, task=task))
-    stepper(3)
-    assert "jax" in about
+def test_our_side_makes_steps_on_the_drawn_batches(few_images):
+    jobs = [
+        Job("jaxnorm", "layer", "three-layers", 16, task=task) for task in ("train", "evaluate")
+    ]
+    arrays = jax.device_get(peers.jax_setup(jobs[0])[3])
+    for ours, wanted in zip(arrays, (*draw_data(), batches_of(16)[None]), strict=False):
+        np.testing.assert_array_equal(ours, wanted)
+    for job in jobs:
+        stepper, about = peers.jax_stepper(job)
+        stepper(3)
+        assert "jax" in about
 
 
-@pytest.mark.parametrize("norm", ["batch", "group", "layer"])
-@pytest.mark.parametrize("arch", ["original", "residual"])
-def test_pytorchs_side_makes_steps_of_a_net_of_the_same_size(few_images, norm, arch):
+@pytest.mark.parametrize(
+    ("norm", "arch"),
+    [*((norm, "original") for norm in ("batch", "group", "layer")), ("batch", "residual")],
+)
+def test_pytorchs_side_makes_steps_of_a_net_of_the_same_size(few_images, monkeypatch, norm, arch):
+    """On the drawn batches too, which `original` neither crops nor mirrors."""
     torch = pytest.importorskip("torch")
-    config = peers.config_of(Job("torch", norm, arch, 16))
+    config, seen = peers.config_of(Job("torch", norm, arch, 16)), []
     net = peers.torch_net(config)
     count = sum(weight.numel() for weight in net.parameters())
     assert count == count_parameters(net_of(config, norm, 10))
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    monkeypatch.setattr(peers, "torch_net", lambda config: net)
     for task in ("train", "evaluate"):
         stepper, about = peers.torch_stepper(Job("torch", norm, arch, 16, task=task))
         stepper(2)
         assert about["device"] == "cpu"
+    if arch == "original":
+        chosen = draw_data()[0][batches_of(16)[0]]
+        wanted = (chosen / 255 - peers.MEAN) / peers.DEVIATION
+        np.testing.assert_allclose(seen[0].permute(0, 2, 3, 1).numpy(), wanted, atol=1e-5)
 
 
 @pytest.mark.slow

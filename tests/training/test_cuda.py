@@ -1,6 +1,7 @@
 """The programs as a GPU gets them: lowered for CUDA, which takes neither a GPU nor its plugin."""
 
 import re
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +43,10 @@ def lowered(tiny, norm, precision, nets, monkeypatch):
     return [program.lower(lowering_platforms=("cuda",)).as_text() for program in traced]
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("norm", BUILT_IN)
+@pytest.mark.parametrize(
+    ("norm", "precision"),
+    [*((norm, "float32") for norm in BUILT_IN), *product(("batch", "layer"), ("tf32", "bfloat16"))],
+)
 def test_every_program_lowers_with_the_precision_that_was_asked_for(
     tiny, norm, precision, monkeypatch
 ):

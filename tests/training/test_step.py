@@ -1,28 +1,30 @@
-"""One step: keys, standardization, SGD by hand, micro-batches, shared batches, the golden step."""
+"""One step: keys, standardization, crops, SGD by hand, parts of a batch, and its very numbers."""
 
 import contextlib
+import dataclasses
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from close import assert_gradients_close
-from helpers import SOON, evaluate, init, predict_logits, program_of, train_chunk, train_epoch
+from helpers import SOON, init, program_of, train_chunk
 
+from jaxnorm.config import study, tuned
 from jaxnorm.model.fast import xla
 from jaxnorm.model.summary import micro_batch
-from jaxnorm.training import mesh as meshes
+from jaxnorm.training import epoch as epochs
+from jaxnorm.training import experiment
 from jaxnorm.training import step as train
 from jaxnorm.training.epoch import Chunk, epoch_keys
 from jaxnorm.training.mesh import ONE, MeshShape
 
-BATCH = 16
-
 
 @pytest.fixture(scope="module")
 def arrays(tiny):
-    return jnp.asarray(tiny.train_images), jnp.asarray(tiny.train_labels)
+    return jnp.asarray(tiny.train_images[:64]), jnp.asarray(tiny.train_labels[:64])
 
 
 def test_keys_differ_by_seed_purpose_epoch_and_step_and_by_nothing_else():
@@ -52,14 +54,27 @@ def test_standardize_is_the_studys(tiny):
         train.standardize(state, outputs)
 
 
-def test_a_step_counts_what_the_net_before_it_classified_rightly(tiny, arrays):
-    """Layer norm without dropout does in training what it does in evaluation."""
-    program = program_of("layer", tiny, dropout=0.0)
-    before = init(program, tiny, 4)
-    evaluation = evaluate(program, before, *arrays)
-    _, losses, correct = train_epoch(program, before, *arrays, 4, 1, 70)
-    assert correct == round(float(evaluation.accuracy) * 70) != 35
-    np.testing.assert_allclose(losses[0], evaluation.loss, rtol=1e-5)
+def test_a_crop_is_a_crop_of_the_reflected_image_and_half_are_mirrored():
+    images = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), np.uint8)
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
+    rows = jnp.arange(64)[::-1]
+    places = jax.jit(train.crop_and_flip, static_argnums=1, **SOON)(jax.random.key(1), 64)
+    seen = []
+    for image, row in zip(epochs.augmented(images, rows, *places), rows, strict=True):
+        crops = {
+            (down, across, mirrored): padded[row, down : down + 32, across : across + 32]
+            for down in range(5)
+            for across in range(5)
+            for mirrored in (False, True)
+        }
+        seen += [
+            place
+            for place, crop in crops.items()
+            if np.array_equal(image, crop[:, ::-1] if place[2] else crop)
+        ]
+    assert len(seen) == 64
+    assert len({down for down, _, _ in seen}) == len({across for _, across, _ in seen}) == 5
+    assert 16 < sum(mirrored for *_, mirrored in seen) < 48
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer"])
@@ -73,26 +88,20 @@ def test_a_step_in_micro_batches_or_shared_by_devices_is_the_plain_step(tiny, ar
     differs under every seed, so one of six must agree to rounding.
     """
     images, labels = (array[:32] for array in arrays)
-    chunk = Chunk(jnp.arange(32, dtype=jnp.int32)[None, None], 0, 0, 1)
+    rows = jnp.arange(64, dtype=jnp.int32).reshape(1, 2, 32)
     micro, plain = program_of(norm, tiny, arch), program_of(norm, tiny, arch, fast=False)
     if norm == "layer":
         assert micro_batch(micro.model, 16) < 16
-    assert meshes.choose(1, 32).batch == 2
-    assert meshes.choose(1, 31).batch == meshes.choose(1, 16).batch == 1
-
-    def step(mesh, seed):
-        keys = epoch_keys(seed, 1)[None]
-        state = init(micro, tiny, seed)
-        return train_chunk(micro, state, images, labels, chunk, keys, mesh=mesh)
-
     plain_step = jax.jit(train.train_step, static_argnums=0, **SOON)
     agree = {ONE: 0, MeshShape(batch=2): 0}
     for seed in range(1, 7):
-        key = train.derive_key(seed, "dropout", 1, 0)
+        keys, key = epoch_keys(seed, 1)[None], train.derive_key(seed, "dropout", 1, 0)
         initial = init(micro, tiny, seed)
         wanted, wanted_loss, wanted_correct = plain_step(plain, initial, images, labels, key, 0.01)
         for mesh in agree:
-            state, losses, correct = step(mesh, seed)
+            state, losses, correct = train_chunk(
+                micro, initial, *arrays, Chunk(rows, 0, 0, 1), keys, mesh=mesh
+            )
             np.testing.assert_allclose(losses[0], wanted_loss, rtol=1e-5)
             assert correct == wanted_correct
             chex.assert_trees_all_close(state.norm_state, wanted.norm_state, rtol=1e-5, atol=1e-6)
@@ -104,22 +113,6 @@ def test_a_step_in_micro_batches_or_shared_by_devices_is_the_plain_step(tiny, ar
         if min(agree.values()):
             break
     assert min(agree.values()) > 0
-    whole = predict_logits(plain, wanted, arrays[0])
-    chex.assert_shape(whole, (70, 4))
-    for mesh in agree:
-        logits = predict_logits(micro, wanted, arrays[0], mesh)
-        np.testing.assert_allclose(logits, whole, atol=2e-5)
-
-
-def test_a_batch_that_devices_cannot_share_evenly_is_trained_whole(tiny, arrays):
-    chunk = Chunk(jnp.arange(15, dtype=jnp.int32)[None, None], 0, 0, 1)
-    keys = epoch_keys(1, 1)[None]
-    program, losses = program_of("group", tiny), []
-    for mesh in (ONE, MeshShape(batch=2)):
-        state = init(program, tiny, 1)
-        _, loss, _ = train_chunk(program, state, *arrays, chunk, keys, mesh=mesh)
-        losses.append(float(loss[0]))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 @pytest.mark.parametrize(("norm", "whole"), [("batch", 128), ("group", 8)])
@@ -133,26 +126,43 @@ def test_a_norm_that_keeps_state_sees_the_whole_batch(norm, whole, tiny, monkeyp
     assert micro_batch(program.model, 128, {"statistics": {"mean": jnp.zeros(3)}}) == 128
 
 
-def test_train_step_is_sgd_with_momentum_on_the_mean_cross_entropy(tiny, arrays):
-    program = program_of("group", tiny, dropout=0.0)
-    state = init(program, tiny, 0)
+@pytest.mark.parametrize("recipe", [study, tuned])
+def test_a_step_is_pytorchs_sgd_on_the_mean_cross_entropy(tiny, arrays, recipe):
+    """Three steps by hand: v = 0.9 v + g, p -= rate v, or rate (g + 0.9 v) with Nesterov's
+    momentum; `tuned` smooths the labels here, and decays the kernels alone.
+    """
+    config = recipe(norm="group", arch="three-layers", dropout=0.0)
+    decay, smoothing = (0.01, 0.1) if recipe is tuned else (0.0, 0.0)
+    config = dataclasses.replace(config, label_smoothing=smoothing)
+    program = experiment.program_of(config, "group", 4)
     images, labels = arrays[0][:8], arrays[1][:8]
+    state = init(program, tiny, 1)
 
     def objective(params):
         logits = program.model.apply({"params": params}, train.standardize(state, images))
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1).mean()
+        smooth = optax.smooth_labels(jax.nn.one_hot(labels, 4), smoothing)
+        return optax.softmax_cross_entropy(logits, smooth).mean(), (
+            logits.argmax(1) == labels
+        ).sum()
 
-    step = jax.jit(train.train_step, static_argnums=0)
-    gradient = jax.jit(jax.grad(objective), **SOON)
-    velocity = jax.tree.map(jnp.zeros_like, state.params)
-    for i in range(2):
-        after, _, _ = step(program, state, images, labels, jax.random.key(i), 0.01)
-        moved = after.opt_state[1][0].trace
-        added = jax.tree.map(lambda new, old: new - 0.9 * old, moved, velocity)
-        assert_gradients_close(added, gradient(state.params), typical=1e-4)
-        wanted = jax.tree.map(lambda p, v: p - 0.01 * v, state.params, moved)
-        chex.assert_trees_all_close(after.params, wanted, atol=1e-7)
-        state, velocity = after, moved
+    step = jax.jit(train.train_step, static_argnums=0, **SOON)
+    gradient = jax.jit(jax.value_and_grad(objective, has_aux=True), **SOON)
+    params = state.params
+    velocity = jax.tree.map(jnp.zeros_like, params)
+    for i in range(3):
+        (wanted_loss, wanted_correct), gradients = gradient(params)
+        for layer, leaves in gradients.items():
+            if "kernel" in leaves:
+                gradients[layer]["kernel"] += decay * params[layer]["kernel"]
+        velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, gradients)
+        moved = velocity
+        if config.nesterov:
+            moved = jax.tree.map(lambda g, v: g + 0.9 * v, gradients, velocity)
+        params = jax.tree.map(lambda p, m: p - 0.1 * m, params, moved)
+        state, loss, correct = step(program, state, images, labels, jax.random.key(i), 0.1, decay)
+        np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
+        assert correct == wanted_correct
+        chex.assert_trees_all_close(state.params, params, atol=2e-6)
 
 
 GOLDEN = {"loss": 1.475290, "gradient": 4.855595, "mean": 0.524395}
@@ -169,7 +179,7 @@ def test_one_golden_step(tiny):
     state = init(program, tiny, 1)
     images, labels = jnp.asarray(tiny.train_images[:8]), jnp.asarray(tiny.train_labels[:8])
     key = train.derive_key(1, "dropout", 1, 0)
-    step = jax.jit(train.train_step, static_argnums=0)
+    step = jax.jit(train.train_step, static_argnums=0, **SOON)
     after, loss, _ = step(program, state, images, labels, key, 0.01)
     leaves = jax.tree.leaves(jax.device_get(after.opt_state[1][0].trace))
     velocity = np.sqrt(sum((leaf**2).sum() for leaf in leaves))
