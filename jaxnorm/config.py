@@ -88,6 +88,8 @@ def _raising_user_errors(function: Callable[..., Any]) -> Callable[..., Any]:
                 raise OtherFields(f"field {name} is missing")
             case "unexpected_keyword_argument":
                 raise OtherFields(f"unknown field: {name}")
+            case "literal_error" if name == "format":
+                raise OtherFields(f"format={first['input']}"[:40])
             case "value_error":
                 raise UserError(message.removeprefix("Value error, "))
         value = f"={str(first['input'])[:40]}" if name else ""

@@ -129,7 +129,7 @@ class DatasetInfo:
     fingerprint: str
     source: str
     verified: bool | None
-    class_names: Annotated[list[str], Field(min_length=1)]
+    class_names: Annotated[list[str], Field(min_length=1, max_length=1_000)]
     mean: tuple[float, float, float]
     deviation: tuple[Deviation, Deviation, Deviation]
     train_count: Positive

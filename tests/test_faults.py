@@ -1,5 +1,5 @@
-"""The fault harness: real processes are killed, starved of disk and fed damaged checkpoints, and
-what they leave resumes to the bits of an unbroken run.
+"""The fault harness: real processes are killed, starved of disk and fed damaged files of every
+kind; what they leave resumes to the bits of an unbroken run, and nothing that is whole is lost.
 
 `pytest -m slow` takes one try of each kind, on a run of one net of three layers; `pytest -m faults`
 takes all of them, on a run of two of the study's nets with batch statistics; with `--record-faults
@@ -7,6 +7,7 @@ FILE` it writes a line for each, from which the table of `notebooks/pages/trust.
 child runs on one core of its own, so that tries can run side by side.
 """
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -22,18 +23,24 @@ from pathlib import Path
 import nets
 import numpy as np
 import pytest
-from helpers import difference, without_times
+from helpers import difference
 
+from jaxnorm.config import UserError
 from jaxnorm.data import cifar10 as archive
-from jaxnorm.storage import checkpoint
 from jaxnorm.storage.directory import RunDirectory
+from jaxnorm.storage.net import NetFolder
+from jaxnorm.storage.sweep import Sweep
 
 PATIENCE = 300
 """Seconds after which a child is called hung."""
-TRIES = {"SIGKILL": 50, "SIGTERM": 20, "SIGINT": 5, "full disk": 10, "flipped byte": 20}
-TRIES |= {"interrupted import": 20}
-PLACES = ("start", "training", "training", "checkpoint", "report")
+TRIES = {"SIGKILL": 50, "SIGTERM": 20, "SIGINT": 5, "full disk": 10, "flipped byte": 18}
+TRIES |= {"flipped image": 2, "interrupted import": 20}
+PLACES = ("training", "writing a state", "measuring", "report", "start")
 """Where to kill: random moments within each, told from what is on disk."""
+FILES = ("newest state", "state of a finished net", "metrics.jsonl", "result.npz", "probes.npz")
+FILES += ("lost.json", "run.json", "sweep.json", "compiled code")
+"""What to damage."""
+REFUSED = ("run.json", "sweep.json")
 
 
 def tries(kind):
@@ -68,21 +75,27 @@ class Reference:
         """`python -m jaxnorm.run`, on the core."""
         return ["taskset", "-c", str(self.core), sys.executable, nets.__file__]
 
-    def start(self, *arguments: object) -> subprocess.Popen:
+    def start(self, *arguments: object, **environment: str) -> subprocess.Popen:
         """Starts it with these arguments."""
         return subprocess.Popen(
             [*self.command, *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=self.environment,
+            env={**self.environment, **environment},
         )
 
     def finish(self, *arguments: object) -> str:
         """Runs it to its end, and returns what it printed."""
-        output, error = (process := self.start(*arguments)).communicate(timeout=PATIENCE)
-        assert process.returncode == 0, error
-        return output + error
+        code, printed = self.attempt(*arguments)
+        assert code == 0, printed
+        return printed
+
+    def attempt(self, *arguments: object, **environment: str) -> tuple[int, str]:
+        """Runs it to its end; returns its exit code and what it printed."""
+        process = self.start(*arguments, **environment)
+        printed = "".join(process.communicate(timeout=PATIENCE))
+        return process.returncode, printed
 
     def resume(self, path: Path) -> str:
         """Resumes a run, or where nothing of it was on disk yet starts it again."""
@@ -117,8 +130,8 @@ def reference(request, tmp_path_factory, worker_id):
                 first.finish(*arguments, "--out", shared / "warming up")  # compiles for all of them
             process, start = first.start(*arguments, "--out", path), time.monotonic()
             seconds = {}
-            for place, there in (("start", begun), ("training", trained)):
-                wait_until(lambda there=there: there(path, 2 * nets_of(arguments)), process)
+            for place, there in REACHED.items():
+                wait_until(lambda there=there: there(path, nets_of(arguments)), process)
                 seconds[place] = time.monotonic() - start
                 start = time.monotonic()
             process.communicate(timeout=PATIENCE)
@@ -132,17 +145,18 @@ def nets_of(arguments):
     return 2 if "--seeds" in arguments else 1
 
 
-def lines(path):
-    metrics = path / "metrics.jsonl"
-    return metrics.read_text().count("\n") if metrics.exists() else 0
+def complete_in(path):
+    """The number of complete epochs, by the names of the states."""
+    nets = [[int(f.stem[6:]) for f in net.glob("state-*.msgpack")] for net in path.glob("nets/*")]
+    return sum(max(epochs, default=0) for epochs in nets)
 
 
-def begun(path, total):
-    return (path / "run.json").exists()
-
-
-def trained(path, total):
-    return lines(path) == total
+REACHED = {
+    "start": lambda path, nets: (path / "run.json").exists(),
+    "training": lambda path, nets: complete_in(path) == 2 * nets,
+    "measuring": lambda path, nets: len(list(path.glob("nets/*/result.npz"))) == nets,
+}
+"""What ends each part of a run, all but the report."""
 
 
 def wait_until(there, process):
@@ -174,17 +188,16 @@ def kill(reference, number, path, kind):
     Machines drift, so the moment may lie elsewhere than was meant: see `stopped_politely`.
     """
     draw = random.Random(f"{kind} {number}")
-    total = 2 * nets_of(reference.arguments)
-    where = PLACES[(number + 1) % len(PLACES)]
+    nets = nets_of(reference.arguments)
+    where = PLACES[number % len(PLACES)]
     process = reference.start(*reference.arguments, "--out", path)
-    if where != "start":
-        wait_until(lambda: begun(path, total), process)
-    if where == "report":
-        wait_until(lambda: trained(path, total), process)
-    if where == "checkpoint":
-        after = draw.randrange(total)
-        wait_until(lambda: lines(path) == after, process)
-        wait_until(lambda: any(path.glob("checkpoints/*/.writing-*")), process)
+    before = {"start": None, "measuring": "training", "report": "measuring"}.get(where, "start")
+    if before:
+        wait_until(lambda: REACHED[before](path, nets), process)
+    if where == "writing a state":
+        after = draw.randrange(2 * nets)
+        wait_until(lambda: complete_in(path) >= after, process)
+        wait_until(lambda: any(path.glob("nets/*/.writing-*")), process)
         time.sleep(draw.uniform(0, 0.03))
     else:
         time.sleep(draw.uniform(0, reference.seconds[where]))
@@ -193,7 +206,7 @@ def kill(reference, number, path, kind):
     return where, process.returncode, error
 
 
-def kept_of(printed, complete, total):
+def kept_of(printed, complete):
     """How many complete epochs a resumed run said that it resumes after; all where it had none."""
     for line in printed.splitlines():
         if line.startswith("resuming after "):
@@ -201,38 +214,47 @@ def kept_of(printed, complete, total):
     return complete
 
 
+def records(path):
+    """The content of every file of a run's nets, and of its `run.json` and `sweep.json`."""
+    found = [*path.rglob("nets/*/*"), *path.rglob("run.json"), *path.rglob("sweep.json")]
+    return {file: file.read_bytes() for file in found}
+
+
 def check(reference, record, kind, where, number, path):
     """Resumes what is left of a run and compares it with the unbroken one."""
-    complete = lines(path)
+    complete, before = complete_in(path), records(path)
     printed = reference.resume(path)
-    kept = kept_of(printed, complete, None)
+    kept, after = kept_of(printed, complete), records(path)
     different = difference(RunDirectory(path), reference.directory)
     record(kind, where, number, complete, kept, not different)
     assert different == ""
     assert (path / "report.html").exists()
-    assert not list(path.rglob(".writing-*"))
-    return complete, kept, printed
+    assert not list(path.glob("nets/*/.writing-*"))
+    ended = [file for file in before if file.with_name("result.npz") in before]
+    assert all(after[file] == before[file] for file in ended)
+    return complete, kept
 
 
 @tries("SIGKILL")
 def test_sigkill_loses_no_complete_epoch(reference, record, scratch, number):
     where, code, _ = kill(reference, number, scratch / "run", "SIGKILL")
     assert code in (-9, 0)  # 0: it had ended
-    complete, kept, _ = check(reference, record, "SIGKILL", where, number, scratch / "run")
+    complete, kept = check(reference, record, "SIGKILL", where, number, scratch / "run")
     assert kept == complete
 
 
 def stopped_politely(reference, record, path, number, kind, code):
     where, got, error = kill(reference, number, path, kind)
     # Before the command listens and after it is done, a signal ends Python as any program.
-    idle = not begun(path, 0) or (path / "report.html").exists()
+    begun = (path / "run.json").exists()
+    idle = not begun or (path / "report.html").exists()
     plainly = got == -getattr(signal, kind) and idle and not error
     assert got in (code, 0) or plainly, (got, error)
     if got == code:
         assert error.startswith("error: ")
         assert error.count("\n") == 1
-        assert not begun(path, 0) or "--resume" in error
-    complete, kept, _ = check(reference, record, kind, where, number, path)
+        assert not begun or "--resume" in error or "jaxnorm.report" in error
+    complete, kept = check(reference, record, kind, where, number, path)
     assert kept == complete
 
 
@@ -293,43 +315,93 @@ def test_a_full_disk_is_one_error_and_resumes_when_there_is_room(
     assert error.count("\n") == 1
     if (scratch / "disk.kept").exists():
         (scratch / "disk.kept").rename(scratch / "run")
-    where = "report" if lines(scratch / "run") == 2 * nets_of(command) else "training"
-    complete, kept, _ = check(reference, record, "full disk", where, number, scratch / "run")
+    ended = REACHED["measuring"](scratch / "run", nets_of(command))
+    where = "report" if ended else "training"
+    complete, kept = check(reference, record, "full disk", where, number, scratch / "run")
     assert kept == complete
 
 
-@tries("flipped byte")
-def test_a_checkpoint_with_a_flipped_byte_is_made_again(reference, record, scratch, number):
-    draw = random.Random(f"flip {number}")
-    path = scratch / "run"
-    shutil.copytree(reference.directory.path, path)
-    total = 2 * nets_of(reference.arguments)
-    complete = total if number % 2 == 0 else draw.randrange(1, total)
-    metrics = path / "metrics.jsonl"
-    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:complete]))
-    epochs = RunDirectory(path).epochs()
-    hit = epochs[-1] if number % 2 else draw.choice([epoch for epoch in epochs if epoch.epoch == 2])
-    net, run = (hit.norm, hit.seed), RunDirectory(path)
-    for epoch in checkpoint.epochs(run, net):
-        if epoch > hit.epoch:
-            (path / f"checkpoints/{net[0]}-{net[1]}/epoch-{epoch}.msgpack").unlink()
-    file = path / f"checkpoints/{net[0]}-{net[1]}/epoch-{hit.epoch}.msgpack"
+def flip(file, draw):
+    """Flips one bit of a file."""
     content = np.fromfile(file, np.uint8)
     content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
     content.tofile(file)
-    if hit.epoch == 2:  # a finished net needs no checkpoint; the bits are its records'
-        kept = kept_of(reference.resume(path), complete, None)
-        ours, wanted = (
-            directory.epochs() for directory in (RunDirectory(path), reference.directory)
-        )
-        same = list(map(without_times, ours)) == list(map(without_times, wanted))
-        record("flipped byte", "finished", number, complete, kept, same)
-        assert same
-        assert kept == complete
+
+
+def damage(run, where, draw, sweep):
+    """Flips a bit of a file of a finished run or of its sweep; returns the file."""
+    folder = NetFolder(run, draw.choice(run.info().config.nets))
+    number = 2 if where == "newest state" else draw.choice((1, 2))
+    file = folder.path / (f"state-{number}.msgpack" if "state" in where else where)
+    if where in ("newest state", "lost.json"):
+        (folder.path / "result.npz").unlink()
+    if where == "lost.json":
+        (folder.path / "state-2.msgpack").unlink()
+        folder.lose(2, "x")
+    if where in REFUSED:
+        file = (sweep.folder.path if where == "sweep.json" else run.path) / where
+        sweep.write_info(sweep.info("x"))
+    content = file.read_bytes()
+    read = {"lost.json": folder.lost, "result.npz": folder.result, "run.json": run.info}
+    read["sweep.json"] = lambda: Sweep.open(sweep.folder.path)
+    while True:
+        flip(file, draw)
+        try:
+            if where in read:
+                read[where]()
+                file.write_bytes(content)  # it was in a text or a date, which may be any other
+                continue
+        except UserError:
+            pass
+        return file
+
+
+@tries("flipped byte")
+def test_whatever_file_is_damaged_nothing_whole_is_lost(reference, record, scratch, number):
+    """A record of all is refused; one of a net is made again, or left if nothing needs it."""
+    where, draw = FILES[number % len(FILES)], random.Random(f"flip {number}")
+    if where == "compiled code":
+        flipped_compiled_code(reference, record, scratch, number)
         return
-    _, kept, printed = check(reference, record, "flipped byte", "training", number, path)
-    assert "warning: " in printed
-    assert kept == complete - 1
+    configs = [reference.directory.info().config]
+    if where == "sweep.json":
+        configs.append(dataclasses.replace(configs[0], weight_decay=0.5))
+    sweep = Sweep(scratch / "run", configs)
+    run = sweep.directories[0]
+    shutil.copytree(reference.directory.path, run.path)
+    file = damage(run, where, draw, sweep)
+    complete, before = complete_in(run.path), records(sweep.folder.path)
+    code, printed = reference.attempt("--resume", sweep.folder.path)
+    after = records(sweep.folder.path)
+    made_again = where in ("newest state", "lost.json", "result.npz")
+    whole = [one for one in before if not made_again or one.parent != file.parent]
+    assert all(after[one] == before[one] for one in whole)
+    assert before[file] in after.values()  # set aside, or left
+    assert code == (2 if where in REFUSED else 0), printed
+    assert printed.count("\nwarning: ") == made_again
+    if code:
+        assert printed.startswith("error: ")
+        assert printed.count("\n") == 1
+    if not made_again and where != "sweep.json":  # the rest is whole
+        shutil.copy(reference.directory.path / file.relative_to(run.path), file)
+    kept = kept_of(printed, complete)
+    different = difference(run, reference.directory)
+    record("flipped byte", where, number, complete, kept, not different)
+    assert different == ""
+    assert kept == complete - (where == "newest state")
+
+
+def flipped_compiled_code(reference, record, scratch, number):
+    """Code that was compiled for an earlier run is compiled again."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled")}
+    for name in ("before", "run"):
+        code, printed = reference.attempt(*reference.arguments, "--out", scratch / name, **cache)
+        assert code == 0, printed
+        for file in scratch.glob("compiled/*-cache"):
+            flip(file, random.Random(f"{number} {file.name}"))
+    different = difference(RunDirectory(scratch / "run"), reference.directory)
+    record("flipped byte", "compiled code", number, 0, 0, not different)
+    assert different == ""
 
 
 IMPORT = """
@@ -363,12 +435,12 @@ def pictures(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def imported(pictures, tmp_path_factory):
-    """What an import that nobody interrupts prints, and how long it takes."""
-    start = time.monotonic()
-    done = importing(tmp_path_factory.mktemp("imported"), pictures)
+    """What an import that nobody interrupts prints, how long it takes, and where it is."""
+    start, directory = time.monotonic(), tmp_path_factory.mktemp("imported")
+    done = importing(directory, pictures)
     printed, error = done.communicate(timeout=PATIENCE)
     assert done.returncode == 0, error
-    return printed, time.monotonic() - start
+    return printed, time.monotonic() - start, directory
 
 
 def importing(directory, pictures):
@@ -384,7 +456,7 @@ def importing(directory, pictures):
 
 @tries("interrupted import")
 def test_an_interrupted_import_is_done_again(pictures, imported, record, scratch, number):
-    printed, seconds = imported
+    printed, seconds, _ = imported
     process = importing(scratch, pictures)
     time.sleep(random.Random(f"import {number}").uniform(0, seconds))
     process.kill()
@@ -395,3 +467,18 @@ def test_an_interrupted_import_is_done_again(pictures, imported, record, scratch
     record("interrupted import", "import", number, 0, 0, same)
     assert same, error
     assert not (scratch / "tfds" / archive._SCRATCH).exists()
+
+
+@tries("flipped image")
+def test_decoded_images_that_are_damaged_are_decoded_again(
+    pictures, imported, record, scratch, number
+):
+    printed, _, directory = imported
+    for name in ("tfds", "cache"):
+        shutil.copytree(directory / name, scratch / name)
+    (file,) = scratch.glob("cache/**/*.npys")
+    flip(file, random.Random(f"image {number}"))
+    output, error = (process := importing(scratch, pictures)).communicate(timeout=PATIENCE)
+    same = process.returncode == 0 and output == printed
+    record("flipped byte", "decoded images", number, 0, 0, same)
+    assert same, error

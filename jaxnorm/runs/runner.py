@@ -45,28 +45,31 @@ def run(
     grows if its settings ask for more epochs or seeds; with `resumes` False that is an error.
 
     On a CPU what comes out equals an unbroken run on the same mesh bit for bit, except for times.
-    Raises `UserError`, `NonFiniteLoss` if this leaves no net of the sweep, and OSError.
+    Raises `UserError`, ArithmeticError if every net of the sweep diverged, and OSError.
     """
     nets, begun = share.of(sweep.nets), _begin(sweep, experiment, now, callbacks, resumes)
     if begun:
-        complete = sum(sweep.net(net).complete() for net in nets)
+        last = sweep.configs[0].epochs
+        complete = sum(sweep.net(net).complete(last) for net in nets)
         for callback in callbacks:
             callback.on_resume(complete)
     fit.warn_of_untuned(sweep.configs[0], callbacks)
-    held: set[SweptNet] = set()  # by other processes, which train them to the end
     while True:
-        waiting = {n: sweep.net(n).epoch() for n in nets if n not in held and not sweep.ended(n)}
-        group = _next_group(experiment, waiting)
+        nets = [net for net in nets if not sweep.ended(net)]
+        group = _next_group(experiment, {net: sweep.net(net).epoch() for net in nets})
         if group is None:
             break
         with contextlib.ExitStack() as locks:
             free = [net for net in group.nets if locks.enter_context(sweep.net(net).locked())]
-            held |= set(group.nets) - set(free)
+            held = set(group.nets) - set(free)  # by another process, which trains them to the end
+            nets = [net for net in nets if net not in held]
             _train(sweep, group, free, now, callbacks)
-    ended = all(map(sweep.ended, sweep.nets))
-    if ended and all(losses := [sweep.net(net).lost() for net in sweep.nets]):
-        raise ArithmeticError(losses[0].reason if losses[0] else "")
-    return ended
+    if not all(map(sweep.ended, sweep.nets)):
+        return False
+    lost = [None if sweep.trained(net) else sweep.net(net).lost() for net in sweep.nets]
+    if lost[0] and all(lost):
+        raise ArithmeticError(lost[0].reason)
+    return True
 
 
 def _next_group(experiment: Experiment, waiting: Mapping[SweptNet, int]) -> Group | None:
@@ -224,10 +227,12 @@ def _check_resumed(
     if info.config.epochs > before.config.epochs:
         for net in before.config.nets:
             folder = NetFolder(directory, net)
-            if folder.ended(before.config.epochs) and not folder.epoch() and not folder.lost():
+            last = before.config.epochs
+            if folder.trained(last) and not folder.complete(info.config.epochs):
                 raise UserError(
                     f"epochs={info.config.epochs}: {net.norm} norm, seed {net.seed}, of "
-                    f"{directory.path} is finished and has no state to go on from; start a new run"
+                    f"{directory.path} is finished and has no whole state to go on from; start a "
+                    "new run"
                 )
     if all(NetFolder(directory, net).ended(info.config.epochs) for net in info.config.nets):
         return

@@ -115,10 +115,16 @@ class RunDirectory:
 
     def info(self) -> RunInfo:
         """Reads `run.json`; raises `UserError` if it, or a field of it, is missing or wrong."""
-        return self.read_json("run.json", RunInfo)
+        try:
+            return self.read_json("run.json", RunInfo)
+        except OSError as error:
+            path = self.path / "run.json"
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
     def read_json(self, name: str, kind: type) -> Any:
-        """Reads a JSON file as a `typed` dataclass; raises `UserError`."""
+        """Reads a JSON file as a `typed` dataclass; raises `UserError` if it is missing or damaged,
+        and OSError if it cannot be read, which is no damage.
+        """
         try:
             return from_json(kind, self.read_bytes(name))
         except (FileNotFoundError, NotADirectoryError):
@@ -130,7 +136,7 @@ class RunDirectory:
                 f"{self.path / name} is of {self._version()}, whose records differ ({error}): read "
                 "it with that version"
             ) from None
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise UserError(f"{self.path / name} cannot be read: {error}") from None
 
     def _version(self) -> str:
@@ -162,9 +168,12 @@ class RunDirectory:
         damaged = f"{path} is damaged"
         try:
             content = io.BytesIO(self.read_bytes(name))
-            unpacked = sum(member.file_size for member in zipfile.ZipFile(content).infolist())
+            archive = zipfile.ZipFile(content)
+            unpacked = sum(member.file_size for member in archive.infolist())
             if unpacked > _LARGEST:
                 raise UserError(f"{damaged}: it unpacks to {unpacked:,} bytes")
+            if archive.testzip():
+                raise UserError(f"{damaged}: a checksum in it does not fit")
             content.seek(0)
             stored: Any = np.load(content, allow_pickle=False)
             if optional and not shapes.keys() <= stored.keys():
@@ -196,7 +205,7 @@ class RunDirectory:
     def set_aside(self, name: str) -> Path:
         """Renames a damaged record, so that nothing reads it again; returns its new path."""
         path, number = self.path_of(name), 1
-        while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        while os.path.lexists(aside := path.with_name(f"{path.name}.damaged-{number}")):
             number += 1
         return path.rename(aside)
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import TypeAdapter
 
-from jaxnorm.config import NetId, UserError
+from jaxnorm.config import NetId, UserError, from_json
 from jaxnorm.records import Environment, Epoch, Lost, Predictions, from_lines, to_lines
 from jaxnorm.storage.directory import RunDirectory, Shapes
 
@@ -78,22 +78,35 @@ class NetFolder:
         return self.run.path_of(self.name)
 
     def ended(self, last: int) -> bool:
-        """Returns whether the net diverged, or its result is that of the epoch `last`."""
+        """Returns whether its result is that of the epoch `last`, or the net diverged."""
+        if self.trained(last):
+            return True
         try:
-            return self.lost() is not None or len(self.result().epochs) == last
-        except (UserError, OSError):
+            return self.lost() is not None
+        except UserError:
+            return False
+
+    def trained(self, last: int) -> bool:
+        """Returns whether it has a whole result, which is that of the epoch `last`."""
+        try:
+            return len(self.result().epochs) == last
+        except UserError:
             return False
 
     def epoch(self) -> int:
-        """Returns the number of its newest state's epoch; 0 if it has none."""
+        """Returns the number of its newest state's epoch, whole or not; 0 if it has none."""
         return max(self._states(), default=0)
 
-    def complete(self) -> int:
-        """Returns the number of its complete epochs."""
-        try:
-            return len(self.result().epochs)
-        except (UserError, OSError):
-            return self.epoch()
+    def complete(self, last: int) -> int:
+        """Returns after which epoch it resumes: `last` if it is trained, or that of its newest
+        whole state; 0 if it has none.
+        """
+        if self.trained(last):
+            return last
+        for epoch in reversed(self._states()):
+            with contextlib.suppress(Damaged):
+                return len(self._lines(epoch))
+        return 0
 
     def set_aside_damaged(self, warn: Callable[[str], None]) -> None:
         """Sets a damaged result, or a damaged record that the net diverged, aside, and warns."""
@@ -143,30 +156,26 @@ class NetFolder:
         import flax.serialization as serialization
         import jax
 
-        values = self._values(epoch)
+        values, path = self._values(epoch), self.run.path_of(self._state(epoch))
         try:
-            state = serialization.from_state_dict(shapes.state, values.pop("state"))
-            saved = Saved(
-                **values
-                | {
-                    "epochs": from_lines(values["epochs"], self.net),
-                    "environments": _from_json(values["environments"]),
-                    "state": state,
-                }
+            read = {
+                "epochs": from_lines(values["epochs"], self.net),
+                "environments": _from_json(values["environments"]),
+                "state": serialization.from_state_dict(shapes.state, values["state"]),
+            }
+            saved = Saved(**values | read)
+            losses = np.resize(saved.losses, 0)  # of any length
+            got = jax.tree.map(_shape, (saved.state, losses, saved.logits, saved.labels))
+            wanted = jax.tree.map(
+                _shape, (shapes.state, shapes.losses, shapes.logits, shapes.labels)
             )
+            fits = got == wanted and len(saved.epochs) == epoch and bool(saved.environments)
+            fits &= saved.losses.ndim == 1 and len(saved.losses) % epoch == 0
+            fits &= bool(np.isfinite(saved.losses).all())
         except Exception as error:  # whatever a file that passes its checksum may hold
-            path = self.run.path_of(self._state(epoch))
             raise Damaged(f"{path} cannot be read ({type(error).__name__})") from None
-        pairs = [
-            *zip(jax.tree.leaves(shapes.state), jax.tree.leaves(state), strict=True),
-            (shapes.logits, saved.logits),
-            (shapes.labels, saved.labels),
-        ]
-        fits = all(
-            np.shape(wanted) == np.shape(got) and wanted.dtype == got.dtype for wanted, got in pairs
-        )
-        if not fits or len(saved.epochs) != epoch or saved.losses.ndim != 1:
-            raise Damaged(f"{self.run.path_of(self._state(epoch))} holds another net")
+        if not fits:
+            raise Damaged(f"{path} holds another net")
         return saved
 
     def _values(self, epoch: int) -> dict[str, Any]:
@@ -180,6 +189,13 @@ class NetFolder:
             return dict(msgpack_restore(content[32:]))
         except Exception as error:  # whatever a file that passes its checksum may hold
             raise Damaged(f"{path} cannot be read ({type(error).__name__})") from None
+
+    def _lines(self, epoch: int) -> list[Epoch]:
+        values = self._values(epoch)
+        try:
+            return from_lines(str(values["epochs"]), self.net)
+        except (KeyError, UserError) as error:
+            raise Damaged(f"{self.run.path_of(self._state(epoch))}: {error}") from None
 
     def _state(self, epoch: int) -> str:
         return f"{self.name}/state-{epoch}.msgpack"
@@ -237,8 +253,8 @@ class NetFolder:
         damage = None
         for epoch in reversed(self._states()):
             try:
-                return from_lines(self._values(epoch)["epochs"], self.net)
-            except (Damaged, ValueError, KeyError, TypeError) as error:
+                return self._lines(epoch)
+            except Damaged as error:
                 damage = damage or error
         if damage is not None:
             raise UserError(str(damage))
@@ -286,9 +302,13 @@ def _check_classes(path: Path, classes: int, *numbers: np.ndarray) -> None:
         raise UserError(f"{path} is damaged: it has labels of no class")
 
 
+def _shape(array: Any) -> tuple:
+    return array.shape, array.dtype
+
+
 def _to_json(environments: Sequence[Environment]) -> str:
     return _ENVIRONMENTS.dump_json(list(environments)).decode()
 
 
 def _from_json(text: str) -> list[Environment]:
-    return _ENVIRONMENTS.validate_json(text)
+    return from_json(list[Environment], text)

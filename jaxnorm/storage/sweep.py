@@ -92,6 +92,10 @@ class Sweep:
         """Returns whether a net has been trained to its last epoch, or diverged."""
         return self.net(net).ended(self.configs[net.run].epochs)
 
+    def trained(self, net: SweptNet) -> bool:
+        """Returns whether a net has been trained to its last epoch."""
+        return self.net(net).trained(self.configs[net.run].epochs)
+
     def info(self, command: str) -> SweepInfo | None:
         """Returns the `sweep.json` to write, if there are several runs: it says which, before any
         of them begins or grows, so that a sweep that is killed meanwhile resumes.

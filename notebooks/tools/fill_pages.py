@@ -160,15 +160,11 @@ def speed(values: Mapping[str, Any]) -> Table:
 
 
 def faults(tries: Sequence[Mapping[str, Any]]) -> Table:
-    """What the fault harness found: a row for each kind of fault and the part of a run it hit."""
-    head = [
-        "what was done to it",
-        "during",
-        "tries",
-        "complete epochs lost",
-        "same bits at the end",
-    ]
-    rows = []
+    """What the fault harness found: a row for each kind of fault and the part of a run, or the file
+    of it, that was hit.
+    """
+    head = ["what was done to it", "when, or in what", "tries", "complete epochs lost"]
+    head, rows = [*head, "same bits at the end"], []
     for kind, where in dict.fromkeys((one["kind"], one["where"]) for one in tries):
         same_kind = [one for one in tries if (one["kind"], one["where"]) == (kind, where)]
         lost = sum(one["complete"] - one["kept"] for one in same_kind)

@@ -5,27 +5,38 @@ import errno
 import json
 import os
 
+import filelock
 import numpy as np
 import pytest
 from helpers import Evil
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxnorm.config import Config, UserError
-from jaxnorm.records import DatasetInfo, Environment, Epoch, RunInfo
+from jaxnorm.config import Config, UserError, from_json
+from jaxnorm.records import DatasetInfo, Environment, Epoch, Layer, Lost, RunInfo
 from jaxnorm.storage.directory import RunDirectory
 
 DATASET = DatasetInfo(
     "cifar10", "x", "f", "s", None, ["a", "b", "c"], (0.5, 0.5, 0.5), (0.1, 0.1, 0.1), 10, 2
 )
-ENVIRONMENT = Environment("now", "run", "cpu", "seed=1,batch=1", {"jax": "1"}, None, "passed")
-INFO = RunInfo(Config(norm="batch"), {"batch": 1}, DATASET, ENVIRONMENT)
-NET = ("batch", 1)
+ENVIRONMENT = Environment("now", "run", "cpu", "x", {"jaxnorm": "9"}, None, "passed", False, "no")
+LAYER = Layer("C1", (4, 4, 4), 3, 9, 2)
+INFO = RunInfo(3, Config(norm="batch"), {"batch": 1}, {"batch": [LAYER]}, DATASET, ENVIRONMENT)
+LINE = Epoch("batch", 1, 1, 1.5, 0.25, 1.25, 0.5, 3.0, 1.0)
 
 
-def epoch(number: int = 1, norm="batch", **changes) -> Epoch:
-    values = Epoch(norm, 1, number, 1.5, 0.25, 1.25, 0.5, 3.0, 1.0)
-    return dataclasses.replace(values, **changes)
+@pytest.fixture
+def run(scratch):
+    """A run directory with a `run.json`."""
+    made = RunDirectory.create(scratch / "run")
+    made.write_json("run.json", INFO)
+    return made
+
+
+def rewrite(run, **changes):
+    """Changes fields of its `run.json`."""
+    path = run.path / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def test_a_used_or_unwritable_path_is_refused_and_nothing_is_made(scratch):
@@ -36,155 +47,114 @@ def test_a_used_or_unwritable_path_is_refused_and_nothing_is_made(scratch):
         with pytest.raises(UserError, match="out="):
             RunDirectory.create(path)
     assert sorted(entry.name for entry in scratch.iterdir()) == ["file", "used"]
-    made = RunDirectory.create(scratch / "deep" / "new")
-    assert made.path.stat().st_mode & 0o077 == 0
-    made.path.chmod(0o777)
-    RunDirectory.create(scratch / "deep" / "new")  # empty: not used yet
-    assert made.path.stat().st_mode & 0o077 == 0
+    made = RunDirectory.create(scratch / "deep" / "new").path
+    assert made.stat().st_mode & 0o077 == 0
+    made.chmod(0o770)
+    RunDirectory.create(made)  # empty: not used yet, and a group's remains the group's
+    assert made.stat().st_mode & 0o777 == 0o770
 
 
-def test_what_is_written_is_read_back(scratch):
-    run = RunDirectory.create(scratch / "run")
-    run.write_info(INFO)
+def test_what_is_written_is_read_back(run):
     assert run.info() == INFO
-    assert run.epochs() == []
-    for number in (1, 2):
-        run.append_epoch(epoch(number))
-    assert run.epochs() == [epoch(1), epoch(2)]
-    validated = epoch(3, validation_loss=0.5, validation_accuracy=1.0)
-    run.append_epoch(validated)
-    assert run.epochs()[2] == validated
+    run.write_json("lost.json", Lost(3, "x"))
+    assert run.read_json("lost.json", Lost) == Lost(3, "x")
     losses = np.arange(5, dtype=np.float32)
-    run.write_net("step_losses", NET, values=losses)
-    np.testing.assert_array_equal(run.step_losses(NET), losses)
-    logits, labels = np.ones((2, 3), np.float32), np.array([1, 2], np.int32)
-    run.write_net("predictions", NET, logits=logits, labels=labels)
-    np.testing.assert_array_equal(run.predictions(NET)[0], logits)
-    np.testing.assert_array_equal(run.predictions(NET)[1], labels)
-
-
-def test_a_half_line_is_dropped_and_a_damaged_one_is_named(scratch):
-    run = RunDirectory.create(scratch / "run")
-    for number in (1, 2, 3):
-        run.append_epoch(epoch(number))
-    path = run.path / "metrics.jsonl"
-    whole = path.read_text()
-    for cut in range(1, len(whole.splitlines()[-1]) + 1):
-        path.write_text(whole[:-cut])
-        assert run.epochs() == [epoch(1), epoch(2)]
-    lines = whole.splitlines(keepends=True)
-    wrong = [
-        "{}\n",
-        "[1]\n",
-        "rubbish\n",
-        "\xff\n",
-        lines[1].replace("0.5", "0.6"),
-        lines[1].replace('"epoch": 2', '"epoch": 3'),
-        lines[1].replace("batch", "layer"),
-    ]
-    for line in wrong:
-        path.write_text(lines[0] + line + lines[2], encoding="latin-1")
-        with pytest.raises(UserError, match="line 2"):
-            run.epochs()
-        assert run.read_epochs()[0] == [epoch(1), epoch(3)]
+    run.write_arrays("a.npz", losses=losses, text="x")
+    arrays = run.arrays("a.npz", {"losses": "f S", "text": "U"})
+    np.testing.assert_array_equal(arrays["losses"], losses)
+    assert str(arrays["text"]) == "x"
+    assert run.arrays("a.npz", {"newer": "f"}, optional=True) == {}
 
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"epoch": 0},
-        {"test_accuracy": 1.5},
-        {"train_loss": -1.0},
-        {"validation_loss": 1.5},
-    ],
+    [{"epoch": 0}, {"test_accuracy": 1.5}, {"train_loss": -1.0}, {"validation_loss": 1.5}],
 )
 def test_an_epoch_out_of_range_is_refused(changes):
     with pytest.raises(UserError):
-        epoch(**changes)
+        dataclasses.replace(LINE, **changes)
 
 
 @given(st.recursive(st.booleans() | st.integers(), st.lists, max_leaves=5))
 def test_run_json_with_any_wrong_field_is_refused_in_one_line(tmp_path_factory, value):
     run = RunDirectory(tmp_path_factory.mktemp("run"))
-    run.write_info(INFO)
+    run.write_json("run.json", INFO)
     good = json.loads((run.path / "run.json").read_text())
-    for name in good:
-        fits = {"deterministic": isinstance(value, bool), "resumed": value == []}
-        if fits.get(name):
-            continue
-        (run.path / "run.json").write_text(json.dumps({**good, name: value}))
+    for wrong in ({name: value} for name in good if (name, value) != ("format", 3)):
+        rewrite(run, **{**good, **wrong})
         with pytest.raises(UserError) as error:
             run.info()
         assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(DatasetInfo)])
-def test_run_json_with_a_wrong_dataset_field_is_refused(scratch, name):
-    run = RunDirectory(scratch)
-    run.write_info(INFO)
-    good = json.loads((run.path / "run.json").read_text())
-    data = good["dataset"]
+def test_run_json_with_a_wrong_dataset_field_is_refused(run, name):
+    data = dataclasses.asdict(DATASET)
     for wrong in ({**data, name: {}}, {k: v for k, v in data.items() if k != name}):
-        (run.path / "run.json").write_text(json.dumps({**good, "dataset": wrong}))
+        rewrite(run, dataset=wrong)
         with pytest.raises(UserError, match="dataset"):
             run.info()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"class_names": ["x"] * 60_000}, {"class_names": []}, {"test_count": 0}, {"train_count": 0}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_numbers_that_no_data_has_are_refused(run, wrong):
+    rewrite(run, dataset={**dataclasses.asdict(DATASET), **wrong})
+    with pytest.raises(UserError, match=rf"dataset\.{next(iter(wrong))}=") as error:
+        run.info()
+    assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"environment": None, "versions": {"jaxnorm": "0.1.0"}},  # as 0.1.0 wrote it
-        {"format": 3},
+        {"format": None, "layers": None, "resumed": []},  # as 0.2.0 wrote it
+        {"format": 2},
+        {"format": 4},
         {"dataset": {**dataclasses.asdict(DATASET), "licence": "x"}},
     ],
+    ids=str,
 )
-def test_a_record_of_another_version_says_so(scratch, change):
-    run = RunDirectory(scratch)
-    run.write_info(INFO)
-    values = json.loads((scratch / "run.json").read_text()) | change
+def test_a_record_of_another_version_names_it(run, change):
+    values = json.loads((run.path / "run.json").read_text()) | change
     values = {name: value for name, value in values.items() if value is not None}
-    (scratch / "run.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"an older or newer jaxnorm wrote it.*read it with"):
+    (run.path / "run.json").write_text(json.dumps(values))
+    version = "jaxnorm 9" if "environment" in values else "another version of jaxnorm"
+    with pytest.raises(UserError, match=rf"is of {version}, whose records differ \(.*read it with"):
         run.info()
 
 
-def test_a_wrong_value_is_no_matter_of_versions(scratch):
-    run = RunDirectory(scratch)
-    run.write_info(INFO)
-    content = (scratch / "run.json").read_text()
-    (scratch / "run.json").write_text(
-        content.replace('"deterministic": false', '"deterministic": 3')
-    )
+def test_a_wrong_value_is_no_matter_of_versions(run):
+    rewrite(run, environment={**dataclasses.asdict(ENVIRONMENT), "deterministic": 3})
     with pytest.raises(UserError, match=r"deterministic=3 is wrong[^;]*$"):
         run.info()
 
 
+@pytest.mark.parametrize("value", [{}, None, [1], "x"])
+@pytest.mark.parametrize(
+    "record", [INFO, DATASET, ENVIRONMENT, LINE, LAYER, Lost(1, "x")], ids=type
+)
+def test_a_key_of_pydantics_own_is_an_unknown_field(record, value):
+    values = {**dataclasses.asdict(record), "__dataclass_self__": value}
+    with pytest.raises(UserError, match="unknown field: __dataclass_self__"):
+        from_json(type(record), json.dumps(values))
+
+
 @pytest.mark.parametrize("text", ["--out \udcff", "--out \N{SKULL}\udc80", "na\u00efve \u2028"])
-def test_whatever_a_record_is_given_can_be_read_again(scratch, text):
-    run = RunDirectory(scratch)
-    run.write_info(
-        dataclasses.replace(INFO, environment=dataclasses.replace(ENVIRONMENT, command=text))
-    )
+def test_whatever_a_record_is_given_can_be_read_again(run, text):
+    """Also a lone surrogate, which stands for a byte that is not UTF-8."""
+    data = dataclasses.replace(DATASET, class_names=["a", text])
+    environment = dataclasses.replace(ENVIRONMENT, command=text)
+    run.write_json("run.json", dataclasses.replace(INFO, dataset=data, environment=environment))
     wanted = text.encode(errors="backslashreplace").decode()
-    assert run.info().environment.command == wanted
-
-
-@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks"), NotImplementedError()])
-def test_a_file_system_without_locks_is_said(scratch, monkeypatch, error):
-    run = RunDirectory(scratch)
-
-    def fail():
-        raise error
-
-    monkeypatch.setattr(run._lock, "acquire", fail)
-    with (
-        pytest.raises(UserError, match=r"\.lock cannot be locked.*such as a local disk"),
-        run.locked(),
-    ):
-        pass
-    error = PermissionError(errno.EACCES, "Permission denied")
-    with pytest.raises(PermissionError), run.locked():
-        pass
+    assert run.info().environment.command == run.info().dataset.class_names[1] == wanted
+    rewrite(run, dataset={**dataclasses.asdict(DATASET), "class_names": ["a", "\udcff"]})
+    with pytest.raises(UserError, match=r"run\.json cannot be read"):
+        run.info()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"[]", b"{}", b'{"config": 1}'])
@@ -195,76 +165,106 @@ def test_a_missing_or_damaged_run_json_is_refused(scratch, content):
         RunDirectory(scratch).info()
 
 
-def test_damaged_arrays_are_refused_by_name(scratch):
-    run = RunDirectory.create(scratch / "run")
-    with pytest.raises(UserError, match="missing"):
-        run.step_losses(NET)
-    run.write_bytes("step_losses/batch-1.npy", b"rubbish")
-    run.write_bytes("predictions/batch-1.npz", b"PK rubbish")
-    for read in (run.step_losses, run.predictions):
-        with pytest.raises(UserError, match="damaged"):
-            read(NET)
-    logits, labels = np.ones((2, 3), np.float32), np.array([0, 1])
-    for wrong in (
-        {"logits": np.ones(3)},
-        {"logits": logits, "labels": np.array([0, 3])},
-        {"logits": logits, "labels": np.array([-1, 0])},
-        {"logits": logits, "labels": np.array([0, 1, 2])},
-        {"logits": logits, "labels": labels.astype(np.float32)},
-        {"logits": logits.astype(np.int32), "labels": labels},
-        {"logits": logits * np.inf, "labels": labels},
-        {"logits": np.array([Evil(scratch / "evil")], object), "labels": labels},
-        {"logits": logits[:0], "labels": labels[:0]},
+def test_a_lock_is_held_by_one_process(run):
+    with run.locked() as free, RunDirectory(run.path).locked() as another:
+        assert (free, another) == (True, False)
+        with run.locked("nets/batch-1") as of_net:
+            assert of_net
+    with RunDirectory(run.path).locked() as free:
+        assert free
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks"), NotImplementedError()])
+def test_a_file_system_without_locks_is_said(run, monkeypatch, error):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", fail)
+    with (
+        pytest.raises(UserError, match=r"\.lock cannot be locked.*such as a local disk"),
+        run.locked(),
     ):
-        run.write_net("predictions", NET, **wrong)
-        with pytest.raises(UserError, match="damaged"):
-            run.predictions(NET)
+        pass
+    error = PermissionError(errno.EACCES, "Permission denied")
+    with pytest.raises(PermissionError), run.locked():
+        pass
+
+
+def test_damaged_arrays_are_refused_by_name(run, scratch):
+    with pytest.raises(UserError, match=r"a\.npz is missing"):
+        run.arrays("a.npz", {"a": "f N"})
+    run.write_bytes("a.npz", b"PK rubbish")
+    with pytest.raises(UserError, match=r"a\.npz is damaged"):
+        run.arrays("a.npz", {"a": "f N"})
+    a, b = np.ones((2, 3), np.float32), np.array([0, 1])
+    for wrong in (
+        {"a": np.ones(3)},
+        {"a": a, "b": np.array([0, 1, 2])},
+        {"a": a, "b": b.astype(np.float32)},
+        {"a": a.astype(np.int32), "b": b},
+        {"a": a * np.inf, "b": b},
+        {"a": np.array([Evil(scratch / "evil")], object), "b": b},
+    ):
+        run.write_arrays("a.npz", **wrong)
+        with pytest.raises(UserError, match=r"a\.npz is damaged"):
+            run.arrays("a.npz", {"a": "f N C", "b": "iu N"})
     assert not (scratch / "evil").exists()
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(scratch, monkeypatch):
-    run = RunDirectory.create(scratch / "run")
-    run.write_bytes("a.txt", b"old")
+def test_a_failed_write_leaves_the_old_file_and_no_other(run, monkeypatch):
+    before = {path: path.read_bytes() for path in run.path.iterdir()}
 
     def full(_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        run.write_bytes("a.txt", b"new")
-    assert {file.name: file.read_bytes() for file in run.path.iterdir()} == {"a.txt": b"old"}
+    with pytest.raises(OSError, match=r"No space.*run\.json"):
+        run.write_bytes("run.json", b"new")
+    assert {path: path.read_bytes() for path in run.path.iterdir()} == before
 
 
-def test_links_pipes_and_bombs_are_refused(scratch, tmp_path_factory):
-    run = RunDirectory.create(scratch / "run")
+def test_what_is_set_aside_is_never_written_over(run):
+    (run.path / "a.txt.damaged-2").symlink_to("nowhere")
+    kept = []
+    for content in (b"first", b"second"):
+        run.write_bytes("a.txt", content)
+        kept.append(run.set_aside("a.txt"))
+    assert [path.name for path in kept] == ["a.txt.damaged-1", "a.txt.damaged-3"]
+    assert [path.read_bytes() for path in kept] == [b"first", b"second"]
+    assert not (run.path / "a.txt").exists()
+
+
+def test_links_pipes_and_bombs_are_refused(run, tmp_path_factory):
     outside = tmp_path_factory.mktemp("outside")
     (run.path / "figures").symlink_to(outside)
-    with pytest.raises(UserError, match="is a link"):
-        run.write_bytes("figures/a.png", b"x")
+    acts = [lambda: run.write_bytes("figures/a.png", b"x"), lambda: run.set_aside("figures/x")]
+    acts += [lambda: run.locked("figures").__enter__(), lambda: run.remove_half_written("figures")]
+    for act in acts:
+        with pytest.raises(UserError, match="is a link"):
+            act()
     assert list(outside.iterdir()) == []
-    (run.path / "predictions").mkdir()
-    os.mkfifo(run.path / "predictions" / "batch-1.npz")
+    os.mkfifo(run.path / "a.npz")
     with pytest.raises(UserError, match="is damaged"):
-        run.predictions(NET)
+        run.arrays("a.npz", {"a": "f N"})
     with (run.path / "run.json").open("wb") as file:
         file.truncate(2**28 + 1)
     with pytest.raises(UserError, match="no file of up to"):
         run.info()
-    bomb = {"logits": np.zeros((70_000, 1000), np.float32), "labels": np.zeros(70_000, np.int32)}
-    (run.path / "predictions" / "batch-1.npz").unlink()
-    run.write_net("predictions", NET, **bomb)
-    assert (run.path / "predictions" / "batch-1.npz").stat().st_size < 2_000_000
-    with pytest.raises(UserError, match="is damaged"):
-        run.predictions(NET)
+    run.write_arrays("b.npz", a=np.zeros(70_000_000, np.float32))
+    assert (run.path / "b.npz").stat().st_size < 2_000_000
+    with pytest.raises(UserError, match="unpacks to"):
+        run.arrays("b.npz", {"a": "f N"})
 
 
-def test_what_cannot_be_read_is_an_oserror_and_no_damage(scratch, monkeypatch):
-    run = RunDirectory.create(scratch / "run")
-    run.write_net("step_losses", NET, values=np.zeros(3, np.float32))
+def test_what_cannot_be_read_is_an_oserror_and_no_damage(run, monkeypatch):
+    run.write_arrays("a.npz", a=np.zeros(3, np.float32))
 
     def stale(*_):
         raise OSError(116, "Stale file handle")
 
     monkeypatch.setattr(os, "open", stale)
-    with pytest.raises(OSError, match="Stale"):
-        run.step_losses(NET)
+    for read in (lambda: run.arrays("a.npz", {"a": "f N"}), lambda: run.read_json("x", Lost)):
+        with pytest.raises(OSError, match="Stale"):
+            read()
+    with pytest.raises(UserError, match=r"run\.json cannot be read: Stale"):
+        run.info()

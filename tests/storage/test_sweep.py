@@ -1,11 +1,13 @@
 """Sweeps on disk: their runs and their folder."""
 
+import dataclasses
 import json
 
 import pytest
 
 from jaxnorm.config import UserError, product, study
-from jaxnorm.storage.sweep import Sweep, name_of
+from jaxnorm.runs.callbacks import TensorBoard
+from jaxnorm.storage.sweep import Sweep, SweepInfo, name_of
 
 BASE = {"norm": "layer", "dataset": "tiny", "epochs": 2}
 NAMES = [f"batch-{size}-rate-{rate}" for size in (35, 70) for rate in ("0.01", "0.002")]
@@ -26,52 +28,72 @@ def test_every_combination_is_a_run():
         product(study, BASE, {"learning_rate": (0.1, -1.0)})
 
 
+def made(path, configs):
+    """A sweep of which nothing but its `sweep.json` is there."""
+    sweep = Sweep(path, configs)
+    sweep.write_info(sweep.info("x"))
+    return sweep
+
+
 def test_a_folder_is_read_back_and_checked(scratch):
-    Sweep.create(scratch / "two", configs()[:2], "x")
+    made(scratch / "two", configs()[:2])
     assert Sweep.open(scratch / "two").configs == configs()[:2]
-    made = Sweep.create(scratch / "s", configs(), "x")
-    again = Sweep.open(scratch / "s")
-    assert again.configs == made.configs == configs()
+    made(scratch / "s", configs())
+    again = Sweep.open(scratch / "s" / "sweep.json")
+    assert again.configs == configs()
+    assert again.exists()
     assert [run.path.name for run in again.directories] == NAMES
-    with pytest.raises(UserError, match="already used"):
-        Sweep.create(scratch / "s", configs(), "x")
-    path = made.folder.path / "sweep.json"
-    stored = json.loads(path.read_text())
-    for wrong in (
+    assert again.net(again.nets[3]).path == scratch / "s" / NAMES[3] / "nets" / "layer-1"
+    longer = [dataclasses.replace(config, epochs=3) for config in configs()]
+    assert Sweep(scratch / "s", longer).info("y") == SweepInfo("x", longer)  # it grows
+    with pytest.raises(UserError, match="is a sweep of other runs"):
+        Sweep(scratch / "s", configs()[:2]).info("x")
+
+
+def test_a_damaged_or_forged_record_is_refused_in_one_line(scratch):
+    path = made(scratch / "s", configs()).folder.path / "sweep.json"
+    first, second, *_ = json.loads(path.read_text())["runs"]
+    for runs in (
         [],
-        {},
-        {"command": "x", "runs": []},
-        {"command": "x", "runs": [1]},
-        {"command": "x", "runs": [stored["runs"][0]] * 2},
-        {"command": "x", "runs": [stored["runs"][0], {**stored["runs"][1], "epochs": 3}]},
-        {"command": "x", "runs": [{**stored["runs"][0], "norm": "../x"}]},
+        [1],
+        [first, first],
+        [first, {**second, "epochs": 3}],
+        [{**first, "norm": "../x"}],
     ):
-        path.write_text(json.dumps(wrong))
+        path.write_text(json.dumps({"command": "x", "runs": runs}))
         with pytest.raises(UserError, match=r"sweep.json cannot be read"):
             Sweep.open(scratch / "s")
-    path.write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
-        Sweep.open(scratch / "s")
+    for text in ("", "{", "[]", "{}", '{"command": "x"}', "\xff"):
+        path.write_text(text, encoding="latin-1")
+        with pytest.raises(UserError, match=r"sweep.json (cannot be read|is of another version)"):
+            Sweep.open(scratch / "s")
 
 
-def test_a_sweep_that_is_locked_locks_each_of_its_runs(scratch):
-    made = Sweep.create(scratch / "s", configs(), "x")
-    another = Sweep.open(scratch / "s")
-    with made.locked():
-        for directory in (another.folder, *another.directories):
-            with pytest.raises(UserError, match="by another process"), directory.locked():
-                pass
-    alone, refused = made.directories[2], pytest.raises(UserError, match="by another process")
-    with alone.locked(), refused, another.locked():
-        pass
-    with another.locked():
-        pass
+def test_links_are_refused(scratch, tmp_path_factory):
+    """A run directory of a sweep, its folder of nets, its record and TensorBoard's folder."""
+    outside = tmp_path_factory.mktemp("outside")
+    sweep = made(scratch / "s", configs())
+    for name in (NAMES[1], "tensorboard"):
+        (sweep.folder.path / name).symlink_to(outside)
+    for act in (lambda: Sweep.open(scratch / "s"), lambda: TensorBoard(sweep)):
+        with pytest.raises(UserError, match="is a link"):
+            act()
+    alone = Sweep(scratch / "r", configs()[:1])
+    alone.folder.path.mkdir()
+    for name in ("run.json", "nets"):
+        (alone.folder.path / name).symlink_to(outside / "x")
+    for act in (alone.exists, alone.net(alone.nets[0]).epoch, lambda: Sweep.open(scratch / "r")):
+        with pytest.raises(UserError, match="is a link"):
+            act()
+    assert list(outside.iterdir()) == []
 
 
 def test_a_run_alone_is_a_sweep_of_one(scratch):
-    sweep = Sweep.create(scratch / "r", configs()[:1], "x")
+    sweep = Sweep(scratch / "r", configs()[:1])
+    assert sweep.info("x") is None
     assert [run.path for run in sweep.directories] == [scratch / "r"]
-    assert list((scratch / "r").iterdir()) == []
+    assert not sweep.exists()
+    assert not (scratch / "r").exists()
     (scratch / "file").touch()
     for path in (scratch / "r", scratch / "file"):
         with pytest.raises(UserError, match="is not a run directory"):
