@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from jaxnorm import cli
 from jaxnorm import run as run_command
 from jaxnorm.analysis.results import Run
+from jaxnorm.config import NetId
 from jaxnorm.model.cnn import CNN
 from jaxnorm.runs import environment, runner
 from jaxnorm.storage.net import NetFolder
@@ -130,6 +132,26 @@ def losses_of(directory, net):
 def logits_of(directory, net):
     """The test logits of a net."""
     return Run(directory).predictions[net].logits
+
+
+def rewrite_net(directory, net, kind="result", **arrays):
+    """Changes arrays of a net's result or, of the kind "probes", of what was measured inside it; an
+    array that is None goes.
+    """
+    name = f"{NetFolder(directory, NetId(*net)).name}/{kind}.npz"
+    kept = {**np.load(directory.path / name), **arrays}
+    directory.write_arrays(name, **{k: v for k, v in kept.items() if v is not None})
+
+
+def probes_of(directory, net):
+    """What was measured inside a net."""
+    return dict(np.load(NetFolder(directory, NetId(*net)).path / "probes.npz"))
+
+
+def remove_nets(directory, names):
+    """Removes the folders of nets, of names with `*` in it."""
+    for path in directory.path.glob(f"nets/{names}"):
+        shutil.rmtree(path)
 
 
 def without_times(epoch):

@@ -107,7 +107,7 @@ def test_a_net_that_is_no_longer_known_is_reported(sweep, undrawn, capsys):
     assert not capsys.readouterr().err
 
 
-PROBES = "probes/group-1.npz"
+PROBES = "nets/group-1/probes.npz"
 SIZES = {"sizes": np.array([4, 8], np.int32)}
 LONGER = {"kernels": np.array(["x"] * 2_000), "gradients": np.ones(2_000, "f4")}
 LONGER |= {"initial_gradients": np.ones(2_000, "f4")}
@@ -116,10 +116,10 @@ LONGER |= {"initial_gradients": np.ones(2_000, "f4")}
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"config__seeds": 3_333}, "9,996 of 9,999 nets lack epochs, so they are left out"),
+        ({"config__seeds": 3_333}, "9,996 of 9,999 nets are not finished, so they are left out"),
         ({"config__seeds": 10_000}, "names 3 norms and 30,000 nets: no more than 100 and 10,000"),
         ({"dataset__test_count": 10**9}, "is not one of 1,000,000,000 test images"),
-        ({"dataset__train_count": 10**9}, "are 10 and not those of 125,000,000 steps"),
+        ({"dataset__train_count": 10**9}, "has not the losses of every batch"),
         ({"file": PROBES, **SIZES}, "the probes of group norm, seed 1, do not fit those of"),
         ({"file": PROBES, **LONGER}, "the probes of group norm, seed 1, do not fit those of"),
         ({"file": "examples.npz", "train_labels": np.arange(20) + 4}, "a label is none of"),

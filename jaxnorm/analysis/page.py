@@ -88,13 +88,13 @@ def read(directory: RunDirectory, title: str | None = None) -> RunPart:
     part.charts, missing = figures.draw(run)
     for line in (*missing, *run.damaged):
         part.note(line)
-    left = {net: last - len(run.epochs.get(net, ())) for net in nets}
-    lost = {net: part.attempt(run.net(*net).lost, None) for net in nets if left[net]}
+    lost = {net: part.attempt(run.net(*net).lost, None) for net in nets if net not in run.finished}
     if len(lost) > MOST_LINES:
-        part.note(f"{len(lost):,} of {len(nets):,} nets lack epochs, so they are left out")
+        part.note(f"{len(lost):,} of {len(nets):,} nets are not finished, so they are left out")
         lost = {}
     for net, diverged in lost.items():
-        why = f": {left[net]} of {last} epochs are missing"
+        left = last - len(run.epochs.get(net, ()))
+        why = f": {left} of {last} epochs are missing" if left else ": its result is missing"
         if diverged is not None:
             why = f", diverged in epoch {diverged.epoch}"
         part.note(f"{net.norm} norm, seed {net.seed}{why}, so this net is left out")

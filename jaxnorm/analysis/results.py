@@ -58,7 +58,7 @@ class Run:
                 epochs[net] = self.net(*net).epochs()
                 if len(epochs[net]) > self.info.config.epochs:
                     raise UserError(f"{self.net(*net).path} has more epochs than its run.json says")
-            except UserError as error:
+            except (UserError, OSError) as error:
                 epochs[net] = []
                 damaged.append(str(error))
         return {net: of_net for net, of_net in epochs.items() if of_net}, damaged

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from helpers import losses_of, probes_of, rewrite_net
 from matplotlib.image import imread
 
 from jaxnorm.analysis import drawing, figures, inside, stats, tables
@@ -56,8 +57,7 @@ def test_mistakes_show_the_right_images_as_they_are_with_class_and_confidence(sw
             np.testing.assert_array_equal(image, tiny.test_images[row])
             assert title.startswith(f"true: {tiny.class_names[tiny.test_labels[row]]}\n")
             for norm in [name.split("-")[2]] if name.count("-") == 2 else NORMS:
-                logits, _ = run.directory.predictions((norm, 1))
-                probability = stats.probabilities(logits[row])
+                probability = stats.probabilities(run.logits[norm][row])
                 assert probability.argmax() != tiny.test_labels[row]
                 prediction = f"{tiny.class_names[probability.argmax()]} {probability.max():.0%}"
                 assert prediction in title
@@ -69,7 +69,7 @@ def test_curves_hold_the_records(sweep):
     for name, figure in figures.curves(run):
         norm = name.split("-")[1]
         batch, *by_epoch = figure.axes
-        losses = run.directory.step_losses((norm, 1))
+        losses = losses_of(run.directory, (norm, 1))
         np.testing.assert_array_equal(batch.lines[0].get_ydata(), losses)
         fields = ("train_accuracy", "test_loss", "test_accuracy")
         for axes, field in zip(by_epoch, fields, strict=True):
@@ -125,9 +125,9 @@ def test_confusion_is_the_mean_of_the_seeds(sweep, tiny):
     run = Run(sweep())
     figure = dict(figures.confusion(run))["confusion-layer"]
     counts = np.array([float(text.get_text()) for text in figure.axes[0].texts]).reshape(4, 4)
-    nets = [run.directory.predictions(("layer", seed))[0].argmax(1) for seed in (1, 2, 3)]
     wanted = np.zeros((4, 4))
-    for predicted in nets:
+    for seed in (1, 2, 3):
+        predicted = run.predictions["layer", seed].predicted
         for true, guess in zip(tiny.test_labels, predicted, strict=True):
             wanted[true, guess] += 1 / 3
     np.testing.assert_allclose(counts, wanted.round())
@@ -138,12 +138,11 @@ def test_inside_shows_what_was_measured(sweep):
     drawn = dict(inside.inside(run))
     panels = drawn["activations"].axes
     for line, norm in zip(panels[3].lines, NORMS, strict=True):
-        measured = run.directory.probes((norm, 1), inside.ACTIVATIONS)
+        measured = probes_of(run.directory, (norm, 1))
         np.testing.assert_array_equal(line.get_ydata(), measured["after"][:, 1])
     batch = drawn["batch-statistics"].axes[0].lines
-    np.testing.assert_array_equal(
-        batch[0].get_ydata(), run.directory.probes(("batch", 1), inside.BATCHES)["batch_accuracy"]
-    )
+    measured = probes_of(run.directory, ("batch", 1))
+    np.testing.assert_array_equal(batch[0].get_ydata(), measured["batch_accuracy"])
     assert list(batch[1].get_ydata()) == [0.5, 0.5]  # running averages
 
 
@@ -153,18 +152,18 @@ def test_depth_and_corruptions_are_means_of_what_was_measured(sweep):
     figure = dict(inside.depth(run))["depth"]
     assert figure.get_supxlabel().endswith("n = 3 seeds (1 to 3), 1 measured")
     left, right = figure.axes
-    measured = run.directory.probes(("batch", 1), inside.DEPTH)
+    measured = probes_of(directory, ("batch", 1))
     np.testing.assert_allclose(left.lines[0].get_ydata(), measured["initial_gradients"])
     np.testing.assert_allclose(right.lines[1].get_ydata(), measured["similarities"][1])
     assert [text.get_text() for text in right.get_legend().get_texts()] == list(NORMS)
     axes = dict(inside.corruptions(run))["corruptions"].axes[0]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["none", "noise", "blur"]
-    measured = run.directory.probes(("layer", 1), inside.CORRUPTED)
+    measured = probes_of(directory, ("layer", 1))
     np.testing.assert_allclose(axes.lines[2].get_ydata()[1:], measured["corrupted_accuracy"])
     for norm in NORMS:
         for seed in (2, 3):
-            probes = directory.path / "probes"
-            shutil.copy(probes / f"{norm}-1.npz", probes / f"{norm}-{seed}.npz")
+            nets = directory.path / "nets"
+            shutil.copy(nets / f"{norm}-1" / "probes.npz", nets / f"{norm}-{seed}")
     for make in (inside.depth, inside.corruptions):
         ((_, figure),) = make(Run(directory))
         assert figure.get_supxlabel().endswith("n = 3 seeds (1 to 3)")
@@ -173,9 +172,9 @@ def test_depth_and_corruptions_are_means_of_what_was_measured(sweep):
 def test_what_an_earlier_version_did_not_measure_is_neither_shown_nor_missing(sweep, monkeypatch):
     monkeypatch.setattr(figures, "png", lambda figure: b"")  # drawing takes the time
     directory = sweep()
+    newer = dict.fromkeys(("similarities", "corruptions", "precise_accuracy"))
     for norm in NORMS:
-        old = directory.probes((norm, 1), inside.ACTIVATIONS | inside.GRADIENTS | inside.BATCHES)
-        directory.write_net("probes", (norm, 1), **old)
+        rewrite_net(directory, (norm, 1), "probes", **newer)
     charts, missing = figures.draw(Run(directory))
     assert missing == []
     assert {chart.name for chart in charts} == NAMES - {"depth", "corruptions"}
@@ -185,10 +184,9 @@ def test_what_an_earlier_version_did_not_measure_is_neither_shown_nor_missing(sw
 def test_gradients_of_dead_nets_are_drawn(sweep):
     """Nothing but zeros, for which a logarithmic axis has no place."""
     directory = sweep(seeds=1)
-    for norm in ("batch", "group", "layer"):
-        arrays = directory.probes((norm, 1), inside.DEPTH | inside.ACTIVATIONS | inside.BATCHES)
-        dead = {name: 0 * arrays[name] for name in ("gradients", "initial_gradients")}
-        directory.write_net("probes", (norm, 1), **{**arrays, **dead})
+    dead = dict.fromkeys(("gradients", "initial_gradients"), np.zeros(3, np.float32))
+    for norm in NORMS:
+        rewrite_net(directory, (norm, 1), "probes", **dead)
     run = Run(directory)
     for name, figure in (*inside.inside(run), *inside.depth(run)):
         assert figure.axes[0].get_yscale() == "linear"
@@ -224,17 +222,28 @@ def test_training_images_are_the_sets_own(sweep, tiny):
 
 
 @pytest.mark.parametrize(
-    "gone", ["examples.npz", "predictions/group-3.npz", "step_losses", "probes/batch-1.npz"]
+    ("gone", "undrawn"),
+    [
+        ("examples.npz", {"mistakes", "training"}),
+        ("nets/batch-1/probes.npz", set()),
+        ("logits", {"mistakes", "confusion", "class"}),
+        ("losses", {"curves"}),
+    ],
 )
-def test_what_is_missing_is_named_and_the_rest_is_drawn(sweep, gone, monkeypatch):
+def test_what_is_missing_is_named_and_the_rest_is_drawn(sweep, gone, undrawn, monkeypatch):
     monkeypatch.setattr(figures, "png", lambda figure: b"")  # drawing takes the time
-    directory = sweep()
-    path = directory.path / gone
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    directory, where = sweep(), gone
+    if gone.endswith(".npz"):
+        (directory.path / gone).unlink()
+    else:
+        where = f"nets/group-1{'/result.npz' * (gone == 'logits')}"
+        changed = {"logits": None, "losses": np.zeros(0, np.float32)}
+        rewrite_net(directory, ("group", 1), **{gone: changed[gone]})
     charts, missing = figures.draw(Run(directory))
-    assert {"loss", "accuracy", "seeds"} <= {chart.name for chart in charts}
-    assert missing
-    assert all(gone in line for line in missing)
+    lacking = NAMES - {chart.name for chart in charts}
+    assert {name.split("-")[0] for name in lacking} == undrawn
+    (line,) = missing
+    assert f"{directory.path / where} " in line
 
 
 def test_figures_of_finished_nets_say_which_seed_is_shown(sweep):

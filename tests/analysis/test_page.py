@@ -7,9 +7,12 @@ import shutil
 
 import html5lib
 import pytest
+from helpers import remove_nets
 
 from jaxnorm.analysis import figures, page, tables
 from jaxnorm.analysis.results import Run
+from jaxnorm.config import NetId
+from jaxnorm.storage.net import NetFolder
 
 
 def parse(text):
@@ -68,6 +71,7 @@ def test_the_markdown_names_every_figure(sweep, unpainted):
     assert text.count("](figures/") == len(part.charts) == 23
     for name in re.findall(r"\(figures/(.+?)\)", text):
         assert (directory.path / "figures" / name).exists()
+    assert (directory.path / "metrics.csv").read_text() == part.run.csv()
 
 
 HOSTILE = ('<script>alert("x")</script>', "a\" onerror='b", "{{ 7 * 7 }} &amp;", "\u202e\u00fc|`")
@@ -88,15 +92,22 @@ def test_names_are_text_and_never_mark_up(sweep, tiny, unpainted):
 
 
 def test_an_unfinished_run_is_reported_as_far_as_it_goes(sweep, unpainted):
-    directory = sweep()
-    metrics = directory.path / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True)
-    metrics.write_text("".join(lines[:7]) + lines[7][:20])
+    rows = {"batch": ((11, 16), (9,), (9,)), "group": ((9, 15),) * 3, "layer": ((5, 12),) * 3}
+    directory = sweep(accuracies=rows)
+    remove_nets(directory, "group-2")
+    remove_nets(directory, "layer-2")
+    NetFolder(directory, NetId("layer", 2)).lose(1, "the loss is not finite")
+    (directory.path / "nets" / "group-3" / "result.npz").write_bytes(b"rubbish")
     (directory.path / "examples.npz").unlink()
     part = page.write(directory)
-    for lost in ("batch norm, seed 2: 1 of", "group norm, seed 2: 2 of"):
-        assert f"{lost} 2 epochs are missing, so this net is left out" in part.missing
-    assert not any("seed 1:" in line for line in part.missing)
+    for lost in (
+        "batch norm, seed 2: 1 of 2 epochs are missing",
+        "group norm, seed 2: 2 of 2 epochs are missing",
+        "layer norm, seed 2, diverged in epoch 1",
+    ):
+        assert f"{lost}, so this net is left out" in part.missing
+    assert sum("group-3/result.npz is damaged" in line for line in part.missing) == 1
+    assert not any("seed 1" in line for line in part.missing)
     assert any("examples.npz is missing" in line for line in part.missing)
     tree = parse((directory.path / "report.html").read_text())
     items = [element.text for element in tree.iter("li")]
@@ -105,18 +116,30 @@ def test_an_unfinished_run_is_reported_as_far_as_it_goes(sweep, unpainted):
     assert "- group norm, seed 2: 2 of 2 epochs are" in (directory.path / "report.md").read_text()
 
 
+def test_a_net_that_was_killed_before_its_result_is_named(sweep, monkeypatch):
+    monkeypatch.setattr(figures, "FIGURES", ())
+    rows = {"batch": ((5, 9, 9), (5, 9))}
+    directory = sweep(accuracies=rows, norm="batch", seeds=2, epochs=3)
+    info = directory.info()
+    remove_nets(directory, "batch-1")
+    config = dataclasses.replace(info.config, epochs=2)
+    directory.write_json("run.json", dataclasses.replace(info, config=config))
+    assert page.read(directory).missing[1:] == [
+        "batch norm, seed 1: 2 of 2 epochs are missing, so this net is left out",
+        "batch norm, seed 2: its result is missing, so this net is left out",
+    ]
+
+
 @pytest.mark.parametrize(
-    "gone", ["metrics.jsonl", "predictions", "step_losses", "probes", "examples.npz"]
+    "gone", ["nets", "nets/batch-1/result.npz", "nets/batch-1/probes.npz", "examples.npz"]
 )
 def test_whatever_is_missing_or_damaged_there_is_a_page(sweep, gone, unpainted):
-    directory = sweep(norm="batch", seeds=1)
+    directory = sweep(norm="batch", seeds=2)
     path = directory.path / gone
-    if path.is_dir():
-        for entry in path.iterdir():
-            entry.write_bytes(b"rubbish")
-    else:
-        path.write_bytes(b"rubbish\n")
-    assert any(gone.split(".")[0] in line for line in page.write(directory).missing)
+    files = [one for one in path.rglob("*") if one.is_file()] if path.is_dir() else [path]
+    for file in files:
+        file.write_bytes(b"rubbish")
+    assert any(gone in line for line in page.write(directory).missing)
     parse((directory.path / "report.html").read_text())
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert page.write(directory).missing

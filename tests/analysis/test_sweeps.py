@@ -57,7 +57,7 @@ def test_a_rate_does_not_win_by_its_survivors(sweep):
 
 
 def test_a_tuning_with_linear_scaling_names_the_rates_that_a_command_takes(sweep):
-    settings = {"learning_rate": 0.1, "linear_scaling": True, "batch_size": 256}
+    settings = {"learning_rate": 0.1, "linear_scaling": True, "batch_size": 64}
     run = validated(Run(sweep(**settings)))
     assert sweeps.every_trial([run]).rows[0][0] == "0.1"
     assert "before they are multiplied by batch / 128" in sweeps.tuning([run]).note

@@ -1,9 +1,11 @@
 """Words and tables from records: the numbers are those of the made-up sweep, worked out by hand."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
+from helpers import probes_of, rewrite_net
 
 from jaxnorm.analysis import figures, page, stats, tables
 from jaxnorm.analysis.results import Run
@@ -14,6 +16,15 @@ def cells(table, name):
     """The row of that name, by the head."""
     (row,) = [row for row in table.rows if row[0] == name]
     return dict(zip(table.head, row, strict=True))
+
+
+def resumed(run, *changes):
+    """The run, after its first net was trained on in environments that differ in these fields."""
+    first = run.info.environment
+    environments = [first, *(dataclasses.replace(first, **fields) for fields in changes)]
+    text = json.dumps([dataclasses.asdict(one) for one in environments])
+    rewrite_net(run.directory, run.info.config.nets[0], environments=text)
+    return Run(run.directory)
 
 
 def test_results_give_n_mean_deviation_and_intervals(sweep):
@@ -55,9 +66,7 @@ def test_results_name_every_device_and_version_that_trained_them(sweep):
     run = Run(sweep())
     first = run.info.environment
     later = {"device": "gpu x8", "versions": {**first.versions, "flax": "9.9"}}
-    info = dataclasses.replace(run.info, resumed=[first, dataclasses.replace(first, **later)])
-    run.directory.write_info(info)
-    note = tables.results(Run(run.directory)).note
+    note = tables.results(resumed(run, {}, later)).note
     versions = {name: first.versions[name] for name in ("jax", "flax", "optax")}
     assert f"; {first.device} and gpu x8; jax {versions['jax']}, " in note
     assert note.endswith(f"flax {versions['flax']} and 9.9, optax {versions['optax']}.")
@@ -223,14 +232,9 @@ def test_facts_are_all_that_is_needed_to_repeat_it(sweep):
 
 
 def test_facts_say_what_was_not_as_at_the_start_when_it_was_resumed(sweep):
-    run = Run(sweep())
-    first = run.info.environment
-    later = [
-        dataclasses.replace(first, started="noon", self_check="passed"),
-        dataclasses.replace(first, started="night", device="gpu x8", git_revision="0"),
-    ]
-    run.directory.write_info(dataclasses.replace(run.info, resumed=later))
-    values = {row[0]: row[1] for row in tables.facts(Run(run.directory)).rows}
+    noon = {"started": "noon", "self_check": "passed"}
+    night = {"started": "night", "device": "gpu x8", "git_revision": "0"}
+    values = {row[0]: row[1] for row in tables.facts(resumed(Run(sweep()), noon, night)).rows}
     same, other = values["resumed"].split("; ")
     assert same == "noon, self-check passed"
     assert other == "night, other device and git revision, self-check not made"
@@ -248,14 +252,16 @@ def test_parameters_are_the_layers_of_every_norm(sweep):
 
 
 def test_no_module_that_a_run_names_is_imported(sweep, scratch, monkeypatch):
-    """A run may come from anybody. Of a norm whose layers it does not record there is no table."""
+    """A run may come from anybody. If it records no layers of a norm, there is no table of them."""
     (scratch / "named_by_the_run.py").write_text("raise SystemExit('it was imported')")
     monkeypatch.syspath_prepend(scratch)
     run, norm = Run(sweep()), "named_by_the_run:Norm"
     config = dataclasses.replace(run.info.config, norm=f"group,{norm}")
     parameters = {**run.info.parameters, norm: 1_234_567}
-    info = dataclasses.replace(run.info, config=config, parameters=parameters)
-    run.directory.write_info(info)
+    info = dataclasses.replace(
+        run.info, config=config, parameters=parameters, layers={**run.info.layers, norm: []}
+    )
+    run.directory.write_json("run.json", info)
     monkeypatch.setattr(figures, "FIGURES", ())
     part = page.read(run.directory)
     assert len(part.missing) == 3
@@ -264,7 +270,7 @@ def test_no_module_that_a_run_names_is_imported(sweep, scratch, monkeypatch):
     assert "results" in part.tables
     assert "parameters" not in part.tables
     layers = {**info.layers, norm: info.layers["layer"]}
-    run.directory.write_info(dataclasses.replace(info, layers=layers))
+    run.directory.write_json("run.json", dataclasses.replace(info, layers=layers))
     first, *_, total = tables.parameters(Run(run.directory)).rows
     assert first[5:] == [*first[1:3], "432", "32"]
     assert total[4::4] == ["45,584", "1,234,567"]
@@ -284,14 +290,13 @@ def test_evaluation_by_other_statistics_is_of_the_norms_that_have_any(sweep):
     directory = sweep()
     anew = {row[0]: row[3] for row in tables.evaluation(Run(directory)).rows}
     assert anew == {"batch": "60.00%", "group": "not computed", "layer": "not computed"}
-    same = dict(directory.probes(("group", 1), tables.EVALUATED))
-    same["batch_accuracy"], same["precise_accuracy"] = np.full(2, 0.5, "f4"), np.float32(0.5)
-    directory.write_net("probes", ("group", 1), **same)
-    directory.write_net("probes", ("layer", 1), **same)
+    same = {"batch_accuracy": np.full(2, 0.5, "f4"), "precise_accuracy": np.float32(0.5)}
+    for norm in ("group", "layer"):
+        rewrite_net(directory, (norm, 1), "probes", **same)
     table = tables.evaluation(Run(directory))
     ((norm, n, running, precise, *by_size),) = table.rows
     assert (norm, n, running, precise) == ("batch", "1", "50.00%", "60.00%")
-    measured = directory.probes(("batch", 1), tables.EVALUATED)["batch_accuracy"]
+    measured = probes_of(directory, ("batch", 1))["batch_accuracy"]
     assert by_size == [f"{accuracy:.2%}" for accuracy in measured]
     assert table.head[4:] == ["batches of 4", "batches of 16"]
 
@@ -300,11 +305,10 @@ def test_a_class_without_test_images_has_no_accuracy(sweep, tiny):
     names = (*tiny.class_names, "never drawn")
     run = Run(sweep())
     info = dataclasses.replace(run.info.dataset, class_names=list(names))
-    run.directory.write_info(dataclasses.replace(run.info, dataset=info))
-    for norm, seed in run.info.config.nets:
-        logits, labels = run.directory.predictions((norm, seed))
-        wider = np.pad(logits, ((0, 0), (0, 1)), constant_values=-100)
-        run.directory.write_net("predictions", (norm, seed), logits=wider, labels=labels)
+    for net, made in run.predictions.items():
+        wider = np.pad(made.logits, ((0, 0), (0, 1)), constant_values=-100)
+        rewrite_net(run.directory, net, logits=wider)
+    run.directory.write_json("run.json", dataclasses.replace(run.info, dataset=info))
     *rows, empty = tables.classes(Run(run.directory)).rows
     wanted = tables.classes(Run(sweep("other"))).rows
     assert rows == wanted
@@ -315,7 +319,9 @@ def test_calibration_is_of_every_seed(sweep):
     run = Run(sweep())
     batch = cells(tables.calibration(run), "batch")
     errors = [
-        stats.calibration_error(stats.probabilities(run.predictions["batch", seed]), run.labels)
+        stats.calibration_error(
+            stats.probabilities(run.predictions["batch", seed].logits), run.labels
+        )
         for seed in (1, 2, 3)
     ]
     assert batch["n"] == "3"
@@ -324,9 +330,9 @@ def test_calibration_is_of_every_seed(sweep):
 
 def test_accuracy_on_corrupted_images_is_of_every_measured_seed(sweep):
     directory = sweep()
-    first = directory.probes(("group", 1), tables.CORRUPTED)
+    first = probes_of(directory, ("group", 1))
     second = {**first, "corrupted_accuracy": first["corrupted_accuracy"] / 2}
-    directory.write_net("probes", ("group", 2), **second)
+    directory.write_arrays("nets/group-2/probes.npz", **second)
     group = cells(tables.corruptions(Run(directory)), "group")
     assert (group["n"], group["none"]) == ("2", "50.00% \N{PLUS-MINUS SIGN} 0.00")
     assert group["noise"].startswith(f"{0.75 * first['corrupted_accuracy'][0]:.2%}")
