@@ -28,7 +28,19 @@ _HOMES = {
     "train": "api",
     "tuned": "config",
 }
-__all__ = [*_HOMES]
+__all__ = [
+    "CNN",
+    "Config",
+    "Dataset",
+    "Run",
+    "UserError",
+    "fit",
+    "load",
+    "norms",
+    "study",
+    "train",
+    "tuned",
+]
 
 
 def __getattr__(name: str) -> Any:

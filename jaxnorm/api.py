@@ -1,5 +1,6 @@
 """The study from Python: train to disk, and ask a run what it found."""
 
+import importlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -77,7 +78,7 @@ class Run:
         """
         rows = [epoch.values for epochs in self.records.epochs.values() for epoch in epochs]
         try:
-            import pandas
+            pandas: Any = importlib.import_module("pandas")
         except ImportError:
             return rows
         return pandas.DataFrame(rows)

@@ -13,7 +13,7 @@ from typing import Any, get_origin
 
 from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, UnusedCliTokensError
 
-from jaxnorm.config import UserError, local_path
+from jaxnorm.config import Setting, Text, UserError, local_path
 from jaxnorm.runs import signals
 
 MISTAKE, FAILED = 2, 1
@@ -152,23 +152,26 @@ def _unknown(error: UnknownOptionError) -> str:
     return f"there is no flag {given}" + (f" (did you mean --{meant[close[0]]}?)" if close else "")
 
 
-def as_flags(text: str) -> str:
-    """Settings as flags: `batch_size=71` becomes `--batch-size 71`, `allow_large=True` becomes
-    `--allow-large`.
+def as_flags(text: object) -> str:
+    """Returns a text, or that of an error, with its settings as flags: `--batch-size 71` for
+    `batch_size=71`, `--allow-large` for `allow_large=True`.
     """
+    if isinstance(text, BaseException) and len(text.args) == 1:
+        text = text.args[0]
+    if not isinstance(text, Text):
+        return str(text)
+    return "".join(_flag(part) if isinstance(part, Setting) else part for part in text.parts)
 
-    def flag(match: re.Match) -> str:
-        name = "--" + match[1].replace("_", "-")
-        alone = match[2] or re.match(r"[,;.:)]*(\s|$)", text[match.end() :])
-        return name if alone else f"{name} "
 
-    return re.sub(r"(?<![\w,='\"/.])([a-z]\w*)=(True\b)?", flag, text)
+def _flag(setting: Setting) -> str:
+    name = "--" + setting.name.replace("_", "-")
+    return name if setting.value in (None, True) else f"{name} {setting.value}"
 
 
 def _fail(what: object, code: int, error: BaseException | None = None) -> int:
     # JAX adds a note of its own to what is raised while it traces: how to see its inner frames.
     notes = [n for n in getattr(error, "__notes__", ()) if "JAX_TRACEBACK_FILTERING" not in n]
-    text = "; ".join([as_flags(str(what)), *notes])
+    text = "; ".join([as_flags(what), *notes])
     line = "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
     with contextlib.suppress(OSError):  # a terminal that is gone, or a log on the full disk
         print(f"error: {line[:_LONGEST]}", file=sys.stderr)

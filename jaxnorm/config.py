@@ -1,7 +1,7 @@
 """The settings that decide a result, and their checks. Where data lies and where results go is not
 among them.
 
-Errors name a setting as `name=value`; `cli.py` turns that into a flag.
+Errors name a setting as a `Setting`, which reads `name=value`; `cli.py` makes it a flag.
 """
 
 import functools
@@ -48,8 +48,34 @@ class SweptNet(NamedTuple):
     seed: int
 
 
+class Setting(NamedTuple):
+    """Names a setting in a text, with its value if that is said: `batch_size=71`, `out=`."""
+
+    name: str
+    value: Any = None
+
+    def __str__(self) -> str:
+        return f"{self.name}={'' if self.value is None else self.value}"
+
+
+class Text(str):
+    """Text made of strings and of `Setting`s, so that a command can name its flags instead."""
+
+    parts: tuple[str | Setting, ...]
+
+    def __new__(cls, *parts: str | Setting) -> "Text":
+        """Joins the parts."""
+        text = super().__new__(cls, "".join(map(str, parts)))
+        text.parts = parts
+        return text
+
+
 class UserError(ValueError):
     """A mistake that the user can mend. Its text is one line: what is wrong and what to do."""
+
+    def __init__(self, *parts: str | Setting) -> None:
+        super().__init__(Text(*parts))
+        self.parts = parts
 
 
 class OtherFields(UserError):
@@ -89,11 +115,14 @@ def _raising_user_errors(function: Callable[..., Any]) -> Callable[..., Any]:
             case "unexpected_keyword_argument":
                 raise OtherFields(f"unknown field: {name}")
             case "literal_error" if name == "format":
-                raise OtherFields(f"format={first['input']}"[:40])
+                raise OtherFields(f"format {first['input']}"[:40])
             case "value_error":
-                raise UserError(message.removeprefix("Value error, "))
-        value = f"={str(first['input'])[:40]}" if name else ""
-        raise UserError(f"{name}{value} is wrong: {message[0].lower()}{message[1:]}")
+                wrong = first.get("ctx", {}).get("error")
+                raise wrong if isinstance(wrong, UserError) else UserError(str(wrong or message))
+        reason = f"is wrong: {message[0].lower()}{message[1:]}"
+        if not name:
+            raise UserError(reason)
+        raise UserError(Setting(name, str(first["input"])[:40]), f" {reason}")
 
     return checked
 
@@ -211,20 +240,23 @@ class Config:
         for name, pattern in names.items():
             if not re.fullmatch(pattern, value := getattr(self, name), re.DOTALL):
                 several = ", or several with commas alone between them" if name == "norm" else ""
-                raise UserError(f"{name}={value[:40]} is wrong: it must be a name{several}")
+                raise UserError(Setting(name, value[:40]), f" is wrong: it must be a name{several}")
         if len(set(self.norms)) < len(self.norms):
-            raise UserError(f"norm={self.norm} is wrong: a norm is there twice")
+            raise UserError(Setting("norm", self.norm), " is wrong: a norm is there twice")
         if self.recipe == "tuned" and all(
             getattr(self, name) == getattr(type(self), name) for name in OF_RECIPE
         ):
-            raise UserError("recipe=tuned, and every setting is the study's: call tuned() instead")
+            raise UserError(
+                Setting("recipe", "tuned"),
+                ", and every setting is the study's: call tuned() instead",
+            )
         rates = self.learning_rate
         if isinstance(rates, dict) and (without := [n for n in self.norms if n not in rates]):
             raise UserError(
-                f"learning_rate= has no rate for {' and '.join(without)} norm: give one"
+                Setting("learning_rate"), f" has no rate for {' and '.join(without)} norm: give one"
             )
         if self.seed + self.seeds > 2**31:
-            raise UserError(f"seed={self.seed} is wrong: every seed must be below 2**31")
+            raise UserError(Setting("seed", self.seed), " is wrong: every seed must be below 2**31")
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -372,6 +404,6 @@ def product(
     """
     for name, values in swept.items():
         if len(set(values)) < len(values):
-            raise UserError(f"{name}={values[0]} and more: a value is there twice")
+            raise UserError(Setting(name, values[0]), " and more: a value is there twice")
     combinations = itertools.product(*swept.values())
     return [recipe(**base, **dict(zip(swept, values, strict=True))) for values in combinations]

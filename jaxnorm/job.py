@@ -18,7 +18,7 @@ import jax
 from jaxnorm import cli
 from jaxnorm.analysis import figures, page, sweeps, tables
 from jaxnorm.analysis.results import Run
-from jaxnorm.config import SWEPT, Config, UserError, valid_text
+from jaxnorm.config import SWEPT, Config, Setting, UserError, valid_text
 from jaxnorm.data import cache, datasets
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.model import summary
@@ -29,6 +29,7 @@ from jaxnorm.storage.sweep import Sweep
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training import selfcheck
 from jaxnorm.training.experiment import Experiment, mesh_for
+from jaxnorm.training.fit import Callback
 from jaxnorm.training.mesh import MeshShape
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def start(requested: list[Config], options: "Options", tunes: bool = False) -> i
         checked = "passed"
     with cli.advising(_how_to_resume(out, options)):
         now = environment.environment(_command(), checked, options.deterministic)
-        hear = [callbacks.Terminal(configs, len(nets), options.quiet, cli.as_flags)]
+        hear: list[Callback] = [callbacks.Terminal(configs, len(nets), options.quiet, cli.as_flags)]
         with contextlib.ExitStack() as stack:
             if options.tensorboard:
                 board = callbacks.TensorBoard(sweep)
@@ -103,12 +104,17 @@ def _share(options: "Options") -> Share:
     """Returns which nets are this process's; joins the job if it is one of several."""
     if options.share and options.distributed:
         raise UserError(
-            "share= and distributed=True conflict: a job's processes have a share each already"
+            Setting("share"),
+            " and ",
+            Setting("distributed", True),
+            " conflict: a job's processes have a share each already",
         )
     if (options.distributed or options.share) and not options.out and not options.resume:
         raise UserError(
-            "processes that share a run must name its folder, the same for all: give out= or "
-            "resume="
+            "processes that share a run must name its folder, the same for all: give ",
+            Setting("out"),
+            " or ",
+            Setting("resume"),
         )
     share = Share.parse(options.share) if options.share else Share()
     if options.distributed:
@@ -180,14 +186,20 @@ def grown(new: Sequence[Config], old: Sequence[Config], options: "Options") -> l
     Raises `UserError` for a flag that conflicts with them.
     """
     if options.resume and options.out is not None:
-        raise UserError("out= conflicts with resume=, which goes on in the run's own directory")
+        raise UserError(
+            Setting("out"),
+            " conflicts with ",
+            Setting("resume"),
+            ", which goes on in the run's own directory",
+        )
     given = cli.given()
     for name in given & set(SWEPT):
         now, before = (dict.fromkeys(str(getattr(c, name)) for c in cs) for cs in (new, old))
         if now.keys() != before.keys():
             raise UserError(
-                f"{name}={' '.join(now)} conflicts with the run to resume, which has "
-                f"{' '.join(before)}: leave it out, or start a new run"
+                Setting(name, " ".join(now)),
+                " conflicts with the run to resume, which has "
+                f"{' '.join(before)}: leave it out, or start a new run",
             )
     named = given & {field.name for field in dataclasses.fields(Config)} - set(SWEPT)
     changes = {name: getattr(new[0], name) for name in named}

@@ -11,7 +11,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 
 from jaxnorm import cli
-from jaxnorm.config import UserError
+from jaxnorm.config import Setting, UserError
 
 app = App(
     suppress_keyboard_interrupt=False,
@@ -46,9 +46,11 @@ def main(
     if not runs:
         raise UserError("no run directory was given: python -m jaxnorm.report RUN [RUN ...]")
     if out and out.is_dir():
-        raise UserError(f"out={out} is a folder: name a file, such as {out / 'side-by-side.html'}")
+        raise UserError(
+            Setting("out", out), f" is a folder: name a file, such as {out / 'side-by-side.html'}"
+        )
     if out and out.suffix.lower() != ".html":
-        raise UserError(f"out={out} is no page: give a name that ends with .html")
+        raise UserError(Setting("out", out), " is no page: give a name that ends with .html")
     parts, errors = [], []
     for path in runs:
         try:

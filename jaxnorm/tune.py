@@ -13,7 +13,7 @@ import numpy as np
 from cyclopts import App, Parameter
 
 from jaxnorm import cli, run
-from jaxnorm.config import UserError
+from jaxnorm.config import Setting, UserError
 
 HELD_OUT, OF_DIGITS = 5_000, 144
 """Training images on which a trial is judged, where nothing else is asked for: a tenth of those of
@@ -51,9 +51,13 @@ class Trials:
 
     def __post_init__(self) -> None:
         if not 1 <= self.trials <= 1_000:
-            raise UserError(f"trials={self.trials} is wrong: it must be 1 to 1,000")
+            raise UserError(Setting("trials", self.trials), " is wrong: it must be 1 to 1,000")
         if not 0 < self.lowest < self.highest < 1e6:
-            raise UserError(f"lowest={self.lowest:g} must be above 0 and below highest=")
+            raise UserError(
+                Setting("lowest", f"{self.lowest:g}"),
+                " must be above 0 and below ",
+                Setting("highest"),
+            )
 
     def draw(self, seed: int) -> list[float]:
         """The learning rates, to three digits: the logarithm of each is drawn uniformly from its
@@ -67,9 +71,12 @@ class Trials:
         different = list(dict.fromkeys(float(f"{rate:.3g}") for rate in rates))
         if len(different) < self.trials:
             raise UserError(
-                f"trials={self.trials} has {len(different)} different learning rates of three "
-                f"digits between lowest={self.lowest:g} and highest={self.highest:g}: ask for "
-                "fewer, or for a wider range"
+                Setting("trials", self.trials),
+                f" has {len(different)} different learning rates of three digits between ",
+                Setting("lowest", f"{self.lowest:g}"),
+                " and ",
+                Setting("highest", f"{self.highest:g}"),
+                ": ask for fewer, or for a wider range",
             )
         return different
 
@@ -84,13 +91,26 @@ def main(
     """Trains the trials and reports what each norm won with; returns the exit code."""
     drawn = cli.given() & {field.name for field in dataclasses.fields(Trials)}
     if options.resume and drawn:
-        raise UserError(f"{min(drawn)}= conflicts with resume=, whose trials are drawn already")
+        raise UserError(
+            Setting(min(drawn)),
+            " conflicts with ",
+            Setting("resume"),
+            ", whose trials are drawn already",
+        )
     named, swept = run.split(settings)
     if "learning_rate" in swept:
-        raise UserError("learning_rate= is what is tuned: give lowest= and highest=")
+        raise UserError(
+            Setting("learning_rate"),
+            " is what is tuned: give ",
+            Setting("lowest"),
+            " and ",
+            Setting("highest"),
+        )
     for name, values in swept.items():
         if len(values) > 1:
-            raise UserError(f"{name}={' '.join(map(str, values))}: a tuning takes one value of it")
+            raise UserError(
+                Setting(name, " ".join(map(str, values))), ": a tuning takes one value of it"
+            )
     held_out = OF_DIGITS if named["dataset"] == "digits" else HELD_OUT
     named["validation"] = named["validation"] or held_out
     run.configs_of(named, swept)  # raises for what cannot be trained with, before rates are drawn

@@ -27,7 +27,7 @@ from cyclopts import App, Parameter
 
 from jaxnorm import cli
 from jaxnorm.bench.worker import IMAGES, Job, Peer
-from jaxnorm.config import UserError
+from jaxnorm.config import Setting, UserError
 
 COMMAND = (sys.executable, "-m", "jaxnorm.bench.worker")
 """The command of a side's process."""
@@ -78,7 +78,7 @@ class Options:
         if not 0 < self.seconds < 1e6:
             raise UserError(f"seconds={self.seconds:g} is wrong: it must be above 0")
         if not all(1 <= size <= IMAGES for size in self.batch_size):
-            raise UserError(f"batch_size= must be from 1 to {IMAGES}")
+            raise UserError(Setting("batch_size"), f" must be from 1 to {IMAGES}")
 
 
 class Worker:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 
-from jaxnorm.config import UserError, local_path
+from jaxnorm.config import Setting, UserError, local_path
 
 Decoded = tuple[list[np.ndarray], tuple[str, ...], str]
 """Images u8 and labels i32 of training and then of the test; class names; the fingerprint of the
@@ -28,7 +28,8 @@ def default_data_dir() -> Path:
         if given:
             raise
     raise UserError(
-        "there is no home directory to look for datasets in (HOME is not set): give data_dir="
+        "there is no home directory to look for datasets in (HOME is not set): give ",
+        Setting("data_dir"),
     )
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import filelock
 import numpy as np
 
-from jaxnorm.config import UserError, from_json, local_path, typed
+from jaxnorm.config import Setting, UserError, from_json, local_path, typed
 from jaxnorm.data.cache import content_fingerprint, decoded_file, files_fingerprint, write_decoded
 from jaxnorm.data.download import Progress, fetch, fetch_known
 from jaxnorm.data.prepared import in_blocks
@@ -114,8 +114,9 @@ def find_or_import(
         origin = read_origin(prepared)
         if origin is not None and not origin.verified and not allow_unverified:
             raise UserError(
-                f"{prepared} was made from an unofficial archive: add allow_unverified=True to use "
-                "it, marked as such"
+                f"{prepared} was made from an unofficial archive: add ",
+                Setting("allow_unverified", True),
+                " to use it, marked as such",
             )
         return prepared
     if not archive:
@@ -123,10 +124,14 @@ def find_or_import(
             path = fetch_known(ADDRESSES, downloads, progress)
         except UserError as error:
             raise UserError(
-                f"CIFAR-10 is not in {data_dir} and could not be downloaded ({error}). Three ways "
-                "on: archive=PATH of cifar-10-binary.tar.gz or cifar-10-python.tar.gz; data_dir= "
-                f"of a directory in which TFDS has prepared cifar10 {VERSION}; dataset=digits, "
-                "which needs no download"
+                f"CIFAR-10 is not in {data_dir} and could not be downloaded "
+                f"({error}). Three ways on: ",
+                Setting("archive", "PATH"),
+                " of cifar-10-binary.tar.gz or cifar-10-python.tar.gz; ",
+                Setting("data_dir"),
+                f" of a directory in which TFDS has prepared cifar10 {VERSION}; ",
+                Setting("dataset", "digits"),
+                ", which needs no download",
             ) from None
         return import_archive(path, data_dir, allow_unverified, cache, progress)
     scheme = re.match(r"([a-z][a-z0-9+.-]+)://", archive, re.IGNORECASE)
@@ -134,15 +139,16 @@ def find_or_import(
         return import_archive(local_path(archive), data_dir, allow_unverified, cache, progress)
     if scheme[1].lower() not in ("http", "https"):
         raise UserError(
-            f"archive={archive}: only http:// and https:// addresses can be downloaded; copy the "
-            "file to this machine and give its path"
+            Setting("archive", archive),
+            ": only http:// and https:// addresses can be downloaded; "
+            "copy the file to this machine and give its path",
         )
     path = fetch(archive, downloads, progress)
     try:
         return import_archive(path, data_dir, allow_unverified, cache, progress)
     except ArchiveError as error:
         path.unlink()  # a download that is not what it should be is not kept
-        raise UserError(f"{error} (downloaded from {archive})") from None
+        raise UserError(*error.parts, f" (downloaded from {archive})") from None
 
 
 class ArchiveError(UserError):
@@ -177,12 +183,17 @@ def import_archive(
                 _prepare(splits, data_dir, Origin(source, sha256, verified, ""), cache, progress)
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"data_dir={data_dir} cannot be written to: {reason}") from None
+            raise UserError(
+                Setting("data_dir", data_dir), f" cannot be written to: {reason}"
+            ) from None
     origin = read_origin(prepared)
     if origin is None or origin.sha256 != sha256:
         raise UserError(
-            f"{prepared} already holds data that did not come from {path}: give another data_dir=, "
-            "or leave archive= out"
+            f"{prepared} already holds data that did not come from {path}: give another ",
+            Setting("data_dir"),
+            ", or leave ",
+            Setting("archive"),
+            " out",
         )
     return prepared
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxnorm.config import UserError, local_path, names_a_file, valid_text
+from jaxnorm.config import Setting, UserError, local_path, names_a_file, valid_text
 from jaxnorm.data import cifar10, npz, prepared
 from jaxnorm.data.cache import Decoded, content_fingerprint, default_cache_dir, default_data_dir
 from jaxnorm.data.download import Progress
@@ -98,14 +98,20 @@ def load(
     split of a prepared TFDS dataset to test on. Raises `UserError`.
     """
     if archive and name != "cifar10":
-        raise UserError(f"archive= holds CIFAR-10, not {name}: leave out one of the two")
+        raise UserError(
+            Setting("archive"), f" holds CIFAR-10, not {name}: leave out one of the two"
+        )
     if test_split != "test" and (name == "cifar10" or name in SOURCES or names_a_file(name)):
         raise UserError(
-            f"test_split={test_split} conflicts with dataset={name}, which has one test set: only "
-            "a prepared TFDS dataset has splits to choose from"
+            Setting("test_split", test_split),
+            " conflicts with ",
+            Setting("dataset", name),
+            ", which has one test set: only a prepared TFDS dataset has splits to choose from",
         )
     if test_split == "train":
-        raise UserError("test_split=train is wrong: it is the split that nets are trained on")
+        raise UserError(
+            Setting("test_split", "train"), " is wrong: it is the split that nets are trained on"
+        )
     if name in SOURCES:
         return SOURCES[name]()
     if names_a_file(name):

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import filelock
 
-from jaxnorm.config import UserError
+from jaxnorm.config import Setting, UserError
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -77,9 +77,9 @@ def _target(url: str, directory: Path | None) -> Path:
     try:
         name = Path(urlsplit(url).path).name
     except ValueError as error:
-        raise UserError(f"archive={url} is not an address: {error}") from None
+        raise UserError(Setting("archive", url), f" is not an address: {error}") from None
     if name in ("", ".."):
-        raise UserError(f"archive={url}: the address names no file")
+        raise UserError(Setting("archive", url), ": the address names no file")
     if directory is None:
         raise UserError(
             f"{url} cannot be downloaded, because there is no home directory to keep it in: set "

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxnorm.config import UserError
+from jaxnorm.config import Setting, UserError
 
 KERAS = {
     "train_images": "x_train",
@@ -59,7 +59,7 @@ def read(path: Path) -> tuple[list[np.ndarray], tuple[str, ...], list[str]]:
         reason = f"it cannot be read: {error.strerror or error}"
     except Exception as error:  # a damaged file can fail in any way
         reason = f"it is damaged ({type(error).__name__}: {error})"
-    raise UserError(f"dataset={path}: {' '.join(str(reason).split())}")
+    raise UserError(Setting("dataset", path), f": {' '.join(str(reason).split())}")
 
 
 def _check_kind(path: Path) -> None:

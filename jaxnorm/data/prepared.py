@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxnorm.config import UserError
+from jaxnorm.config import Setting, UserError
 from jaxnorm.data import tfrecord
 from jaxnorm.data.cache import (
     Decoded,
@@ -75,8 +75,11 @@ def decode(name: str, folder: Path, test_split: str, progress: Progress) -> Deco
     both, arrays, done = ("train", test_split), [], 0
     if missing := [split for split in both if split not in info.splits]:
         raise UserError(
-            f"dataset={name} has no split called {missing[0]}: it has {', '.join(info.splits)}; "
-            "nets are trained on train, and test_split=NAME chooses another to test them on"
+            Setting("dataset", name),
+            f" has no split called {missing[0]}: it has "
+            f"{', '.join(info.splits)}; nets are trained on train, and ",
+            Setting("test_split", "NAME"),
+            " chooses another to test them on",
         )
     total = sum(info.splits[split].num_examples for split in both)
     try:
@@ -124,7 +127,8 @@ def _label(name: str, info: Any) -> tuple[str, tuple[str, ...]]:
     labels = [key for key, feature in info.features.items() if isinstance(feature, kind)]
     if shapes.get("image") != (32, 32, 3) or not labels:
         raise UserError(
-            f"dataset={name} does not fit: it needs 32x32x3 images and one label; it has {shapes}"
+            Setting("dataset", name),
+            f" does not fit: it needs 32x32x3 images and one label; it has {shapes}",
         )
     label = "label" if "label" in labels else labels[-1]
     return label, tuple(info.features[label].names)

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxnorm.config import Precision, UserError
+from jaxnorm.config import Precision, Setting, UserError
 from jaxnorm.model import layers
 from jaxnorm.model.layers import IMAGE
 
@@ -212,11 +212,13 @@ class CNN(nn.Module):
     def table(self) -> tuple[Layer, ...]:
         """The layer table of this net; raises `UserError` if there is none."""
         if self.arch not in ARCHS:
-            raise UserError(f"arch={self.arch} is wrong: choose {', '.join(ARCHS)}")
+            raise UserError(Setting("arch", self.arch), f" is wrong: choose {', '.join(ARCHS)}")
         table = ARCHS[self.arch](self.norm)
         if table is None:
             raise UserError(
-                f"norm={self.norm} has no net in the study: choose batch, group or layer; or "
-                "arch=matched, whose net takes other norms too"
+                Setting("norm", self.norm),
+                " has no net in the study: choose batch, group or layer; or ",
+                Setting("arch", "matched"),
+                ", whose net takes other norms too",
             )
         return table

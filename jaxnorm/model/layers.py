@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxnorm.config import UserError
+from jaxnorm.config import Setting, UserError
 from jaxnorm.model.fast import convolution, dropout, norm, pooling
 
 BUILT_IN = ("batch", "group", "layer", "pixel", "instance", "rms", "none")
@@ -106,8 +106,8 @@ class GroupNorm(nn.GroupNorm):
         channels, groups = x.shape[-1], self.num_groups or 0
         if groups and channels % groups:
             raise UserError(
-                f"groups={groups} does not divide the {channels} channels of {self.name}: choose "
-                "1, 2, 4, 8 or 16"
+                Setting("groups", groups),
+                f" does not divide the {channels} channels of {self.name}: choose 1, 2, 4, 8 or 16",
             )
         if groups < 1 or not _is_served(self, x):
             return super().__call__(x)
@@ -255,7 +255,8 @@ def same_type(outputs: Any, inputs: jax.Array, norm: str) -> jax.Array:
     got, wanted = type_text(outputs), type_text(inputs)
     if got != wanted:
         raise UserError(
-            f"norm={norm} makes {got} of {wanted}: it must map f32[N, H, W, C] to the same shape"
+            Setting("norm", norm),
+            f" makes {got} of {wanted}: it must map f32[N, H, W, C] to the same shape",
         )
     return outputs
 
@@ -273,8 +274,8 @@ def custom_class(path: str) -> Any:
     module_name, _, class_name = path.partition(":")
     if not class_name:
         raise UserError(
-            f"norm={path} is wrong: choose {', '.join(BUILT_IN)}, or your own norm as "
-            "package.module:Class"
+            Setting("norm", path),
+            f" is wrong: choose {', '.join(BUILT_IN)}, or your own norm as package.module:Class",
         )
     try:
         kind = getattr(importlib.import_module(module_name), class_name)
@@ -283,9 +284,9 @@ def custom_class(path: str) -> Any:
         hint = ""
         if isinstance(error, ModuleNotFoundError):
             hint = "; start Python in the folder of its module, or add that folder to PYTHONPATH"
-        raise UserError(f"norm={path} cannot be imported ({reason}){hint}") from None
+        raise UserError(Setting("norm", path), f" cannot be imported ({reason}){hint}") from None
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise UserError(f"norm={path} is no flax.linen.Module")
+        raise UserError(Setting("norm", path), " is no flax.linen.Module")
     return kind
 
 
@@ -303,8 +304,10 @@ def custom_norm(path: str, train: bool, name: str | None) -> nn.Module:
     asked = fields | inspect.signature(kind.__call__).parameters.keys()
     if other := asked & {*_OTHER_MODES, "use_running_average"}:
         raise UserError(
-            f"norm={path} takes {min(other)}, which is never set: give it a field "
-            "use_running_average instead, which is False in training and True in evaluation"
+            Setting("norm", path),
+            f" takes {min(other)}, which is never set: give it a field "
+            "use_running_average instead, which is False in training and "
+            "True in evaluation",
         )
     return kind(name=name)
 

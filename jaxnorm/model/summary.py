@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnorm.config import Config, UserError
+from jaxnorm.config import Config, Setting, UserError
 from jaxnorm.model import arithmetic, layers
 from jaxnorm.model.cnn import CNN
 from jaxnorm.model.fast import xla
@@ -51,8 +51,10 @@ def parameter_shapes(net: CNN) -> dict[str, Any]:
             raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"norm={net.norm} cannot be applied and differentiated: it must map f32[N, H, W, C] to "
-            f"the same shape, for any N ({type(error).__name__}: {reason})"
+            Setting("norm", net.norm),
+            " cannot be applied and differentiated: it must map f32[N, "
+            "H, W, C] to the same shape, for any N ("
+            f"{type(error).__name__}: {reason})",
         ) from None
 
 
@@ -69,13 +71,16 @@ def _check_custom(net: CNN, variables: Any) -> None:
     params, key = state.pop("params"), jax.random.key(0)
     for name, kind in _types(params).items():
         if not kind.startswith("float32["):
-            raise UserError(f"norm={net.norm} has a parameter {name} {kind}: it must be float32")
+            raise UserError(
+                Setting("norm", net.norm), f" has a parameter {name} {kind}: it must be float32"
+            )
     before = _types(state)
     for name, kind in before.items():
         if kind.startswith("key<"):
             raise UserError(
-                f"norm={net.norm} keeps a random key, {name}: what it draws in training must come "
-                "from its make_rng('dropout')"
+                Setting("norm", net.norm),
+                f" keeps a random key, {name}: what it draws in training "
+                "must come from its make_rng('dropout')",
             )
 
     def objective(params: Any, state: Any, images: jax.Array, key: jax.Array) -> tuple:
@@ -94,9 +99,11 @@ def _check_custom(net: CNN, variables: Any) -> None:
         if changed := sorted(dict(before.items() ^ after.items())):
             name, nothing = changed[0], "nothing"
             raise UserError(
-                f"norm={net.norm} changes its state {name} from {before.get(name, nothing)} to "
-                f"{after.get(name, nothing)}: a variable must keep its shape and dtype, however "
-                "many images there are, and no value may be sown"
+                Setting("norm", net.norm),
+                f" changes its state {name} from {before.get(name, nothing)} to "
+                f"{after.get(name, nothing)}: a variable must keep its shape and "
+                "dtype, however many images there are, and no value may be "
+                "sown",
             )
         jax.eval_shape(net.apply, variables, _images(count))
 
@@ -125,8 +132,9 @@ def check_nets(config: Config, num_classes: int) -> dict[str, int]:
         counts[norm] = count_parameters(net_of(config, norm, num_classes))
         if counts[norm] > CAP and not config.allow_large:
             raise UserError(
-                f"the {norm} net has {counts[norm]:,} parameters, more than {CAP:,}: "
-                "allow_large=True trains it all the same"
+                f"the {norm} net has {counts[norm]:,} parameters, more than {CAP:,}: ",
+                Setting("allow_large", True),
+                " trains it all the same",
             )
     return counts
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jaxnorm.config import Config, UserError, differing, value_text
+from jaxnorm.config import Config, Setting, UserError, differing, value_text
 from jaxnorm.records import Epoch
 from jaxnorm.runs import signals
 from jaxnorm.storage.sweep import Sweep, name_of
@@ -134,7 +134,8 @@ def require_tensorboard() -> None:
     """Raises `UserError` if the extra is not installed."""
     if not importlib.util.find_spec("tensorboardX"):
         raise UserError(
-            "tensorboard=True needs an extra: pip install '.[tensorboard]' (or tensorboardX)"
+            Setting("tensorboard", True),
+            " needs an extra: pip install '.[tensorboard]' (or tensorboardX)",
         )
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 
-from jaxnorm.config import SweptNet, UserError
+from jaxnorm.config import Setting, SweptNet, UserError
 
 JOINING_SECONDS = 300
 """How long processes wait for each other at the start."""
@@ -43,8 +43,9 @@ class Share(NamedTuple):
         part = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
         if not part or int(part[1]) >= int(part[2]):
             raise UserError(
-                f"share={text} is wrong: it must be of the form '0/8' to '7/8', or 'array' in a "
-                "job array of Slurm or Kubernetes"
+                Setting("share", text),
+                " is wrong: it must be of the form '0/8' to '7/8', or "
+                "'array' in a job array of Slurm or Kubernetes",
             )
         return cls(int(part[1]), int(part[2]))
 
@@ -55,8 +56,10 @@ class Share(NamedTuple):
             if index.isdecimal() and count.isdecimal():
                 return cls.parse(f"{int(index) - int(first or 0)}/{count}")
         raise UserError(
-            "share=array finds no job array: SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT, or "
-            "JOB_COMPLETION_INDEX and JOB_COMPLETIONS, must be set; or give a share such as '0/8'"
+            Setting("share", "array"),
+            " finds no job array: SLURM_ARRAY_TASK_ID and "
+            "SLURM_ARRAY_TASK_COUNT, or JOB_COMPLETION_INDEX and JOB_COMPLETIONS, "
+            "must be set; or give a share such as '0/8'",
         )
 
 
@@ -82,8 +85,10 @@ def join() -> Share:
         )
     except (ValueError, TypeError, IndexError, RuntimeError) as error:
         raise UserError(
-            f"distributed=True cannot join a job ({' '.join(str(error).split())[:200]}): start it "
-            f"by Slurm, Open MPI or Kubernetes, or set {', '.join(_JOB)} for each process"
+            Setting("distributed", True),
+            f" cannot join a job ({' '.join(str(error).split())[:200]}): "
+            "start it by Slurm, Open MPI or Kubernetes, or set "
+            f"{', '.join(_JOB)} for each process",
         ) from None
     return Share(jax.process_index(), jax.process_count())
 

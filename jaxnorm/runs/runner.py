@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxnorm.config import Config, NetId, SweptNet, UserError, names_a_file
+from jaxnorm.config import Config, NetId, Setting, SweptNet, Text, UserError, names_a_file
 from jaxnorm.model import arithmetic, fingerprint
 from jaxnorm.records import Environment, RunInfo
 from jaxnorm.runs import environment
@@ -188,8 +188,9 @@ def _begin(
             raise UserError(f"{sweep.folder.path} is being written to by another process")
         if sweep.exists() and not resumes:
             raise UserError(
-                f"out={sweep.folder.path} is already used: another process has just begun a run "
-                "there; choose another directory"
+                Setting("out", sweep.folder.path),
+                " is already used: another process has just begun a run "
+                "there; choose another directory",
             )
         news: list[tuple[RunDirectory, RunInfo]] = []
         begun, of_sweep = False, sweep.info(now.command)
@@ -221,8 +222,11 @@ def _check_resumed(
         if info.dataset.class_names != before.dataset.class_names:
             what = "data, whose classes have other names or another order,"
         raise UserError(
-            f"the {what} found is not what {directory.path} was trained on: give its data_dir=, or "
-            "the dataset= file that it had"
+            f"the {what} found is not what {directory.path} was trained on: give its ",
+            Setting("data_dir"),
+            ", or the ",
+            Setting("dataset"),
+            " file that it had",
         )
     if info.config.epochs > before.config.epochs:
         for net in before.config.nets:
@@ -230,9 +234,10 @@ def _check_resumed(
             last = before.config.epochs
             if folder.trained(last) and not folder.complete(info.config.epochs):
                 raise UserError(
-                    f"epochs={info.config.epochs}: {net.norm} norm, seed {net.seed}, of "
-                    f"{directory.path} is finished and has no whole state to go on from; start a "
-                    "new run"
+                    Setting("epochs", info.config.epochs),
+                    f": {net.norm} norm, seed {net.seed}, of {directory.path} is "
+                    "finished and has no whole state to go on from; start a "
+                    "new run",
                 )
     if all(NetFolder(directory, net).ended(info.config.epochs) for net in info.config.nets):
         return
@@ -241,8 +246,12 @@ def _check_resumed(
     for norm, recorded in before.norm_programs.items():
         if alike and info.norm_programs.get(norm) != recorded:
             warn(
-                f"norm={norm} computes something else than when the run in {directory.path} began, "
-                "though its class is the same: did what it calls change? If so, start a new run"
+                Text(
+                    Setting("norm", norm),
+                    " computes something else than when the run in "
+                    f"{directory.path} began, though its class is the same: did "
+                    "what it calls change? If so, start a new run",
+                )
             )
     if (then.code, then.device, then.mesh) != (now.code, now.device, now.mesh):
         warn(
@@ -264,13 +273,15 @@ def check_grown(old: Config, new: Config, path: Path) -> None:
         if now != before and not (grows and now > before):
             if field.name == "epochs" and now > before:
                 raise UserError(
-                    f"epochs={now}: the {old.schedule} learning rate of the run in {path} ends "
-                    f"with its epoch {before}: start a new run"
+                    Setting("epochs", now),
+                    f": the {old.schedule} learning rate of the run in {path} "
+                    f"ends with its epoch {before}: start a new run",
                 )
             more = " or more" if grows else ""
             raise UserError(
-                f"{field.name}={now} conflicts with the run in {path}, which has {before}: give "
-                f"that{more}, or start a new run"
+                Setting(field.name, now),
+                f" conflicts with the run in {path}, which has {before}: "
+                f"give that{more}, or start a new run",
             )
 
 
@@ -282,8 +293,10 @@ def check_sources(info: RunInfo, path: Path | str, norms: Sequence[str]) -> None
         recorded = info.norm_sources.get(norm)
         if recorded and fingerprint.source(norm) != recorded:
             raise UserError(
-                f"norm={norm} is not the norm that the run in {path} was trained with: its source "
-                "has changed since; put it back, or start a new run"
+                Setting("norm", norm),
+                f" is not the norm that the run in {path} was trained "
+                "with: its source has changed since; put it back, or start "
+                "a new run",
             )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import filelock
 import numpy as np
 
-from jaxnorm.config import OtherFields, UserError, from_json, local_path, valid_text
+from jaxnorm.config import OtherFields, Setting, UserError, from_json, local_path, valid_text
 from jaxnorm.records import RunInfo
 
 LOCK, TEMPORARY = ".lock", ".writing-"
@@ -55,12 +55,16 @@ class RunDirectory:
             if path.exists():
                 names = [entry.name for entry in path.iterdir()] if path.is_dir() else ["x"]
                 if [name for name in names if not name.startswith((LOCK, TEMPORARY))]:
-                    raise UserError(f"out={path} is already used: choose another directory")
+                    raise UserError(
+                        Setting("out", path), " is already used: choose another directory"
+                    )
             nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         except OSError as error:
-            raise UserError(f"out={path} cannot be used: {error.strerror}") from None
+            raise UserError(Setting("out", path), f" cannot be used: {error.strerror}") from None
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise UserError(f"out={path} cannot be written to: {nearest} is no writable folder")
+            raise UserError(
+                Setting("out", path), f" cannot be written to: {nearest} is no writable folder"
+            )
 
     @classmethod
     def create(cls, path: Path) -> "RunDirectory":
@@ -69,7 +73,9 @@ class RunDirectory:
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
-            raise UserError(f"out={path} cannot be written to: {error.strerror}") from None
+            raise UserError(
+                Setting("out", path), f" cannot be written to: {error.strerror}"
+            ) from None
         return cls(path)
 
     @contextlib.contextmanager

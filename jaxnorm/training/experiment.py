@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxnorm.config import Config, SweptNet, UserError, swept_nets
+from jaxnorm.config import Config, Setting, SweptNet, UserError, swept_nets
 from jaxnorm.data.datasets import Dataset, hold_out
 from jaxnorm.model import layers
 from jaxnorm.model.summary import check_nets, net_of
@@ -77,7 +77,9 @@ def mesh_for(
         nets = sum(other.seeds for other in configs if compiled_settings(other) == same)
         return meshes.choose(nets, 1 if custom else config.batch_size)
     if custom and mesh.batch > 1:
-        raise UserError(f"mesh={mesh} shares batches, which your own norm may not allow: batch=1")
+        raise UserError(
+            Setting("mesh", mesh), " shares batches, which your own norm may not allow: batch=1"
+        )
     mesh.check(config.batch_size)
     return mesh
 
@@ -89,15 +91,18 @@ def check(config: Config, dataset: Dataset) -> dict[str, int]:
     """
     if config.precision == "tf32" and jax.default_backend() != "gpu":
         raise UserError(
-            "precision=tf32 needs an NVIDIA GPU, and there is none: choose float32 or bfloat16"
+            Setting("precision", "tf32"),
+            " needs an NVIDIA GPU, and there is none: choose float32 or bfloat16",
         )
     images = f"the {len(dataset.train_labels)} training images of {dataset.name}"
     count = len(dataset.train_labels) - config.validation
     if count <= 0:
-        raise UserError(f"validation={config.validation} leaves none of {images} to train on")
+        raise UserError(
+            Setting("validation", config.validation), f" leaves none of {images} to train on"
+        )
     if config.batch_size > count:
         held = f", of which {config.validation} are held out" if config.validation else ""
-        raise UserError(f"batch_size={config.batch_size} is larger than {images}{held}")
+        raise UserError(Setting("batch_size", config.batch_size), f" is larger than {images}{held}")
     return check_nets(config, len(dataset.class_names))
 
 
@@ -113,7 +118,7 @@ class Experiment:
     configs: Sequence[Config]
     dataset: Dataset
     mesh: MeshShape | None = None
-    before: Sequence[str] = ()
+    before: Sequence[str | None] = ()
 
     def __post_init__(self) -> None:
         for config in self.configs:

@@ -12,7 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm.config import TUNED_RATES, Config, NetId, SweptNet, UserError, counted, names_a_file
+from jaxnorm.config import (
+    TUNED_RATES,
+    Config,
+    NetId,
+    Setting,
+    SweptNet,
+    UserError,
+    counted,
+    names_a_file,
+)
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.model import arithmetic
 from jaxnorm.records import Epoch
@@ -32,7 +41,7 @@ class NonFiniteLoss(ArithmeticError):
         phase, where = ("evaluation", "") if step is None else ("training", f", step {step}")
         super().__init__(
             f"the {phase} loss of {net.norm} norm, seed {net.seed}, is {loss} at epoch {epoch}"
-            f"{where}: try a smaller learning_rate=; the epochs before it are kept"
+            f"{where}: try a smaller learning rate; the epochs before it are kept"
         )
         self.net, self.epoch, self.step = net, epoch, step
 
@@ -108,8 +117,10 @@ def check_dataset(config: Config, dataset: Dataset) -> None:
     named = Path(config.dataset).name if names_a_file(config.dataset) else config.dataset
     if (named, config.test_split) != (dataset.name, dataset.test_split):
         raise UserError(
-            f"dataset={config.dataset} with test_split={config.test_split} is not what is given, "
-            f"{dataset}"
+            Setting("dataset", config.dataset),
+            " with ",
+            Setting("test_split", config.test_split),
+            f" is not what is given, {dataset}",
         )
 
 

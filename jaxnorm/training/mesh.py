@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxnorm.config import UserError
+from jaxnorm.config import Setting, UserError
 
 SEED, BATCH = "seed", "batch"
 """The axes of the mesh."""
@@ -45,7 +45,9 @@ class MeshShape:
         parts = [re.fullmatch(r"(seed|batch)=([1-9]\d{0,5})", word) for word in text.split(",")]
         sizes = {part[1]: int(part[2]) for part in parts if part}
         if len(sizes) < len(parts):
-            raise UserError(f"mesh={text} is wrong: it must be of the form 'seed=4,batch=2'")
+            raise UserError(
+                Setting("mesh", text), " is wrong: it must be of the form 'seed=4,batch=2'"
+            )
         return cls(**sizes)
 
     @property
@@ -63,11 +65,14 @@ class MeshShape:
         """Raises `UserError` unless there are these devices, and they can share a batch."""
         count = jax.local_device_count()
         if self.devices > count:
-            raise UserError(f"mesh={self} takes {self.devices} devices: there are {count}")
+            raise UserError(
+                Setting("mesh", self), f" takes {self.devices} devices: there are {count}"
+            )
         if batch_size % self.batch:
             raise UserError(
-                f"mesh={self} cannot share batches of {batch_size} images: choose a batch size "
-                f"that {self.batch} divides"
+                Setting("mesh", self),
+                f" cannot share batches of {batch_size} images: choose a "
+                f"batch size that {self.batch} divides",
             )
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxnorm.config import Precision
+from jaxnorm.config import Precision, Setting, Text
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.data.download import Progress
 from jaxnorm.model import arithmetic
@@ -57,6 +57,9 @@ that it checks.
 
 class WrongNumbers(ArithmeticError):
     """This installation computes wrongly: what disagreed, and by how much."""
+
+    def __init__(self, *parts: str | Setting) -> None:
+        super().__init__(Text(*parts))
 
 
 @arithmetic.standard()
@@ -105,8 +108,10 @@ def check_compiler() -> None:
     # Products in less than float32, which accelerators may be set to, are no miscompilation.
     if wrong and jax.default_backend() == "cpu":
         raise WrongNumbers(
-            f"this jaxlib sums {wrong} of {_ROWS} rows wrongly (jax-ml/jax#39103): install another "
-            "version, such as 0.10.1; skip_self_check=True trains all the same"
+            f"this jaxlib sums {wrong} of {_ROWS} rows wrongly "
+            "(jax-ml/jax#39103): install another version, such as 0.10.1; ",
+            Setting("skip_self_check", True),
+            " trains all the same",
         )
 
 
@@ -185,8 +190,11 @@ def _plain_logits(program: Program, state: TrainState, images: jax.Array) -> Any
 
 def _wrong(what: str, how: str) -> WrongNumbers:
     return WrongNumbers(
-        f"{what} does not come out as in plain float32 ({how}): this jaxlib, or this machine, "
-        "computes wrongly; try another version of jaxlib (skip_self_check=True trains all the same)"
+        f"{what} does not come out as in plain float32 ({how}): "
+        "this jaxlib, or this machine, computes wrongly; try another "
+        "version of jaxlib (",
+        Setting("skip_self_check", True),
+        " trains all the same)",
     )
 
 
