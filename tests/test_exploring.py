@@ -29,7 +29,6 @@ def test_what_a_norm_averages_over_by_hand():
         "group": np.s_[1, :, :, 4:6],  # four groups of two channels
         "layer": np.s_[1],
         "instance": np.s_[1, :, :, 5],
-        "rms": np.s_[1],
         "none": at,
     }
     for norm, place in places.items():

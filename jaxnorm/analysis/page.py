@@ -88,12 +88,14 @@ def read(directory: RunDirectory, title: str | None = None) -> RunPart:
     part.charts, missing = figures.draw(run)
     for line in (*missing, *run.damaged):
         part.note(line)
-    lost = {net: part.attempt(run.net(*net).lost, None) for net in nets if net not in run.finished}
-    if len(lost) > MOST_LINES:
-        part.note(f"{len(lost):,} of {len(nets):,} nets are not finished, so they are left out")
-        lost = {}
-    for net, diverged in lost.items():
-        left = last - len(run.epochs.get(net, ()))
+    unfinished = [net for net in nets if net not in run.finished]
+    if len(unfinished) > MOST_LINES:
+        part.note(
+            f"{len(unfinished):,} of {len(nets):,} nets are not finished, so they are left out"
+        )
+        unfinished = []
+    for net in unfinished:
+        left, diverged = last - len(run.epochs.get(net, ())), part.attempt(run.net(*net).lost, None)
         why = f": {left} of {last} epochs are missing" if left else ": its result is missing"
         if diverged is not None:
             why = f", diverged in epoch {diverged.epoch}"

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from helpers import run
 
-from jaxnorm import cli
-from jaxnorm import run as command
+from jaxnorm import cli, job
 from jaxnorm.config import Config, UserError, tuned
 from jaxnorm.data import datasets
 from jaxnorm.runs import environment
 from jaxnorm.storage.directory import RunDirectory
+from jaxnorm.training.experiment import Experiment
 from jaxnorm.training.fit import fit
 
 RANDOM = np.random.default_rng(0)
@@ -251,6 +251,14 @@ def test_a_known_content_is_labelled_in_a_file_too(write, monkeypatch):
     assert datasets.load(str(write())).caption == "the file own.npz, JPEG mirror"
 
 
+def begun(config, dataset, path):
+    """A run that began, as the command that is called in this test, and has trained nothing."""
+    out = RunDirectory.create(path)
+    now = environment.environment(job._command())
+    out.write_json("run.json", environment.describe(config, Experiment([config], dataset), now))
+    return out
+
+
 OTHER_NAMES = [["dog", "cat", "eel"], ["cat", "dog", "owl"], ["cat", "dog", "eel", "owl"]]
 
 
@@ -258,8 +266,7 @@ OTHER_NAMES = [["dog", "cat", "eel"], ["cat", "dog", "owl"], ["cat", "dog", "eel
 def test_a_run_goes_on_with_the_same_classes_alone(write, scratch, names):
     config = Config("layer", "three-layers", str(write()), 1, 4)
     first = datasets.load(config.dataset)
-    out = RunDirectory.create(scratch / "run")
-    out.write_info(environment.describe(config, first, {"layer": 1}, "python -m x"))
+    out = begun(config, first, scratch / "run")
     other = datasets.load(str(write(class_names=np.array(names))))
     with pytest.raises(UserError, match="whose classes have other names or another order") as error:
         run(config, other, out.path)
@@ -270,11 +277,8 @@ def test_a_name_that_is_not_utf8_is_recorded_so_that_it_is_found_again(write, sc
     path = write("caf\udce9.npz")
     dataset = datasets.load(str(path))
     monkeypatch.setattr(cli, "_arguments", ["--dataset", str(path)])
-    config = Config(dataset=str(path))
-    out = RunDirectory.create(scratch / "run")
-    counts = dict.fromkeys(config.norms, 1)
-    out.write_info(environment.describe(config, dataset, counts, command._command()))
-    info = out.info()
+    config = Config(dataset=str(path), batch_size=4)
+    info = begun(config, dataset, scratch / "run").info()
     assert info.config == config
     assert r"caf\udce9.npz" in info.environment.command
     assert info.dataset.caption == r"the file caf\udce9.npz"
@@ -286,7 +290,7 @@ def test_a_name_that_is_not_utf8_is_recorded_so_that_it_is_found_again(write, sc
 )
 def test_fit_of_another_dataset_than_the_configs_is_refused(write, settings):
     dataset = datasets.load(str(write()))
-    with pytest.raises(UserError, match=r"is not what fit is given, <Dataset own\.npz"):
+    with pytest.raises(UserError, match=r"is not what is given, <Dataset own\.npz"):
         fit(Config(epochs=1, **settings), dataset)
 
 

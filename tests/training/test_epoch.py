@@ -145,24 +145,27 @@ def test_a_norm_of_ones_own_is_evaluated_on_large_batches():
 
 
 @pytest.mark.parametrize(
-    ("norm", "arch"),
+    ("norm", "arch", "batch", "rate"),
     [
-        ("batch", "every-kind"),
-        *(pytest.param(norm, "matched", marks=pytest.mark.slow) for norm in ALL),
+        ("batch", "every-kind", 32, 0.005),
+        *(pytest.param(norm, "matched", 10, 0.001, marks=pytest.mark.slow) for norm in ALL),
     ],
 )
-def test_a_tiny_set_is_learned(tiny, norm, arch):
+def test_a_tiny_set_is_learned(tiny, norm, arch, batch, rate):
     """To 99 % with dropout on, and the test images, which it has not seen, to 95 %: in the median
     of the last ten epochs, as rounding decides which epochs jump.
+
+    At 0.001 layer norm learns by the 30th epoch under each of the seeds 0 to 6; at 0.005 it does
+    under three of 0 to 5, and rounding decides under which.
     """
-    program = program_of(norm, tiny, arch)
-    images, labels = jnp.asarray(tiny.train_images[:64]), jnp.asarray(tiny.train_labels[:64])
+    program, count = program_of(norm, tiny, arch), 70 // batch * batch  # no batch is ragged
+    images, labels = jnp.asarray(tiny.train_images[:count]), jnp.asarray(tiny.train_labels[:count])
     state, seen, new = init(program, tiny, 0), [], []
     test = jnp.asarray(tiny.test_images), jnp.asarray(tiny.test_labels)
     for epoch in range(1, 41):
-        state, _, correct = train_epoch(program, state, images, labels, 0, epoch, 32, rate=0.005)
+        state, _, correct = train_epoch(program, state, images, labels, 0, epoch, batch, rate)
         if epoch > 30:
-            seen.append(correct / 64)
+            seen.append(correct / count)
             new.append(float(evaluate(program, state, *test).accuracy))
     assert np.median(seen) >= 0.99
     assert np.median(new) >= 0.95
