@@ -65,7 +65,7 @@ def program() -> list[str]:
 
 @contextlib.contextmanager
 def advising(hint: str) -> Iterator[None]:
-    """Adds a hint to the error where a signal, a disk or a device stops the work inside."""
+    """Adds a hint to the error if a signal, a disk or a device stops the work inside."""
     try:
         yield
     except (signals.Stopped, OSError, RuntimeError) as error:

@@ -285,11 +285,11 @@ class Config:
 
     @property
     def rate_text(self) -> str:
-        """The learning rate of all norms before scaling, for a person."""
+        """The learning rate of all norms before scaling, as text."""
         return "recipe" if isinstance(self.learning_rate, dict) else f"{self.learning_rate:g}"
 
     def steps(self, train_count: int) -> int:
-        """Batches in an epoch, a ragged last one included, where there are so many images."""
+        """Returns the number of batches in an epoch, a ragged last one included."""
         return math.ceil((train_count - self.validation) / self.batch_size)
 
 
@@ -364,19 +364,19 @@ def swept_nets(configs: Sequence[Config]) -> list[SweptNet]:
 
 
 def differing(configs: Sequence[Config]) -> list[str]:
-    """The settings of `SWEPT` that differ between runs."""
+    """Returns the settings of `SWEPT` that differ between runs."""
     return [name for name in SWEPT if len({str(getattr(c, name)) for c in configs}) > 1]
 
 
 def value_text(value: str | float) -> str:
-    """A setting's value, for a person."""
+    """Returns the value of a setting as text."""
     return value if isinstance(value, str) else f"{value:g}"
 
 
 def local_path(path: Path | str) -> Path:
-    """A path on this machine, its `~` or `~user` replaced by the home folder.
+    """Returns a path on this machine, its `~` or `~user` replaced by the home folder.
 
-    Raises `UserError` for an address, such as gs://bucket/run, and where there is no such home.
+    Raises `UserError` for an address, such as gs://bucket/run, and if there is no such home.
     """
     if str(path).startswith("~") and os.environ.get("HOME") == "":
         raise UserError(f"{path}: HOME is empty, so there is no home folder: give the whole path")
@@ -390,7 +390,7 @@ def local_path(path: Path | str) -> Path:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number of things, for a person."""
+    """Returns a number of things as text."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 

@@ -1,4 +1,4 @@
-"""The command that makes what a person reads from run directories: `python -m jaxnorm.report RUN`.
+"""The command that makes reports of run directories: `python -m jaxnorm.report RUN`.
 
 It draws the figures again and writes `report.md` and `report.html` in each run, and one page of
 several runs side by side; it never trains.

@@ -16,7 +16,7 @@ from jaxnorm import cli, run
 from jaxnorm.config import Setting, UserError
 
 HELD_OUT, OF_DIGITS = 5_000, 144
-"""Training images on which a trial is judged, where nothing else is asked for: a tenth of those of
+"""Training images on which a trial is judged, if nothing else is asked for: a tenth of those of
 CIFAR-10, or of the digits.
 """
 
@@ -63,7 +63,7 @@ class Trials:
         """The learning rates, to three digits: the logarithm of each is drawn uniformly from its
         own part of the range, so that few trials leave no hole.
 
-        Raises `UserError` where some come out the same.
+        Raises `UserError` if some come out the same.
         """
         within = np.random.default_rng(seed).uniform(size=self.trials)
         places = (np.arange(self.trials) + within) / self.trials

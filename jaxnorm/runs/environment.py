@@ -73,12 +73,12 @@ def environment(
 def repeatable(platform_name: str, deterministic: bool) -> str:
     """Says what of a run the same command gives again, and what is not promised."""
     if platform_name == "cpu":
-        return "bit for bit but for the times, on as many cores of this kind with these versions"
+        return "bit for bit except for times, on as many cores of this kind with these versions"
     if deterministic:
         return (
             "on this kind of device with these versions, as far as XLA's deterministic operations "
-            "reach; not promised: the same bits on another device, or where compiled code was "
-            "tuned anew"
+            "reach; not promised: the same bits on another device, or if compiled code was "
+            "tuned again"
         )
     return "within rounding; not promised: the same bits (--deterministic asks for them)"
 
@@ -94,8 +94,8 @@ def processor() -> str:
 
 
 def git_revision() -> str | None:
-    """The revision of the checkout that this package lies in, with "+changes" where its files
-    differ from it; None where it is installed.
+    """The revision of the checkout that this package lies in, with "+changes" if its files
+    differ from it; None if it is installed.
     """
     answers = []
     for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", "jaxnorm"]):

@@ -46,6 +46,6 @@ def handled() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raises `Stopped` where a signal was received."""
+    """Raises `Stopped` if a signal was received."""
     if _received:
         raise Stopped(_received[0])

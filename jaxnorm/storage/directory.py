@@ -80,7 +80,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def locked(self, folder: str = "", patience: float = 0) -> Iterator[bool]:
-        """Locks a folder of the run; yields whether it could, within so many seconds of `patience`.
+        """Locks a folder of the run; yields whether it could, within `patience` seconds.
         A process that has ended holds no lock. Raises `UserError` if the file system has no locks.
         """
         path = self.path_of(Path(folder) / LOCK)
@@ -103,8 +103,8 @@ class RunDirectory:
             lock.release()
 
     def path_of(self, name: Path | str) -> Path:
-        """A file or folder of the run. Raises `UserError` where it, or a folder on the way to it,
-        is a link: it could lie anywhere.
+        """Returns a file or folder of the run. Raises `UserError` if it, or a folder on the way to
+        it, is a link: it could lie anywhere.
         """
         path = self.path
         for part in Path(name).parts:
@@ -157,7 +157,7 @@ class RunDirectory:
         return self.arrays("examples.npz", _EXAMPLES)
 
     def read_bytes(self, name: Path | str, largest: int = _LARGEST) -> bytes:
-        """A regular file of at most so many bytes; raises `UserError` for any other."""
+        """Reads a regular file of at most `largest` bytes; raises `UserError` for any other."""
         path = self.path_of(name)
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not wait for a writer
         with os.fdopen(handle, "rb") as file:
@@ -236,7 +236,7 @@ class RunDirectory:
             except BaseException:
                 Path(temporary).unlink(missing_ok=True)
                 raise
-        with contextlib.suppress(OSError):  # where the system cannot sync a folder
+        with contextlib.suppress(OSError):  # if the system cannot sync a folder
             folder = os.open(target.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -259,7 +259,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _problem(arrays: Mapping[str, np.ndarray], shapes: Shapes) -> str:
-    """Why arrays are not finite, or not of the kinds and shapes wanted; empty where they are."""
+    """Returns why arrays are not finite, or not of the kinds and shapes wanted; "" if they are."""
     lengths: dict[str, int] = {}
     for name, shape in shapes.items():
         array, (kinds, *axes) = arrays[name], shape.split()
