@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 from hypothesis import given
@@ -54,41 +55,37 @@ def test_a_wrong_learning_rate_of_one_norm_is_named():
         Config(learning_rate={"group": 0.1, "batch": -1.0})
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("norm", "../weight"),
-        ("arch", "a b"),
-        ("precision", "float16"),
-        ("epochs", 0),
-        ("epochs", -1),
-        ("epochs", 1.5),
-        ("epochs", True),
-        ("batch_size", 0),
-        ("learning_rate", 0.0),
-        ("learning_rate", math.nan),
-        ("learning_rate", math.inf),
-        ("learning_rate", 1e40),
-        ("momentum", 1.0),
-        ("momentum", -0.1),
-        ("dropout", 0.99999999999),
-        ("dropout", "0.1"),
-        ("groups", 0),
-        ("seed", -1),
-        ("seed", 2**31),
-        ("seeds", 0),
-        ("seeds", 2**32),
-        ("validation", -1),
-        ("dataset", ""),
-        ("dataset", " cifar10"),
-        ("test_split", ""),
-        ("test_split", "../x"),
-    ],
-)
-def test_a_wrong_value_is_refused_in_one_line_that_names_the_setting(field, value):
-    with pytest.raises(UserError, match=f"{field}=") as error:
-        Config(**{field: value})
-    assert "\n" not in str(error.value)
+WRONG = {
+    "norm": ["../weight"],
+    "arch": ["a b"],
+    "precision": ["float16"],
+    "epochs": [0, -1, 1.5, True],
+    "batch_size": [0],
+    "learning_rate": [0.0, math.nan, math.inf, 1e40],
+    "momentum": [1.0, -0.1],
+    "dropout": [0.99999999999, "0.1"],
+    "groups": [0],
+    "seed": [-1, 2**31],
+    "seeds": [0, 2**32],
+    "validation": [-1],
+    "dataset": ["", " cifar10"],
+    "test_split": ["", "../x"],
+    "recipe": ["best"],
+    "schedule": ["step"],
+    "warmup": [0.0],
+    "weight_decay": [-1e-4],
+    "augment": ["mixup"],
+    "label_smoothing": [1.0],
+    "nesterov": [1],
+}
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_a_wrong_value_is_refused_in_one_line_that_names_the_setting(field):
+    for value in WRONG[field]:
+        with pytest.raises(UserError, match=re.escape(f"{field}={value}")) as error:
+            Config(**{field: value})
+        assert "\n" not in str(error.value)
 
 
 def test_seeds_are_consecutive_and_the_norms_of_a_seed_train_side_by_side():
@@ -214,20 +211,3 @@ def test_norms_of_which_a_recipe_tuned_no_rate_are_recorded():
         Config(recipe="tuned")
     with pytest.raises(UserError, match="learning_rate= has no rate for rms norm"):
         dataclasses.replace(tuned(), norm="batch,rms")
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("recipe", "best"),
-        ("schedule", "step"),
-        ("warmup", 0.0),
-        ("weight_decay", -1e-4),
-        ("augment", "mixup"),
-        ("label_smoothing", 1.0),
-        ("nesterov", 1),
-    ],
-)
-def test_a_wrong_setting_of_a_recipe_is_refused(field, value):
-    with pytest.raises(UserError, match=f"{field}={value}"):
-        Config(**{field: value})

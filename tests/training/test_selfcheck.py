@@ -36,8 +36,7 @@ def test_a_right_installation_passes(tiny, monkeypatch, changes, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [study, tuned])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("recipe", "precision"), [(study, "bfloat16"), (tuned, "float32")])
 def test_the_residual_net_passes_on_digits(recipe, precision):
     """Its last batch has 29 images, over which XLA rounds a maximum's input in two ways; and the
     variances behind standardized kernels are near the initial averages.
