@@ -31,7 +31,7 @@ def main() -> None:
         print(USAGE)
     elif name in COMMANDS:
         sys.path.insert(0, "")  # as `python -m` does: the user's own norm may lie here
-        sys.exit(cli.run(importlib.import_module(COMMANDS[name]).app, arguments))
+        cli.leave(cli.run(importlib.import_module(COMMANDS[name]).app, arguments))
     else:
         print(f"error: there is no command {name!r}: choose {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(cli.MISTAKE)

@@ -131,7 +131,9 @@ def train(
         dataset = datasets.load(config.dataset, test_split=config.test_split)
     fit.check_dataset(config, dataset)
     sweep = Sweep(out or job.unused_out(config), [config])
-    experiment, resumes = Experiment([config], dataset), sweep.exists()
+    resumes = sweep.folder.exists()
+    before = [sweep.folder.info().environment.mesh] if resumes else []
+    experiment = Experiment([config], dataset, before=before)
     if not resumes:
         RunDirectory.create(sweep.folder.path)
     checked = "not made"
@@ -140,7 +142,7 @@ def train(
         checked = "passed"
     now = environment.environment("jaxnorm.train", checked)
     hear = [callbacks.Terminal([config], len(sweep.nets), quiet)]
-    runner.run(sweep, experiment, now, hear, resumes=resumes)
+    runner.run(sweep, experiment, now, hear, may_exist=resumes)
     run = Run(sweep.folder.path)
     figures.save_examples(run.records, dataset)
     return run

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, get_origin
+from typing import Any, NoReturn, get_origin
 
 from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, UnusedCliTokensError
 
@@ -164,8 +164,24 @@ def as_flags(text: object) -> str:
 
 
 def _flag(setting: Setting) -> str:
-    name = "--" + setting.name.replace("_", "-")
-    return name if setting.value in (None, True) else f"{name} {setting.value}"
+    name = setting.name.replace("_", "-")
+    if setting.value is False:
+        return f"--no-{name}"
+    only_name = setting.value is None or setting.value is True
+    return f"--{name}" if only_name else f"--{name} {setting.value}"
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process; if it failed in a job of several, at once, so that the others notice: an
+    exit in good order would wait for them.
+    """
+    hosts: Any = sys.modules.get("jaxnorm.runs.hosts")
+    if code and hosts is not None and hosts.joined:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _fail(what: object, code: int, error: BaseException | None = None) -> int:

@@ -25,7 +25,7 @@ from jaxnorm.model import summary
 from jaxnorm.runs import callbacks, environment, hosts, runner
 from jaxnorm.runs.hosts import Share
 from jaxnorm.storage.directory import RunDirectory
-from jaxnorm.storage.sweep import Sweep
+from jaxnorm.storage.sweep import Sweep, folder_of
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training import selfcheck
 from jaxnorm.training.experiment import Experiment, mesh_for
@@ -40,11 +40,17 @@ def start(requested: list[Config], options: "Options", tunes: bool = False) -> i
     """Trains and reports a new sweep or one that resumes, or a tuning; a run is a sweep of one.
     Returns the exit code.
     """
+    if options.resume:
+        options = dataclasses.replace(options, resume=folder_of(options.resume))
+    if options.summary:
+        return print_summary(requested, options)
+    options = _deterministic(options)
     keep_compiled()
     meshes.use_all_cores()
     share = _share(options)
     out = options.resume or options.out or unused_out(requested[0])
-    joins = share.count > 1 and not options.resume and Sweep(out, requested).exists()
+    joins = share.count > 1 and not options.resume and out.is_dir()
+    joins = joins and Sweep(out, requested).exists()
     resumes = options.resume is not None or joins
     configs, infos = requested, []
     if resumes:
@@ -53,7 +59,7 @@ def start(requested: list[Config], options: "Options", tunes: bool = False) -> i
         configs = grown(requested, old.configs, options)
         for info in filter(None, infos):
             runner.check_sources(info, out, info.config.norms)
-    else:
+    elif share.count == 1 or not out.is_dir():
         RunDirectory.check_unused(out)
     mesh = _check_settings(configs, options)
     unverified = any(info and info.dataset.verified is False for info in infos)
@@ -77,15 +83,30 @@ def start(requested: list[Config], options: "Options", tunes: bool = False) -> i
         hear: list[Callback] = [callbacks.Terminal(configs, len(nets), options.quiet, cli.as_flags)]
         with contextlib.ExitStack() as stack:
             if options.tensorboard:
-                board = callbacks.TensorBoard(sweep)
-                hear.append(stack.enter_context(contextlib.closing(board)))
+                board = callbacks.TensorBoard(sweep, nets)
+                hear.insert(0, stack.enter_context(contextlib.closing(board)))  # before a stop
             runner.run(sweep, experiment, now, hear, share, resumes or share.count > 1)
         if options.distributed:
             hosts.leave()
-    if not options.distributed or share.index == 0:
-        with cli.reporting(_how_to_report(sweep)):
-            _report(sweep, dataset, tunes, options.quiet)
-    return 0
+    if options.distributed and share.index:
+        return 0
+    with cli.reporting(_how_to_report(sweep)):
+        ended = _report(sweep, dataset, tunes, options.quiet)
+    return cli.FAILED if options.distributed and not ended else 0
+
+
+def _deterministic(options: "Options") -> "Options":
+    """Asks XLA, which has not started yet, for operations that repeat, if the flag or the run to
+    resume does; returns the options.
+    """
+    if options.resume:
+        with contextlib.suppress(OSError, UserError):  # it is refused later
+            if Sweep.open(options.resume).directories[0].info().environment.deterministic:
+                options = dataclasses.replace(options, deterministic=True)
+    if options.deterministic:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+    return options
 
 
 def keep_compiled() -> None:
@@ -151,16 +172,23 @@ def check_arithmetic(experiment: Experiment, out: Path, quiet: bool) -> None:
         raise
 
 
-def _report(sweep: Sweep, dataset: Dataset, tunes: bool, quiet: bool) -> None:
-    """Makes the report if every net has ended and no other process makes it just now."""
+def _report(sweep: Sweep, dataset: Dataset, tunes: bool, quiet: bool) -> bool:
+    """Makes the report if every net has ended and no other process makes it just now; returns
+    whether every net has ended.
+    """
     left = sum(not sweep.ended(net) for net in sweep.nets)
+    if left:
+        if not quiet:
+            print(
+                f"{left} of {len(sweep.nets)} nets are trained by other processes, or have none: "
+                "the last one to end makes the report"
+            )
+        return False
     with sweep.folder.locked("reporting") as free:
-        if left or not free:
-            other = "by other processes, or have none: the last one to end makes the report"
-            text = f"{left} of {len(sweep.nets)} nets are trained {other}"
+        if not free:
             if not quiet:
-                print(text if left else "another process makes the report")
-            return
+                print("another process makes the report")
+            return True
         runs = [Run(directory) for directory in sweep.directories]
         for run in runs:
             figures.save_examples(run, dataset)
@@ -178,6 +206,7 @@ def _report(sweep: Sweep, dataset: Dataset, tunes: bool, quiet: bool) -> None:
             print(tables.results(runs[0]).plain())
         if not quiet:
             print(where)
+    return True
 
 
 def grown(new: Sequence[Config], old: Sequence[Config], options: "Options") -> list[Config]:
@@ -262,6 +291,8 @@ def _how_to_resume(out: Path, options: "Options") -> str:
     command = [*cli.program(), "--resume", str(out)]
     if options.data_dir:
         command += ["--data-dir", str(options.data_dir)]
+    if options.share:
+        command += ["--share", options.share]
     if options.distributed:
         command.append("--distributed")
     return f"what is complete is kept; resume it with: {shlex.join(command)}"

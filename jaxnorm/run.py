@@ -1,9 +1,7 @@
 """The command: `python -m jaxnorm.run --norm layer`. Flags in, exit code out."""
 
-import contextlib
 import dataclasses
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
@@ -20,7 +18,6 @@ from jaxnorm.config import (
     UserError,
     product,
 )
-from jaxnorm.storage.sweep import Sweep, folder_of
 
 app = App(
     suppress_keyboard_interrupt=False,
@@ -150,36 +147,20 @@ def configs_of(named: dict[str, Any], swept: dict[str, Any]) -> list[Config]:
 
 def start(configs: list[Config], options: Options, tunes: bool = False) -> int:
     """Trains and reports a sweep, or a tuning; returns the exit code."""
-    if options.resume:
-        options = dataclasses.replace(options, resume=folder_of(options.resume))
-    try:
-        options = _prepare_jax(options)
-        from jaxnorm import job  # the one lazy import: `--help` answers before JAX is loaded
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"JAX does not take the environment: {error}") from None
-    if options.summary:
-        return job.print_summary(configs, options)
-    return job.start(configs, options, tunes)
-
-
-def _prepare_jax(options: Options) -> Options:
-    """Sets what JAX and XLA read when they start; returns the options, deterministic if the run to
-    resume is.
-    """
     # XLA logs as errors, each time it loads, that its own tuning hints are no processor features.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if options.resume:
-        with contextlib.suppress(OSError, UserError):  # it is refused later
-            if Sweep.open(options.resume).directories[0].info().environment.deterministic:
-                options = dataclasses.replace(options, deterministic=True)
-    if options.deterministic:
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
-    return options
+    try:
+        from jaxnorm import job  # the one lazy import: `--help` answers before JAX is loaded
+
+        return job.start(configs, options, tunes)
+    except UserError:
+        raise
+    except ValueError as error:
+        if "JAX" not in str(error):
+            raise
+        raise UserError(f"JAX does not take the environment: {error}") from None
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(app))
+    cli.leave(cli.run(app))

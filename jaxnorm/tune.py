@@ -6,7 +6,6 @@ nothing: winners are chosen by the accuracy on held-out training images.
 """
 
 import dataclasses
-import sys
 from typing import Annotated
 
 import numpy as np
@@ -119,4 +118,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run(app))
+    cli.leave(cli.run(app))

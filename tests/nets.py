@@ -3,8 +3,6 @@
 `python nets.py FLAGS` is `python -m jaxnorm.run FLAGS` that knows them.
 """
 
-import sys
-
 from jaxnorm import cli, run
 from jaxnorm.model.cnn import ARCHS, Layer
 
@@ -23,4 +21,4 @@ ARCHS["three-layers"] = lambda norm: THREE_LAYERS
 ARCHS["every-kind"] = lambda norm: EVERY_KIND
 
 if __name__ == "__main__":
-    sys.exit(cli.run(run.app))
+    cli.leave(cli.run(run.app))

@@ -54,6 +54,16 @@ class NoisyNorm(nn.Module):
         return nn.Dropout(0.1, deterministic=False)(x)
 
 
+class DroppingNorm(nn.Module):
+    """Draws in training alone."""
+
+    use_running_average: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dropout(0.1, deterministic=self.use_running_average)(x)
+
+
 class SteepNorm(nn.Module):
     """Has finite values, and the gradient of a root at zero."""
 

@@ -98,6 +98,13 @@ def test_a_norm_may_wrap_or_inherit_from_flaxs_batch_norm(tiny):
     assert measured["precise_accuracy"] == measured["running_accuracy"]
 
 
+def test_a_norm_that_draws_in_training_is_measured_inside(tiny):
+    norm = "own_norm:DroppingNorm"
+    net = fit(Config(norm, NET, "tiny", 1, 35), tiny)[norm, 1]
+    measured = probes.measure(net.program, net.state, tiny, net.logits, 1)
+    assert np.isfinite(measured["gradients"]).all()
+
+
 SHAPE = "it must map f32[N, H, W, C] to the same shape"
 
 
@@ -292,7 +299,7 @@ def test_a_new_table_number_and_figure_reach_every_page(sweep, monkeypatch, caps
     assert "extra number" in tables.results(Run(directory)).plain()
 
 
-def test_weight_decay_finds_the_kernels_among_parameters_of_any_kind(tiny):
+def test_weight_decay_is_of_the_kernels_and_of_no_parameter_of_a_norm(tiny):
     norm = "own_norm:PairNorm"
     program = program_of(Config(norm, NET, "tiny", 1, 35), norm, 4)
     start, key = init(program, tiny, 1), step.derive_key(1, "dropout", 1, 0)
@@ -302,6 +309,6 @@ def test_weight_decay_finds_the_kernels_among_parameters_of_any_kind(tiny):
     for layer, before in start.params.items():
         for name, values in before.items():
             moved = jax.tree.map(lambda a, b: a - b, plain[layer][name], decayed[layer][name])
-            share = 0.05 if name == "kernel" else 0.0
+            share = 0.05 if name == "kernel" and not layer.endswith("_norm") else 0.0
             wanted = jax.tree.map(lambda values, share=share: share * values, values)
             chex.assert_trees_all_close(moved, wanted, atol=1e-6)

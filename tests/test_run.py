@@ -183,10 +183,10 @@ def test_the_cache_is_left_out_where_the_user_has_no_home(monkeypatch):
 
 
 def test_a_variable_that_jax_does_not_take_is_named(inside, monkeypatch, capsys):
-    def refuse(_):
+    def refuse(*_):
         raise ValueError('Invalid value "many" for JAX flag jax_num_cpu_devices')
 
-    monkeypatch.setattr(run, "_prepare_jax", refuse)
+    monkeypatch.setattr(job, "start", refuse)
     assert call("--dataset", "digits") == 2
     error = capsys.readouterr().err
     assert error.startswith("error: JAX does not take the environment: Invalid value")

@@ -171,8 +171,11 @@ def import_archive(
     verified = sha256 in OFFICIAL
     if not verified and not allow_unverified:
         raise ArchiveError(
-            f"archive={path}: its SHA-256 is {sha256}, not an official CIFAR-10 archive's: it is "
-            "another file, or damaged; allow_unverified=True uses it all the same, marked as such"
+            Setting("archive", path),
+            f": its SHA-256 is {sha256}, not an official CIFAR-10 archive's: it is another file, "
+            "or damaged; ",
+            Setting("allow_unverified", True),
+            " uses it all the same, marked as such",
         )
     if not prepared.exists():
         name = path.name.encode(errors="surrogateescape").decode(errors="replace")
@@ -204,13 +207,13 @@ def _read(path: Path, progress: Progress) -> tuple[dict[str, Batch], str]:
     says what the file is.
     """
     if not path.is_file() and not path.is_dir():
-        raise ArchiveError(f"archive={path}: there is no such file")
+        raise ArchiveError(Setting("archive", path), ": there is no such file")
     try:
         batches, sha256 = (_read_folder if path.is_dir() else _read_archive)(path, progress)
         if missing := [part for part in _PARTS if part not in batches]:
             raise ArchiveError(f"is incomplete: it does not hold {', '.join(missing)}")
     except Exception as error:  # a damaged or hostile archive can fail in any way
-        raise ArchiveError(f"archive={path} {_what_is_wrong(error)}") from None
+        raise ArchiveError(Setting("archive", path), f" {_what_is_wrong(error)}") from None
     splits = {}
     for split in ("train", "test"):
         parts = [batches[part] for part, its_split in _PARTS.items() if its_split == split]

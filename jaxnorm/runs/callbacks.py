@@ -2,6 +2,7 @@
 (`pip install '.[tensorboard]'`): `tensorboard --logdir RUN` shows it.
 """
 
+import contextlib
 import importlib.util
 import sys
 import time
@@ -10,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jaxnorm.config import Config, Setting, UserError, differing, value_text
+from jaxnorm.config import Config, Setting, SweptNet, UserError, differing, value_text
 from jaxnorm.records import Epoch
 from jaxnorm.runs import signals
 from jaxnorm.storage.sweep import Sweep, name_of
@@ -104,7 +105,6 @@ class Terminal(Callback):
         seconds = (time.monotonic() - self.clock) / self.done * left
         if not self.quiet:
             print(_epoch_line(epoch, config, self.swept) + _time_left(seconds), flush=True)
-        signals.check()
 
 
 def _time_left(seconds: float) -> str:
@@ -145,18 +145,20 @@ class TensorBoard(Callback):
     names the run too.
     """
 
-    def __init__(self, sweep: Sweep) -> None:
+    def __init__(self, sweep: Sweep, nets: Sequence[SweptNet]) -> None:
         from tensorboardX import SummaryWriter
 
-        self.sweep, self.directory = sweep, sweep.folder.path_of("tensorboard")
+        self.sweep, self.nets, self.directory = sweep, nets, sweep.folder.path_of("tensorboard")
         self._make_writer, self._writers = SummaryWriter, {}
 
     def on_resume(self, complete: int) -> None:
         """Writes the epochs of nets that were trained without it."""
         before = {path.name for path in self.directory.glob("*")}
-        for net in self.sweep.nets:
-            config = self.sweep.configs[net.run]
-            for epoch in self.sweep.net(net).epochs():
+        for net in self.nets:
+            config, epochs = self.sweep.configs[net.run], []
+            with contextlib.suppress(UserError):  # damaged: it is set aside, and trained again
+                epochs = self.sweep.net(net).epochs()
+            for epoch in epochs:
                 if self._name(config, epoch) not in before:
                     self.on_epoch(config, epoch)
 

@@ -6,6 +6,7 @@ ends every process if one dies; in a job array every process has its own life.
 
 import os
 import re
+import signal
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,14 +16,14 @@ from jaxnorm.config import Setting, SweptNet, UserError
 
 JOINING_SECONDS = 300
 """How long processes wait for each other at the start."""
+HEARTBEAT_SECONDS = 30
+"""A process of a job that is not heard of for this long is lost, and ends the others."""
 PATIENCE_SECONDS = 24 * 3600
 """How long those that have trained their nets wait for the others."""
+joined = False
+"""Whether this process belongs to a job that it has not left."""
 _JOB = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-_ARRAYS = (
-    ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
-    ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS", ""),
-)
-"""The variables of a Slurm and of a Kubernetes job array: index, count and first index."""
+_SLURM = ("ID", "COUNT", "MIN", "MAX", "STEP")
 
 
 class Share(NamedTuple):
@@ -51,10 +52,20 @@ class Share(NamedTuple):
 
     @classmethod
     def _of_array(cls) -> "Share":
-        for names in _ARRAYS:
-            index, count, first = (os.environ.get(name, "") for name in names)
-            if index.isdecimal() and count.isdecimal():
-                return cls.parse(f"{int(index) - int(first or 0)}/{count}")
+        index = os.environ.get("JOB_COMPLETION_INDEX", "")
+        count = os.environ.get("JOB_COMPLETIONS", "")
+        slurm = [os.environ.get(f"SLURM_ARRAY_TASK_{name}", "") for name in _SLURM]
+        if all(map(str.isdecimal, slurm)):
+            task, tasks, first, last, step = map(int, slurm)
+            if last - first != step * (tasks - 1):
+                raise UserError(
+                    Setting("share", "array"),
+                    f": the {tasks} tasks of the array are not every {step}. of {first} to {last}, "
+                    "so their shares are not known: give an array such as 0-7",
+                )
+            index, count = str((task - first) // step), str(tasks)
+        if index.isdecimal() and count.isdecimal():
+            return cls.parse(f"{index}/{count}")
         raise UserError(
             Setting("share", "array"),
             " finds no job array: SLURM_ARRAY_TASK_ID and "
@@ -81,6 +92,7 @@ def join() -> Share:
             count,
             index,
             initialization_timeout=JOINING_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=PATIENCE_SECONDS,
         )
     except (ValueError, TypeError, IndexError, RuntimeError) as error:
@@ -90,9 +102,16 @@ def join() -> Share:
             "start it by Slurm, Open MPI or Kubernetes, or set "
             f"{', '.join(_JOB)} for each process",
         ) from None
+    global joined
+    joined = True
     return Share(jax.process_index(), jax.process_count())
 
 
 def leave() -> None:
-    """Leaves the job: waits until every process of it has come so far."""
+    """Leaves the job, once every process of it has come here; a signal ends the process."""
+    global joined
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
     jax.distributed.shutdown()
+    joined = False

@@ -38,22 +38,23 @@ def run(
     now: Environment,
     callbacks: Sequence[Callback] = (),
     share: Share = Share(),  # noqa: B008
-    resumes: bool = True,
+    may_exist: bool = True,
 ) -> bool:
     """Trains every net of this share that is not there yet, to its last epoch, and measures it
     inside; returns whether every net of the sweep has ended. A run that has begun resumes, and
-    grows if its settings ask for more epochs or seeds; with `resumes` False that is an error.
+    grows if its settings ask for more epochs or seeds; with `may_exist` False that is an error.
 
     On a CPU what comes out equals an unbroken run on the same mesh bit for bit, except for times.
     Raises `UserError`, ArithmeticError if every net of the sweep diverged, and OSError.
     """
-    nets, begun = share.of(sweep.nets), _begin(sweep, experiment, now, callbacks, resumes)
+    nets, begun = share.of(sweep.nets), _begin(sweep, experiment, now, callbacks, may_exist)
     if begun:
         last = sweep.configs[0].epochs
         complete = sum(sweep.net(net).complete(last) for net in nets)
         for callback in callbacks:
             callback.on_resume(complete)
     fit.warn_of_untuned(sweep.configs[0], callbacks)
+    # In each round a net ends, is found to be held, or has a damaged state set aside.
     while True:
         nets = [net for net in nets if not sweep.ended(net)]
         group = _next_group(experiment, {net: sweep.net(net).epoch() for net in nets})
@@ -76,8 +77,7 @@ def _next_group(experiment: Experiment, waiting: Mapping[SweptNet, int]) -> Grou
     """Returns the next nets to train, or to finish: those that wait only for their result first."""
     for net, epoch in waiting.items():
         if epoch == experiment.configs[net.run].epochs:
-            before = {net: epoch - 1}
-            return next(experiment.groups(before))
+            return next(experiment.groups({net: epoch - 1}))  # `groups` leaves finished nets out
     return next(experiment.groups(waiting), None)
 
 
@@ -99,6 +99,8 @@ def _train(
         if sweep.ended(net):
             continue
         info, folder = sweep.directories[net.run].info(), sweep.net(net)
+        if info.config.epochs != last:
+            raise UserError(f"{info.config.epochs} epochs are asked for since: resume the run")
         folder.set_aside_damaged(_warning(callbacks))
         loaded = folder.newest(shapes_of(info, folder.net), _warning(callbacks))
         if loaded is not None and len(loaded.epochs) > last:
@@ -122,8 +124,9 @@ def _train(
         folder.commit(after)
         for callback in callbacks:
             callback.on_epoch(experiment.configs[trained.run], trained.record)
-        if trained.record.epoch == last:
-            _finish(folder, group.program, after, experiment, callbacks)
+    for net, at in saved.items():
+        if at is not None and len(at.epochs) == last:
+            _finish(sweep.net(net), group.program, at, experiment, callbacks)
 
 
 def _after(
@@ -161,6 +164,8 @@ def _finish(
     arguments = program, saved.state, experiment.dataset, saved.logits, folder.net.seed
     measured = probes.measure(*arguments, progress)
     folder.finish(saved, {"epoch": np.array(len(saved.epochs), np.int32), **measured})
+    if not folder.trained(len(saved.epochs)):
+        raise UserError(f"{folder.path}: its result is too large to be read back")
 
 
 def _warning(callbacks: Sequence[Callback]) -> Callable[[str], None]:
@@ -176,7 +181,7 @@ def _begin(
     experiment: Experiment,
     now: Environment,
     callbacks: Sequence[Callback],
-    resumes: bool,
+    may_exist: bool,
 ) -> bool:
     """Writes what says which runs these are, under a lock; returns whether any had begun.
 
@@ -186,7 +191,7 @@ def _begin(
     with sweep.folder.locked(patience=_PATIENCE) as free:
         if not free:
             raise UserError(f"{sweep.folder.path} is being written to by another process")
-        if sweep.exists() and not resumes:
+        if sweep.exists() and not may_exist:
             raise UserError(
                 Setting("out", sweep.folder.path),
                 " is already used: another process has just begun a run "

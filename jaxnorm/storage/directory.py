@@ -160,10 +160,11 @@ class RunDirectory:
         """Reads a regular file of at most `largest` bytes; raises `UserError` for any other."""
         path = self.path_of(name)
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not wait for a writer
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > largest:
+            os.close(handle)
+            raise UserError(f"{path} is damaged: it is no file of up to {largest:,} bytes")
         with os.fdopen(handle, "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode) or status.st_size > largest:
-                raise UserError(f"{path} is damaged: it is no file of up to {largest:,} bytes")
             return file.read()
 
     def arrays(self, name: str, shapes: Shapes, optional: bool = False) -> dict[str, np.ndarray]:

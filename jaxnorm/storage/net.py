@@ -249,7 +249,9 @@ class NetFolder:
     def epochs(self) -> list[Epoch]:
         """Reads its lines, from its result or its newest whole state; raises `UserError`."""
         if self.has_result():
-            return self.result().epochs
+            epochs = self.result().epochs
+            if self.epoch() <= len(epochs):  # else it has trained on since
+                return epochs
         damage = None
         for epoch in reversed(self._states()):
             try:

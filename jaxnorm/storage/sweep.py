@@ -102,7 +102,10 @@ class Sweep:
 
         Raises `UserError` if there is one of other runs.
         """
-        if len(self.configs) == 1:
+        alone = len(self.configs) == 1
+        if self.exists() and alone != self.folder.exists():
+            raise UserError(f"{self.folder.path} holds {'a sweep' if alone else 'one run'}")
+        if alone:
             return None
         if self.folder.path_of(_FILE).exists():
             info = self.folder.read_json(_FILE, SweepInfo)

@@ -252,7 +252,8 @@ def _train_epoch(
     test, validation = group.evaluate(state)
     tested = time.perf_counter()
     for evaluation in filter(None, (test, validation)):
-        for i, *_ in np.argwhere(~np.isfinite(evaluation.logits))[:1]:
+        finite = np.isfinite(evaluation.logits).all((1, 2)) & np.isfinite(evaluation.loss)
+        for i in np.flatnonzero(~finite)[:1]:
             raise NonFiniteLoss(filled[i], epoch, None, float(evaluation.loss[i]))
     share, config = len(group.nets), group.config
     whole, results = meshes.fetch(state), []

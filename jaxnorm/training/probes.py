@@ -290,10 +290,11 @@ def _apply(
     dropout: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
     """Returns logits of standardized images as in training, with dropout if there is a key for it,
-    and what was captured.
+    and what was captured. What a norm of the user's own draws in training is drawn by one key.
     """
     mutable = [*state.norm_state, "intermediates"]
     options = {"train": True, "capture_intermediates": capture, "mutable": mutable}
-    if dropout is None:
-        return program.model.clone(dropout=0.0).apply(state.variables, inputs, **options)
-    return program.model.apply(state.variables, inputs, rngs={"dropout": dropout}, **options)
+    model, key = program.model, dropout
+    if key is None:
+        model, key = model.clone(dropout=0.0), jax.random.key(0)
+    return model.apply(state.variables, inputs, rngs={"dropout": key}, **options)

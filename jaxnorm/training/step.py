@@ -51,8 +51,10 @@ class Program:
 
 
 def _is_kernel(params: Any) -> Any:
-    """Marks the kernels, whatever kind of tree a norm's parameters are."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: _KERNEL in path, params)
+    """Marks the kernels of the net's own layers; a norm's parameters may be any kind of tree."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: _KERNEL in path and not path[0].key.endswith("_norm"), params
+    )
 
 
 class TrainState(NamedTuple):

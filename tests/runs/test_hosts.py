@@ -128,13 +128,13 @@ def test_a_job_of_two_processes_ends_with_one_report(scratch):
 
 
 @pytest.mark.slow
-def test_a_mistake_in_one_process_of_a_job_ends_it_at_once(scratch):
-    """The others notice, and end too."""
-    arguments = [*COMMAND, *ARGUMENTS, "--distributed"]
-    first, second = start_job(2, *arguments, "--out", scratch / "run")
-    second.kill()
-    assert first.wait(PATIENCE) != 0
-    finish([first, second])
+def test_a_process_of_a_job_that_fails_ends_at_once_and_ends_the_others(scratch):
+    (scratch / "used").write_text("no folder")
+    first, second = start_job(2, *COMMAND, *ARGUMENTS, "--distributed", "--out", scratch / "used")
+    codes, _, errors = finish([first, second])
+    assert 2 in codes
+    assert 0 not in codes
+    assert any("error: --out" in error for error in errors)
 
 
 @pytest.mark.slow
@@ -154,10 +154,13 @@ def test_shares_are_every_net_once():
 
 
 def test_a_job_array_gives_its_share(monkeypatch):
-    slurm = {"ID": "7", "COUNT": "4", "MIN": "5"}
+    slurm = {"ID": "9", "COUNT": "4", "MIN": "5", "MAX": "11", "STEP": "2"}  # 5, 7, 9, 11
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     assert Share.parse("array") == (2, 4)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "13")
+    with pytest.raises(UserError, match="share=array: the 4 tasks of the array are not every"):
+        Share.parse("array")
     for name in slurm:
         monkeypatch.delenv(f"SLURM_ARRAY_TASK_{name}")
     with pytest.raises(UserError, match="share=array finds no job array"):

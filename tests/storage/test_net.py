@@ -214,6 +214,12 @@ def test_a_link_out_of_the_run_is_refused(folder, tmp_path_factory):
     assert [path.name for path in outside.iterdir()] == ["state-3.msgpack"]
 
 
+def test_a_net_that_trains_on_after_its_result_is_as_far_as_its_state(folder):
+    folder.finish(saved_at(3), {})
+    folder.commit(saved_at(4))
+    assert [line.epoch for line in folder.epochs()] == [1, 2, 3, 4]
+
+
 def test_a_net_that_ended_is_read_back(folder):
     assert not folder.ended(3)
     folder.finish(saved_at(3), {"epoch": np.array(3)})
