@@ -18,6 +18,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 Precision = Literal["float32", "tf32", "bfloat16"]
+Schedule = Literal["constant", "one-cycle"]
+Augment = Literal["none", "crop-flip"]
+Recipe = Literal["study", "tuned"]
 ALL = ("batch", "group", "layer")
 """The study's three norms, in its order: what norm=all trains."""
 TUNED_RATES = {"batch": 0.123, "group": 0.134, "layer": 0.134, "pixel": 0.134}
@@ -212,14 +215,14 @@ class Config:
     batch_size: Positive = 128
     learning_rate: Rate | dict[str, Rate] = 0.01
     linear_scaling: bool = False
-    recipe: Literal["study", "tuned"] = "study"
-    schedule: Literal["constant", "one-cycle"] = "constant"
+    recipe: Recipe = "study"
+    schedule: Schedule = "constant"
     warmup: Annotated[float, Field(gt=0, lt=1)] = 0.25
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     dropout: Annotated[float, Field(ge=0, le=0.999)] = 0.1
-    augment: Literal["none", "crop-flip"] = "none"
+    augment: Augment = "none"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_standardization: bool = False
     groups: Positive = 4

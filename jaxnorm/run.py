@@ -1,20 +1,21 @@
 """The command: `python -m jaxnorm.run --norm layer`. Flags in, exit code out."""
 
-import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any
 
 from cyclopts import App, Group, Parameter
 
 from jaxnorm import cli
 from jaxnorm.config import (
-    OF_RECIPE,
     RECIPES,
-    RECORDED,
     SWEPT,
+    Augment,
     Config,
+    Precision,
+    Recipe,
+    Schedule,
     UserError,
     product,
 )
@@ -91,31 +92,41 @@ class Options:
     summary: bool = False
 
 
-def _settings_class() -> type:
-    """The settings of `Config`, with several values of those that a sweep takes."""
-    hints, fields = get_type_hints(Config), []
-    for field in dataclasses.fields(Config):
-        kind, default = hints[field.name], field.default
-        if field.name in RECORDED:
-            continue
-        if field.name in SWEPT:
-            value = get_args(kind)[0] if get_args(kind) else kind
-            several = Parameter(consume_multiple=True, negative_iterable=())
-            kind, default = Annotated[tuple[value, ...], several], ()
-        elif field.name in OF_RECIPE:  # which may be undone
-            kind, default = Annotated[kind | None, Parameter(negative_bool="no-")], None
-        if hints[field.name] is int:
-            kind = Annotated[kind, cli.WHOLE]
-        fields.append((field.name, kind, dataclasses.field(default=default)))
-    settings = dataclasses.make_dataclass("Settings", fields, frozen=True)
-    settings.__module__, settings.__doc__ = __name__, Config.__doc__
-    return settings
+_SEVERAL = Parameter(consume_multiple=True, negative_iterable=())
+_MAY_BE_UNDONE = Parameter(negative_bool="no-")
 
 
-if TYPE_CHECKING:
-    Settings = Config
-else:
-    Settings = _settings_class()
+@dataclass(frozen=True)
+class Settings:
+    # The flags of the fields of `Config`, whose docstring is their help: those of `SWEPT` take
+    # several values, and those of `OF_RECIPE` are the recipe's unless they are given.
+    norm: str = Config.norm
+    arch: str | None = None
+    dataset: str = Config.dataset
+    epochs: Annotated[int, cli.WHOLE] = Config.epochs
+    batch_size: Annotated[tuple[int, ...], _SEVERAL, cli.WHOLE] = ()
+    learning_rate: Annotated[tuple[float, ...], _SEVERAL] = ()
+    linear_scaling: bool = Config.linear_scaling
+    recipe: Recipe = Config.recipe
+    schedule: Schedule | None = None
+    warmup: float = Config.warmup
+    momentum: float = Config.momentum
+    nesterov: Annotated[bool | None, _MAY_BE_UNDONE] = None
+    weight_decay: Annotated[tuple[float, ...], _SEVERAL] = ()
+    dropout: float | None = None
+    augment: Augment | None = None
+    label_smoothing: float = Config.label_smoothing
+    weight_standardization: Annotated[bool | None, _MAY_BE_UNDONE] = None
+    groups: Annotated[int, cli.WHOLE] = Config.groups
+    seed: Annotated[int, cli.WHOLE] = Config.seed
+    seeds: Annotated[int, cli.WHOLE] = Config.seeds
+    validation: Annotated[int, cli.WHOLE] = Config.validation
+    precision: Precision = Config.precision
+    allow_large: bool = Config.allow_large
+    test_split: str = Config.test_split
+
+
+Settings.__doc__ = Config.__doc__
 NO_SETTINGS, NO_OPTIONS = Settings(), Options()
 SETTINGS, OPTIONS = (
     Parameter(group=Group(title), name="*", negative_bool=())

@@ -237,21 +237,24 @@ def test_a_wrong_file_is_one_line_and_makes_and_runs_nothing(own_data, scratch, 
 
 @pytest.mark.slow
 def test_a_new_setting_of_a_sweep_is_one_entry(own_data, scratch):
-    """The command, as if `SWEPT` had named dropout: each run is trained with its own."""
+    """As if `SWEPT` had named dropout: each run is trained with its own. (A flag of several values
+    is a line in `run.Settings`.)
+    """
     path, _ = own_data
     code = """if True:
         import sys
         from jaxnorm import config
         config.SWEPT += ("dropout",)
-        from jaxnorm import cli, report, run
+        from pathlib import Path
+        from jaxnorm import cli, job, report, run
         import nets
-        out = sys.argv[1]
-        flags = [*sys.argv[2:], "--quiet", "--out", out]
-        sys.exit(cli.run(run.app, flags) or cli.run(report.app, [out]))"""
-    flags = [scratch / "s", "--norm", "layer", "--arch", NET, "--dataset", path, "--epochs", "1"]
-    flags += ["--batch-size", "35", "--dropout", "0.0", "0.5"]
+        out, dataset, arch = sys.argv[1:]
+        base = {"norm": "layer", "arch": arch, "dataset": dataset, "epochs": 1, "batch_size": 35}
+        configs = config.product(config.study, base, {"dropout": (0.0, 0.5)})
+        options = run.Options(out=Path(out), quiet=True, skip_self_check=True)
+        sys.exit(job.start(configs, options) or cli.run(report.app, [out]))"""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-c", code, *map(str, flags)]
+    command = [sys.executable, "-c", code, str(scratch / "s"), str(path), NET]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert [line.split()[:4] for line in done.stdout.splitlines()[:1]] == [

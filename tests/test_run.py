@@ -1,5 +1,6 @@
 """The command, as a user calls it: output, exit codes, and nothing left behind by a mistake."""
 
+import dataclasses
 import datetime
 import io
 import os
@@ -14,7 +15,7 @@ from helpers import SMALL, call, difference, epochs_of, losses_of
 import jaxnorm
 from jaxnorm import cli, job, report, run
 from jaxnorm.analysis import figures
-from jaxnorm.config import Setting, Text, UserError, product, study
+from jaxnorm.config import OF_RECIPE, RECORDED, Config, Setting, Text, UserError, product, study
 from jaxnorm.data import cache
 from jaxnorm.data import datasets as data
 from jaxnorm.model.fast import convolution
@@ -31,26 +32,17 @@ def test_help_names_every_setting_and_loads_no_jax():
         [sys.executable, "-m", "jaxnorm.run", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0
-    flags = "norm arch dataset data-dir archive epochs batch-size learning-rate momentum dropout"
-    for flag in (
-        *flags.split(),
-        "groups",
-        "seed",
-        "seeds",
-        "validation",
-        "out",
-        "tensorboard",
-        "resume",
-        "mesh",
-        "distributed",
-        "precision",
-        "deterministic",
-        "skip-self-check",
-        "quiet",
-        "summary",
-        "allow-unverified",
-    ):
-        assert f"--{flag}" in done.stdout, flag
+    for field in (*dataclasses.fields(run.Settings), *dataclasses.fields(run.Options)):
+        assert f"--{field.name.replace('_', '-')} " in done.stdout.replace("\n", " "), field.name
+
+
+def test_every_setting_has_a_flag_and_its_own_default():
+    """None or () stand for the recipe's."""
+    flags = {field.name: field.default for field in dataclasses.fields(run.Settings)}
+    assert flags.keys() == {field.name for field in dataclasses.fields(Config)} - {*RECORDED}
+    assert {name for name, default in flags.items() if default in (None, ())} == {*OF_RECIPE}
+    given = {name: default for name, default in flags.items() if default not in (None, ())}
+    assert given == {name: getattr(Config(), name) for name in given}
 
 
 def test_summary_prints_the_layer_tables_and_trains_nothing(inside, capsys):

@@ -65,7 +65,7 @@ def test_nothing_is_checked_where_every_net_is_finished(inside, tiny_by_name, mo
 def test_resume_refuses_to_turn_off_what_the_run_has(inside, sweep, capsys):
     sweep("x", nesterov=True)
     assert call("--resume", "x", "--no-nesterov") == 2
-    assert "--nesterov False conflicts with the run in x, which has True" in capsys.readouterr().err
+    assert "--no-nesterov conflicts with the run in x, which has True" in capsys.readouterr().err
 
 
 def test_summary_shows_the_nets_of_the_run(inside, tiny_by_name, sweep, capsys):

@@ -31,7 +31,7 @@ def events(path):
 
 def test_tensorboard_has_every_loss_and_accuracy_of_each_net(scratch):
     assert RecordWriter
-    board = TensorBoard(Sweep(scratch / "t", [Config()]))
+    board = TensorBoard(Sweep(scratch / "t", [Config()]), [])
     board.on_epoch(Config(), EPOCH)
     board.close()
     assert events(scratch / "t" / "tensorboard" / "batch-1") == [
@@ -41,7 +41,7 @@ def test_tensorboard_has_every_loss_and_accuracy_of_each_net(scratch):
         ("accuracy/test", 1, 0.5),
     ]
     configs = [Config(batch_size=64), Config(batch_size=32)]
-    board = TensorBoard(Sweep(scratch / "s", configs))
+    board = TensorBoard(Sweep(scratch / "s", configs), [])
     board.on_epoch(configs[0], EPOCH)
     board.close()
     (made,) = (scratch / "s" / "tensorboard").iterdir()
@@ -59,7 +59,7 @@ def test_of_a_run_that_resumes_the_epochs_before_are_written_where_none_are(scra
         none = np.zeros(0, np.float32)
         sweep.net(SweptNet(0, norm, 1)).commit(Saved(lines, [], {}, none, none, none))
     (scratch / "tensorboard" / "layer-1").mkdir(parents=True)
-    board = TensorBoard(sweep)
+    board = TensorBoard(sweep, sweep.nets)
     board.on_resume(4)
     board.on_epoch(config, dataclasses.replace(EPOCH, epoch=3))
     board.close()

@@ -75,7 +75,7 @@ def test_links_are_refused(scratch, tmp_path_factory):
     sweep = made(scratch / "s", configs())
     for name in (NAMES[1], "tensorboard"):
         (sweep.folder.path / name).symlink_to(outside)
-    for act in (lambda: Sweep.open(scratch / "s"), lambda: TensorBoard(sweep)):
+    for act in (lambda: Sweep.open(scratch / "s"), lambda: TensorBoard(sweep, [])):
         with pytest.raises(UserError, match="is a link"):
             act()
     alone = Sweep(scratch / "r", configs()[:1])
