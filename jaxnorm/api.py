@@ -48,7 +48,7 @@ class Run:
 
     @cached_property
     def finding(self) -> Markdown:
-        """What the run found, in words."""
+        """The finding of the run, in words."""
         return Markdown(tables.finding(self.records))
 
     @cached_property

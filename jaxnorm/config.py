@@ -345,8 +345,6 @@ RECIPES: dict[str, Callable[..., Config]] = {"study": study, "tuned": tuned}
 OF_RECIPE = ("arch", "batch_size", "learning_rate", "schedule", "nesterov", "weight_decay")
 OF_RECIPE += ("dropout", "augment", "weight_standardization")
 """The settings whose default depends on the recipe."""
-RECORDED = ("usual_batch", "untuned")
-"""What a recipe records of its learning rates; no flag sets it."""
 
 
 def valid_text(text: str) -> str:

@@ -137,7 +137,7 @@ def _share(options: "Options") -> Share:
             " or ",
             Setting("resume"),
         )
-    share = Share.parse(options.share) if options.share else Share()
+    share = Share.parse(options.share) if options.share else hosts.EVERY_NET
     if options.distributed:
         share = hosts.join()
     meshes.check_devices()

@@ -167,7 +167,7 @@ class RunInfo:
     run began.
 
     `parameters` and `layers` are of each norm's net. Of norms of the user's own `norm_sources` and
-    `norm_programs` have a SHA-256 each (see `model.fingerprint`), in runs since they are recorded.
+    `norm_programs` have a SHA-256 each (see `model.fingerprint`).
     """
 
     format: Literal[3]

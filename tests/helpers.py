@@ -116,7 +116,7 @@ def run(config, dataset, path, callbacks=(), mesh=None, **about):
 def train(sweep, dataset, callbacks=(), mesh=None, **about):
     """Trains the runs of a sweep, or resumes them."""
     experiment = Experiment(sweep.configs, dataset, mesh)
-    return runner.run(sweep, experiment, environment.environment("python -m x"), callbacks, **about)
+    runner.run(sweep, experiment, environment.environment("python -m x"), callbacks, **about)
 
 
 def epochs_of(directory):

@@ -84,7 +84,7 @@ class Run:
 
     @cached_property
     def environments(self) -> list[Environment]:
-        """Where and when the run began, and where and when its finished nets were trained."""
+        """The environments in which the run began and in which its finished nets were trained."""
         found = [self.info.environment]
         for net in self.finished:
             found += [one for one in self.net(*net).result().environments if one not in found]
@@ -128,7 +128,7 @@ class Run:
 
     @cached_property
     def predictions(self) -> dict[NetId, Predictions]:
-        """What each finished net says of the test images.
+        """The predictions of each finished net on the test images.
 
         Raises `UserError` if that is not what its last line tells of, or of other labels.
         """

@@ -383,8 +383,8 @@ def classes(run: Run) -> Table:
 
 
 def parameters(run: Run) -> Table:
-    """The layers of each norm's net, as the run recorded them. Empty if it did not, as earlier runs
-    did not.
+    """The layers of each norm's net, as the run recorded them. Empty if they do not lie side by
+    side.
     """
     nets = {norm: run.info.layers.get(norm, []) for norm in run.info.config.norms}
     if len({tuple(layer.name for layer in net) for net in nets.values()}) > 1:
@@ -437,7 +437,7 @@ def facts(run: Run) -> Table:
 
 
 def _later(run: Run) -> list[Environment]:
-    """Where and when nets were trained after the process that began the run."""
+    """Returns the environments of processes that trained nets after the one that began the run."""
     first = run.info.environment
     return [one for one in run.environments if one.started != first.started]
 

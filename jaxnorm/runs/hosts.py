@@ -74,6 +74,10 @@ class Share(NamedTuple):
         )
 
 
+EVERY_NET = Share()
+"""The share of a process that is alone."""
+
+
 def join() -> Share:
     """Joins the job that the cluster (Slurm, Open MPI, Kubernetes, cloud TPU) or the environment
     (`JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`) describes; returns this

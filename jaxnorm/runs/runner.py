@@ -18,7 +18,7 @@ from jaxnorm.config import Config, NetId, Setting, SweptNet, Text, UserError, na
 from jaxnorm.model import arithmetic, fingerprint
 from jaxnorm.records import Environment, RunInfo
 from jaxnorm.runs import environment
-from jaxnorm.runs.hosts import Share
+from jaxnorm.runs.hosts import EVERY_NET, Share
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.net import Damaged, NetFolder, Saved
 from jaxnorm.storage.sweep import Sweep
@@ -37,12 +37,12 @@ def run(
     experiment: Experiment,
     now: Environment,
     callbacks: Sequence[Callback] = (),
-    share: Share = Share(),  # noqa: B008
+    share: Share = EVERY_NET,
     may_exist: bool = True,
-) -> bool:
+) -> None:
     """Trains every net of this share that is not there yet, to its last epoch, and measures it
-    inside; returns whether every net of the sweep has ended. A run that has begun resumes, and
-    grows if its settings ask for more epochs or seeds; with `may_exist` False that is an error.
+    inside. A run that has begun resumes, and grows if its settings ask for more epochs or seeds;
+    with `may_exist` False that is an error.
 
     On a CPU what comes out equals an unbroken run on the same mesh bit for bit, except for times.
     Raises `UserError`, ArithmeticError if every net of the sweep diverged, and OSError.
@@ -65,12 +65,9 @@ def run(
             held = set(group.nets) - set(free)  # by another process, which trains them to the end
             nets = [net for net in nets if net not in held]
             _train(sweep, group, free, now, callbacks)
-    if not all(map(sweep.ended, sweep.nets)):
-        return False
-    lost = [None if sweep.trained(net) else sweep.net(net).lost() for net in sweep.nets]
-    if lost[0] and all(lost):
-        raise ArithmeticError(lost[0].reason)
-    return True
+    if not any(map(sweep.trained, sweep.nets)) and all(map(sweep.ended, sweep.nets)):
+        lost = sweep.net(sweep.nets[0]).lost()
+        raise ArithmeticError(lost.reason if lost else "every net diverged")
 
 
 def _next_group(experiment: Experiment, waiting: Mapping[SweptNet, int]) -> Group | None:
@@ -292,7 +289,7 @@ def check_grown(old: Config, new: Config, path: Path) -> None:
 
 def check_sources(info: RunInfo, path: Path | str, norms: Sequence[str]) -> None:
     """Raises `UserError` if one of these norms is the user's own and its source is not the one that
-    the run recorded; earlier versions recorded none.
+    the run recorded.
     """
     for norm in norms:
         recorded = info.norm_sources.get(norm)

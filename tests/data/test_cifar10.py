@@ -149,8 +149,9 @@ def test_the_first_load_after_an_import_decodes_no_png(scratch, monkeypatch):
 
     archive.import_archive(make(scratch / "a"), scratch / "tfds", True, scratch, silent)
     with monkeypatch.context() as patch:
-        fail = lambda *_: pytest.fail("a PNG is decoded")  # noqa: E731
-        patch.setattr(tfds.features.Image, "decode_example_np", fail)
+        patch.setattr(
+            tfds.features.Image, "decode_example_np", lambda *_: pytest.fail("a PNG is decoded")
+        )
         first = load()
         shutil.rmtree(scratch / "decoded")
         with pytest.raises(pytest.fail.Exception):
