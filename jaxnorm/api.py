@@ -138,8 +138,7 @@ def train(
         RunDirectory.create(sweep.folder.path)
     checked = "not made"
     if not all(map(sweep.ended, sweep.nets)):
-        job.check_arithmetic(experiment, sweep.folder.path, quiet)
-        checked = "passed"
+        checked = job.check_arithmetic(experiment, sweep.folder.path, quiet)
     now = environment.environment("jaxnorm.train", checked)
     hear = [callbacks.Terminal([config], len(sweep.nets), quiet)]
     runner.run(sweep, experiment, now, hear, may_exist=resumes)

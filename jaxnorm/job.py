@@ -76,8 +76,7 @@ def start(requested: list[Config], options: "Options", tunes: bool = False) -> i
     nets = share.of(sweep.nets)
     checked = "skipped (--skip-self-check)" if options.skip_self_check else "not made"
     if not options.skip_self_check and not all(map(sweep.ended, nets)):
-        check_arithmetic(experiment, out, options.quiet)
-        checked = "passed"
+        checked = check_arithmetic(experiment, out, options.quiet, options.recheck)
     with cli.advising(_how_to_resume(out, options)):
         now = environment.environment(_command(), checked, options.deterministic)
         hear: list[Callback] = [callbacks.Terminal(configs, len(nets), options.quiet, cli.as_flags)]
@@ -161,15 +160,22 @@ def _check_settings(configs: Sequence[Config], options: "Options") -> MeshShape 
     return mesh
 
 
-def check_arithmetic(experiment: Experiment, out: Path, quiet: bool) -> None:
-    """Checks the programs that will train; if they are wrong, a new run directory goes again."""
+def check_arithmetic(experiment: Experiment, out: Path, quiet: bool, recheck: bool = False) -> str:
+    """Checks the programs that will train, those that passed before only if they are to be checked
+    again; returns what the run says of it. If they are wrong, a new run directory goes again.
+    """
+    folder = cache.default_cache_dir()
+    passes = cache.private_directory(folder / "self-check") if folder else None
+    if recheck:
+        passes = None
     try:
         with contextlib.closing(callbacks.Bar(quiet)) as bar:
-            selfcheck.self_check(experiment, bar.at)
+            made = selfcheck.self_check(experiment, bar.at, passes)
     except BaseException:  # a signal too
         with contextlib.suppress(OSError):
             out.rmdir()  # if it is new, and so empty
         raise
+    return "passed" if made else "passed before, by the same programs on this machine"
 
 
 def _report(sweep: Sweep, dataset: Dataset, tunes: bool, quiet: bool) -> bool:

@@ -68,6 +68,8 @@ class Options:
         they are slower. On a CPU they do anyway.
     skip_self_check
         Train without checking first that this installation computes rightly; the run says so.
+    recheck
+        Check it, also if the same programs have passed on this machine before.
     tensorboard
         Write each epoch's losses and accuracies for TensorBoard, too, in the run directory's
         tensorboard/.
@@ -87,6 +89,7 @@ class Options:
     distributed: bool = False
     deterministic: bool = False
     skip_self_check: bool = False
+    recheck: bool = False
     tensorboard: bool = False
     quiet: bool = False
     summary: bool = False

@@ -109,7 +109,9 @@ def jax_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
         nonlocal state
         while count > 0:
             stop = min(count, IMAGES // job.batch_size)
-            state, done = epoch.train_nets(program, mesh, state, *arrays, 0, 0, stop)
+            state, done = epoch.train_nets(
+                program, mesh, state, *arrays, job.batch_size, 0, 0, stop
+            )
             count -= stop
         jax.block_until_ready(done.losses)
 

@@ -129,12 +129,16 @@ class CNN(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, train: bool = False, first_image: int | jax.Array = 0
+        self,
+        images: jax.Array,
+        train: bool = False,
+        first_image: int | jax.Array = 0,
+        mask: jax.Array | None = None,  # bool[N]
     ) -> jax.Array:
         """Returns logits f32[N, num_classes] of f32[N, 32, 32, 3].
 
         `first_image` is the number in its batch of the first image here, which decides its dropout
-        mask.
+        mask. Images that the `mask` leaves out take no part in the statistics of a batch.
         """
         chex.assert_shape(images, (None, 32, 32, 3))
         chex.assert_type(images, jnp.float32)
@@ -148,7 +152,9 @@ class CNN(nn.Module):
                 case "block" | "residual":
                     x = self.conv(layer, (3, 3), dtype)(x).astype(jnp.float32)
                     norm = self.normalization(train, f"{layer.name}_norm")
-                    x = layers.same_type(norm(x), x, self.norm)
+                    masked = mask is not None and isinstance(norm, nn.BatchNorm)
+                    options = {"mask": mask[:, None, None, None]} if masked else {}
+                    x = layers.same_type(norm(x, **options), x, self.norm)
                     x = x + inputs[-2] if layer.kind == "residual" else x
                     x = L.dropout_relu(x.astype(dtype), self.dropout, key, number, first_image)
                 case "squeeze":

@@ -32,24 +32,29 @@ class UnbiasedBatchNorm(nn.BatchNorm):
     the study.
     """
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalizes, and in training updates the running averages."""
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes, and in training updates the running averages. `mask` is Flax's: what it
+        leaves out takes no part in the statistics.
+        """
         if self.use_running_average or self.is_initializing():
-            return super().__call__(x)
+            return super().__call__(x, mask=mask)
         old = self.get_variable("batch_stats", "var")
-        outputs = super().__call__(x)
+        outputs = super().__call__(x, mask=mask)
         kept = self.momentum * old
         biased = self.get_variable("batch_stats", "var") - kept
-        self.put_variable("batch_stats", "var", kept + biased * _unbiased(self, x, old.size))
+        unbiased = biased * _unbiased(self, x, old.size, mask)
+        self.put_variable("batch_stats", "var", kept + unbiased)
         return outputs
 
 
-def _unbiased(module: nn.BatchNorm, x: jax.Array, features: int) -> float:
+def _unbiased(module: nn.BatchNorm, x: jax.Array, features: int, mask: jax.Array | None) -> Any:
     """Returns n / (n - 1), n the elements of each feature on all devices that share a batch."""
     count = x.size // features
+    if mask is not None:
+        count = jnp.broadcast_to(mask, x.shape).sum() // features
     if module.axis_name:
-        count *= jax.lax.psum(1, module.axis_name, axis_index_groups=module.axis_index_groups)
-    return count / max(count - 1, 1)
+        count = jax.lax.psum(count, module.axis_name, axis_index_groups=module.axis_index_groups)
+    return count / jnp.maximum(count - 1, 1)
 
 
 _READ = {"epsilon", "momentum", "scale_init", "bias_init", "num_groups", "name", "parent"}
@@ -69,28 +74,34 @@ def _is_served(module: nn.Module, x: jax.Array, **served: Any) -> bool:
     return x.ndim == 4 and x.dtype == jnp.float32 and all(fits)
 
 
-def _normalize(module: Any, x: jax.Array, over: norm.Over) -> tuple[jax.Array, norm.Statistics]:
+def _normalize(
+    module: Any, x: jax.Array, over: norm.Over, mask: jax.Array | None = None
+) -> tuple[jax.Array, norm.Statistics]:
     """Normalizes with the module's scale and bias for each channel."""
     scale = module.param("scale", module.scale_init, x.shape[-1:], jnp.float32)
     bias = module.param("bias", module.bias_init, x.shape[-1:], jnp.float32)
-    return norm.normalize(x, scale, bias, over)
+    return norm.normalize(x, scale, bias, over, mask)
 
 
 class BatchNorm(UnbiasedBatchNorm):
     """Batch norm over the whole batch, also if devices share it."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalizes, and in training updates the running averages."""
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalizes, and in training updates the running averages. `mask` is Flax's; the fast form
+        takes one of whole images, bool[N, 1, 1, 1], and divides by their number on all devices.
+        """
         served = _is_served(self, x, use_running_average=False, axis_name=self.axis_name)
+        served = served and (mask is None or mask.shape == (x.shape[0], 1, 1, 1))
         if self.is_initializing() or not served:
-            return super().__call__(x)
+            return super().__call__(x, mask=mask)
         channels = x.shape[-1]
         mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
         variance = self.variable("batch_stats", "var", jnp.ones, channels)
         over = norm.Over(True, channels, epsilon=self.epsilon, axis=self.axis_name)
-        outputs, statistics = _normalize(self, x, over)
-        unbiased = statistics.variance[0] * _unbiased(self, x, channels)
+        of_images = None if mask is None else mask.ravel().astype(jnp.float32)
+        outputs, statistics = _normalize(self, x, over, of_images)
+        unbiased = statistics.variance[0] * _unbiased(self, x, channels, mask)
         kept = self.momentum
         mean.value = kept * mean.value + (1 - kept) * statistics.mean[0]
         variance.value = kept * variance.value + (1 - kept) * unbiased

@@ -53,11 +53,16 @@ class Evaluation(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """A part of an epoch, ready for `train_nets`: all full batches share one array, so all their
-    chunks share one compilation.
+    """A part of an epoch, ready for `train_nets`: all batches share one array, the ragged last one
+    filled up, so all chunks share one compilation.
+
+    The ragged batch of a norm of the user's own, which knows of no images that do not count, is an
+    array and a compilation of its own.
     """
 
     batches: jax.Array  # i32[K, S, B]
+    last: int | None
+    """How many images of the last batch count; None: all, and the program knows it."""
     first_step: int
     """The step's number in the epoch at batches[:, 0]."""
     start: int
@@ -76,12 +81,26 @@ def epoch_keys(seed: int | jax.Array, epoch: int | jax.Array) -> jax.Array:  # [
     return jnp.stack([derive_key(seed, "dropout", epoch), derive_key(seed, "augment", epoch)])
 
 
-@partial(jax.jit, static_argnums=0)
-def _orders(
-    mesh: MeshShape, seeds: jax.Array, epoch: int | jax.Array, rows: jax.Array
-) -> tuple[jax.Array, jax.Array]:  # i32[K, N], [K, 2]
+@partial(jax.jit, static_argnums=(0, 1))
+def _batches(
+    mesh: MeshShape,
+    cut: tuple[int, bool],
+    seeds: jax.Array,
+    epoch: int | jax.Array,
+    rows: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # i32[K, S, B], i32[K, 0 or 1, R], [K, 2]
+    """Returns the batches of an epoch, the ragged one filled with the epoch's first images or apart
+    from them; and its keys.
+    """
+    batch_size, fill = cut
+
     def of_net(epoch, seed, rows):
-        return rows[epoch_order(seed, epoch, rows.shape[0])], epoch_keys(seed, epoch)
+        order = rows[epoch_order(seed, epoch, rows.shape[0])]
+        if fill:
+            order = jnp.pad(order, (0, -len(order) % batch_size), mode="wrap")
+        whole = len(order) // batch_size * batch_size
+        full, ragged = order[:whole].reshape(-1, batch_size), order[None, whole:]
+        return full, ragged, epoch_keys(seed, epoch)
 
     return _for_each_net(mesh, of_net, (epoch,), (seeds, rows))
 
@@ -93,18 +112,18 @@ def epoch_chunks(
     rows: jax.Array,  # i32[K, N], the images to train each net on
     batch_size: int,
     chunks: int = 1,
+    fill: bool = True,
 ) -> tuple[list[Chunk], jax.Array]:
-    """Cuts an epoch of K nets into about `chunks` chunks of full batches, and one of the ragged
-    last batch if there is one. Also returns the epoch's keys [K, 2], of dropout and augmentation.
+    """Cuts an epoch of K nets into about `chunks` chunks, and a ragged last batch into one of its
+    own unless it is to `fill` up. Also returns the epoch's keys [K, 2], of dropout and
+    augmentation.
     """
-    orders, keys = _orders(mesh, seeds, epoch, rows)
-    nets, images = rows.shape
-    count = images // batch_size
-    full = orders[:, : count * batch_size].reshape(nets, count, batch_size)
-    ragged = orders[:, None, count * batch_size :]
+    full, ragged, keys = _batches(mesh, (batch_size, fill), seeds, epoch, rows)
+    count, left = full.shape[1], rows.shape[1] % batch_size
     edges = sorted({round(count * i / chunks) for i in range(chunks + 1)})
-    cut = [Chunk(full, 0, start, stop) for start, stop in itertools.pairwise(edges)]
-    return ([*cut, Chunk(ragged, count, 0, 1)] if ragged.shape[2] else cut), keys
+    last = (left or batch_size) if fill else None
+    cut = [Chunk(full, last, 0, start, stop) for start, stop in itertools.pairwise(edges)]
+    return ([*cut, Chunk(ragged, None, count, 0, 1)] if left and not fill else cut), keys
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
@@ -118,11 +137,13 @@ def train_nets(
     keys: jax.Array,  # [K, 2], of the epoch's dropout and augmentation
     learning_rates: jax.Array,  # f32[K, S]
     weight_decays: jax.Array,  # f32[K]
+    last: int | jax.Array | None,
     first_step: int | jax.Array,
     start: int | jax.Array,
     stop: int | jax.Array,
 ) -> tuple[TrainState, Steps]:
-    """Trains K nets on their batches[:, start:stop] in one compiled loop.
+    """Trains K nets on their batches[:, start:stop] in one compiled loop; of the very last batch
+    only the first `last` images count, all for None.
 
     `states` is consumed: its memory is used again.
     """
@@ -130,10 +151,11 @@ def train_nets(
     chex.assert_equal_shape_prefix([batches, learning_rates], 2)
     chex.assert_rank(batches, 3)
     chex.assert_type([labels, batches], jnp.int32)
-    share = batches.shape[2] // mesh.batch
-    shared = mesh.batch > 1 and batches.shape[2] % mesh.batch == 0
+    size = batches.shape[2]
+    share, shared = size // mesh.batch, mesh.batch > 1 and size % mesh.batch == 0
 
-    def train_net(images, labels, first_step, start, stop, state, batches, keys, rates, decay):
+    def train_net(common, state, batches, keys, rates, decay):
+        images, labels, last, first_step, start, stop = common
 
         def train_batch(i, carry):
             state, losses, correct = carry
@@ -145,8 +167,9 @@ def train_nets(
                 rows, *places = (lax.dynamic_slice_in_dim(a, start, share) for a in (rows, *places))
             batch = augmented(images, rows, *places)
             axis = BATCH if shared else None
+            count = None if last is None else jnp.where(i == len(batches) - 1, last, size)
             state, loss, hits = train_step(
-                program, state, batch, labels[rows], key, rates[i], decay, axis
+                program, state, batch, labels[rows], key, rates[i], decay, axis, count
             )
             return state, losses.at[i].set(loss), correct + hits
 
@@ -156,7 +179,7 @@ def train_nets(
     state, losses, correct = _for_each_net(
         mesh,
         train_net,
-        (images, labels, first_step, start, stop),
+        ((images, labels, last, first_step, start, stop),),
         (states, batches, keys, learning_rates, weight_decays),
     )
     return state, Steps(losses, correct)

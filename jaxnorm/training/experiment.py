@@ -286,8 +286,8 @@ class Group:
         configs = self.experiment.configs
         rates = np.array([configs[net.run].rate(net.norm) for net in self.filled], np.float32)
         shares = learning_rates(self.config, epoch, self.steps)
-        batch_size = self.config.batch_size
-        chunks, keys = epochs.epoch_chunks(self.mesh, seeds, epoch, rows, batch_size, CHUNKS)
+        cut = self.config.batch_size, CHUNKS, not layers.is_custom(self.norm)
+        chunks, keys = epochs.epoch_chunks(self.mesh, seeds, epoch, rows, *cut)
         return chunks, (keys, rates[:, None] * shares[None])
 
     def arguments(self, state: TrainState, chunk: Chunk, of_epoch: tuple) -> tuple:

@@ -6,28 +6,36 @@ train, a full batch and the ragged one, and its evaluation are compared with tho
 Flax's and XLA's own operators, in float32.
 """
 
+import contextlib
+import functools
+import hashlib
 import itertools
+import os
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 
 from jaxnorm.config import Precision, Setting, Text
+from jaxnorm.data import cache
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.data.download import Progress
 from jaxnorm.model import arithmetic
 from jaxnorm.model.cnn import MOMENTUM
+from jaxnorm.training import epoch as epochs
 from jaxnorm.training import mesh as meshes
+from jaxnorm.training.epoch import Chunk, augmented, epoch_keys
 from jaxnorm.training.experiment import Experiment, Group, compiled_settings
 from jaxnorm.training.step import (
     Program,
     TrainState,
     crop_and_flip,
-    derive_key,
     standardize,
     train_step,
 )
@@ -62,23 +70,131 @@ class WrongNumbers(ArithmeticError):
         super().__init__(Text(*parts))
 
 
+@dataclass(frozen=True, eq=False)
+class _Check:
+    """The programs that train and evaluate a group's one net, and the plain net's."""
+
+    group: Group
+
+    @functools.cached_property
+    def plain(self) -> Program:
+        """The net of Flax's and XLA's own operators, in float32."""
+        model = self.group.program.model.clone(fast=False, precision="float32")
+        return replace(self.group.program, model=model)
+
+    @functools.cached_property
+    def plain_step(self) -> Any:
+        """The plain net's step, of a full batch and of a ragged one that is filled up."""
+        program = self.plain
+
+        def step(state, images, labels, number, rate, decay, count):
+            seed, epoch, step = number
+            key, of_images = (jax.random.fold_in(key, step) for key in epoch_keys(seed, epoch))
+            if program.augments:
+                rows = jnp.arange(len(labels))
+                images = augmented(images, rows, *crop_and_flip(of_images, len(labels)))
+            return train_step(
+                program, state, images, labels, key, rate, decay, axis=None, count=count
+            )
+
+        return jax.jit(step, compiler_options=_ONCE)
+
+    @functools.cached_property
+    def plain_logits(self) -> Any:
+        """The plain net's evaluation of images."""
+
+        def logits(state: TrainState, images: Any) -> Any:
+            return self.plain.model.apply(state.variables, standardize(state, images))
+
+        return jax.jit(logits, compiler_options=_ONCE)
+
+    @functools.cached_property
+    def lowered(self) -> list[Any]:
+        """All programs as JAX gives them to the compiler; calling one later compiles no more."""
+        group = self.group
+        states = group.states([None])
+        initial = jax.tree.map(lambda leaf: leaf[0], meshes.fetch(states))
+        chunks, of_epoch = group.chunks(1)
+        lowered = []
+        for chunk in {chunk.batches.shape: chunk for chunk in chunks}.values():
+            plain = _plain_inputs(group, initial, chunk, of_epoch, epoch=1)
+            lowered.append(self.plain_step.lower(*plain))
+            lowered.append(epochs.train_nets.lower(*group.arguments(states, chunk, of_epoch)))
+        test = group.experiment.placed(group.mesh)[2:]
+        lowered.append(epochs.evaluate_nets.lower(group.program, group.mesh, states, *test))
+        images = np.zeros((EVALUATED, 32, 32, 3), np.uint8)
+        return [*lowered, self.plain_logits.lower(initial, images)]
+
+    @functools.cached_property
+    def name(self) -> str:
+        """The name of a pass: the SHA-256 of all that it depends on."""
+        depends = [jax.__version__, jaxlib.__version__, cache.machine_name()]
+        depends += [os.environ.get("XLA_FLAGS"), _ONCE, ALLOWED, TRIES, _ROWS]
+        depends += [str(self.group.mesh), jax.local_device_count()]
+        depends += [lowered.as_text() for lowered in self.lowered]
+        return hashlib.sha256(repr(depends).encode()).hexdigest()
+
+
 @arithmetic.standard()
-def self_check(experiment: Experiment, progress: Progress = lambda what, done, total: None) -> None:
+def self_check(
+    experiment: Experiment,
+    progress: Progress = lambda what, done, total: None,
+    passes: Path | None = None,
+) -> bool:
     """Checks, before anything is trained, that this installation computes the nets of a sweep
     rightly, by the programs that will train them. Raises `WrongNumbers`.
+
+    On a CPU a pass is noted in the folder `passes`, and programs that passed there before are not
+    checked again; accelerators, whose compilers tune themselves, are. Returns whether something was
+    checked.
     """
-    check_compiler()
-    noisy, programs = replace(experiment, dataset=with_noise(experiment.dataset)), {}
-    for group in noisy.groups():
-        programs.setdefault((group.norm, compiled_settings(group.config)), group)
+    checks: dict[tuple, _Check] = {}
+    for group in experiment.groups():
+        key = group.norm, compiled_settings(group.config)
+        checks.setdefault(key, _Check(replace(group, nets=group.nets[:1])))
+    noted = passes is not None and jax.default_backend() == "cpu"
+    left = [check for check in checks.values() if not (noted and _passed(passes, check.name))]
+    if not left:
+        return False
     done = itertools.count()
 
-    def tick() -> None:
-        """Reports that one of a program's three comparisons is next."""
-        progress("checking the arithmetic", next(done), 3 * len(programs))
+    def tick(what: str) -> None:
+        """Reports which of a net's five steps is next."""
+        progress(f"checking the arithmetic: {what}", next(done), 5 * len(left))
 
-    for group in programs.values():
-        _check_group(replace(group, nets=group.nets[:1]), tick)
+    tick("compiling")
+    pool = ThreadPoolExecutor(max(2, jax.local_device_count()))
+    try:
+        compiling = [[pool.submit(low.compile) for low in check.lowered] for check in left]
+        check_compiler()
+        noisy = replace(experiment, dataset=with_noise(experiment.dataset))
+        for number, (check, compiled) in enumerate(zip(left, compiling, strict=True)):
+            if number:
+                tick("compiling")
+            for program in compiled:
+                program.result()
+            _check_group(check, replace(check.group, experiment=noisy), tick)
+            if noted:
+                _note(passes, check.name)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return True
+
+
+def _passed(passes: Path, name: str) -> bool:
+    """Returns whether a pass is noted; a note that is damaged, or another's, is none."""
+    try:
+        return (passes / name).read_text() == f"passed {name}\n"
+    except (OSError, ValueError):
+        return False
+
+
+def _note(passes: Path, name: str) -> None:
+    """Notes a pass, whole or not at all; if that fails, the next start checks again."""
+    temporary = passes / f"{name}.{os.getpid()}"
+    with contextlib.suppress(OSError):
+        temporary.write_text(f"passed {name}\n")
+        temporary.replace(passes / name)
 
 
 def with_noise(dataset: Dataset) -> Dataset:
@@ -115,61 +231,39 @@ def check_compiler() -> None:
         )
 
 
-def _check_group(group: Group, tick: Callable[[], None]) -> None:
+def _check_group(check: _Check, group: Group, tick: Callable[[str], None]) -> None:
     """Compares every place of the program, in each of which the group's one net trains."""
-    initial = jax.tree.map(lambda leaf: leaf[0], meshes.fetch(group.states([None])))
-    model = group.program.model.clone(fast=False, precision="float32")
-    plain = replace(group.program, model=model)
-    plain_step = jax.jit(partial(train_step, plain), compiler_options=_ONCE)
+    tick("a full batch")
+    states = group.states([None])
+    initial = jax.tree.map(lambda leaf: leaf[0], meshes.fetch(states))
     allowed = ALLOWED[group.program.model.precision]
-    for chunk_index in (0, -1):  # the first full batch, and the ragged one
-        tick()
+    for batch, what in ((0, "a ragged batch"), (-1, "evaluation")):  # the first and the last
         problem = ""
         for epoch in range(1, TRIES + 1):
-            problem = _compare_step(group, plain_step, initial, epoch, chunk_index, allowed)
+            problem = _compare_step(check, group, initial, epoch, batch)
             if not problem:
                 break
         else:
             raise _wrong(f"one training step of {group.norm} norm", problem)
-    tick()
-    images = jnp.asarray(np.resize(group.experiment.dataset.test_images, (EVALUATED, 32, 32, 3)))
-    wanted = np.asarray(
-        jax.jit(partial(_plain_logits, plain), compiler_options=_ONCE)(initial, images)
-    )
-    for logits in group.evaluate(group.states([None]))[0].logits:
+        tick(what)
+    images = np.resize(group.experiment.dataset.test_images, (EVALUATED, 32, 32, 3))
+    wanted = np.asarray(check.plain_logits(initial, images))
+    for logits in group.evaluate(states)[0].logits:
         error = _relative(logits[:EVALUATED], wanted[: len(logits)], 0)
         if error > 10 * allowed[0]:  # logits of the initial net nearly cancel
             problem = f"logits are {100 * error:.3g}% off"
             raise _wrong(f"the evaluation of {group.norm} norm", problem)
 
 
-def _compare_step(
-    group: Group,
-    plain_step: Any,
-    initial: TrainState,
-    epoch: int,
-    chunk_index: int,  # of the epoch's chunks, whose first batch is taken
-    allowed: tuple[float, float],
-) -> str:
-    """Says in what a step of the training program and the plain step differ; empty for nothing."""
-    dataset, config = group.experiment.dataset, group.config
+def _compare_step(check: _Check, group: Group, initial: TrainState, epoch: int, batch: int) -> str:
+    """Says in what a step of the training program and the plain step differ, on the first batch of
+    an epoch (0) or the last (-1); empty for nothing.
+    """
     chunks, of_epoch = group.chunks(epoch)
-    chunk = chunks[chunk_index]._replace(stop=chunks[chunk_index].start + 1)
-    rows = meshes.fetch(chunk.batches)[0, chunk.start]
-    seed, step = group.nets[0].seed, chunk.first_step + chunk.start
-    images, key = dataset.train_images[rows], derive_key(seed, "dropout", epoch, step)
-    if config.augment != "none":
-        places = crop_and_flip(derive_key(seed, "augment", epoch, step), len(rows))
-        down, across = map(np.asarray, places)
-        images = images[np.arange(len(rows))[:, None, None], down[:, :, None], across[:, None]]
-    wanted_state, loss, _ = plain_step(
-        jax.tree.map(jnp.asarray, initial),
-        jnp.asarray(images),
-        jnp.asarray(dataset.train_labels[rows]),
-        key,
-        of_epoch[1][0, step],
-        config.weight_decay,
-    )
+    start = 0 if batch == 0 else chunks[-1].stop - 1
+    chunk = chunks[batch]._replace(start=start, stop=start + 1)
+    plain = _plain_inputs(group, initial, chunk, of_epoch, epoch)
+    wanted_state, loss, _ = jax.device_get(check.plain_step(*plain))
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, wanted_state))):
         raise ArithmeticError(
             f"the first step of {group.norm} norm gives numbers that are not finite, in plain "
@@ -177,15 +271,25 @@ def _compare_step(
             "zero?"
         )
     states, steps = meshes.fetch(group.train_chunk(group.states([None]), chunk, of_epoch))
-    problem = ""
+    allowed, problem = ALLOWED[group.program.model.precision], ""
     for k, losses in enumerate(steps.losses):
         ours = losses[chunk.start], jax.tree.map(lambda leaf, k=k: leaf[k], states)
         problem = problem or _disagreement(ours, (loss, wanted_state), initial, *allowed)
     return problem
 
 
-def _plain_logits(program: Program, state: TrainState, images: jax.Array) -> Any:
-    return program.model.apply(state.variables, standardize(state, images))
+def _plain_inputs(
+    group: Group, initial: TrainState, chunk: Chunk, of_epoch: tuple, epoch: int
+) -> tuple:
+    """Returns what the plain step takes for the first batch of a chunk."""
+    data, batches = group.experiment.dataset, meshes.fetch(chunk.batches)[0]
+    rows, step = batches[chunk.start], chunk.first_step + chunk.start
+    count = chunk.last
+    if count is not None and chunk.start < len(batches) - 1:
+        count = len(rows)
+    number, rate = (group.nets[0].seed, epoch, step), of_epoch[1][0, step]
+    images, labels = data.train_images[rows], data.train_labels[rows]
+    return initial, images, labels, number, rate, group.config.weight_decay, count
 
 
 def _wrong(what: str, how: str) -> WrongNumbers:

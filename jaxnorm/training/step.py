@@ -145,36 +145,44 @@ def train_step(
     learning_rate: float | jax.Array,
     weight_decay: float | jax.Array = 0.0,
     axis: str | None = None,
+    count: int | jax.Array | None = None,
 ) -> tuple[TrainState, jax.Array, jax.Array]:
     """Makes one step of SGD on the mean cross-entropy of a batch.
 
     Returns the new state, the loss f32[] before it, and the number of correct predictions i32[].
     With `axis`, the images are this device's part of a batch that all devices along that mesh axis
-    share.
+    share. With `count`, only the first so many images of the batch are trained on, so that a ragged
+    batch, filled up, takes the program of a full one; a norm of the user's own takes none.
     """
     chex.assert_equal_shape_prefix([images, labels], 1)
-    net, count = program.model.clone(axis_name=axis), labels.shape[0]
-    batch_size, first_image = count, jnp.zeros((), jnp.int32)
+    net, here = program.model.clone(axis_name=axis), labels.shape[0]
+    batch_size, first_image = here, jnp.zeros((), jnp.int32)
     if axis is not None:
-        batch_size, first_image = count * lax.axis_size(axis), count * lax.axis_index(axis)
+        batch_size, first_image = here * lax.axis_size(axis), here * lax.axis_index(axis)
+    batch_size = batch_size if count is None else count
 
     def loss_of(params, images, labels, first_image):
         """Returns the images' share of the batch's mean loss; correct predictions, new state."""
+        numbers = first_image + jnp.arange(labels.shape[0])
+        mask = None if count is None else numbers < count
         logits, norm_state = net.apply(
             {"params": params, **state.norm_state},
             standardize(state, images),
             train=True,
             first_image=first_image,
+            mask=mask,
             rngs={"dropout": key},
             mutable=list(state.norm_state),
         )
         losses = cross_entropy(logits, labels, program.label_smoothing)
-        correct = (logits.argmax(-1) == labels).sum(dtype=jnp.int32)
-        return losses.sum() / batch_size, (correct, norm_state)
+        correct = logits.argmax(-1) == labels
+        if mask is not None:
+            losses, correct = jnp.where(mask, losses, 0), correct & mask
+        return losses.sum() / batch_size, (correct.sum(dtype=jnp.int32), norm_state)
 
-    size = micro_batch(net, count, updated=state.norm_state)
+    size = micro_batch(net, here, updated=state.norm_state)
     differentiate = partial(jax.value_and_grad(loss_of, has_aux=True), state.params)
-    if size == count:
+    if size == here:
         (loss, (correct, norm_state)), gradients = differentiate(images, labels, first_image)
         total = loss, correct, gradients
     else:  # of norms that keep no state: images know nothing of each other
@@ -187,7 +195,8 @@ def train_step(
             return jax.tree.map(jnp.add, total, (loss, correct, gradients))
 
         zeros = jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, state.params)
-        total = lax.fori_loop(0, count // size, add_micro_batch, zeros)
+        trained_on = here if count is None else jnp.clip(count - first_image, 0, here)
+        total = lax.fori_loop(0, -(-trained_on // size), add_micro_batch, zeros)
 
     loss, correct, gradients = total if axis is None else lax.psum(total, axis)
     optimizer = program.optimizer(learning_rate, weight_decay)

@@ -44,7 +44,7 @@ def profile(job: Job) -> Profile:
 
     use_all_cores()
     program, mesh, state, call = jax_setup(job)
-    rest = (*call, 0, 0, STEPS)
+    rest = (*call, job.batch_size, 0, 0, STEPS)
     text = train_nets.lower(program, mesh, state, *rest).compile().as_text()
     for _ in range(2):
         clock = time.perf_counter()

@@ -38,10 +38,15 @@ def test_each_epoch_is_a_fresh_shuffle_of_all_images():
 @pytest.mark.parametrize(("batch", "chunks"), [(16, 3), (14, 20), (70, 2)])
 def test_chunks_cover_the_epoch_once_and_share_one_array(batch, chunks):
     rows = np.arange(100, 170, dtype=np.int32)
-    cut, _ = epochs.epoch_chunks(ONE, np.array([3], np.uint32), 1, rows[None], batch, chunks)
-    taken = [np.asarray(c.batches[0, c.start : c.stop]).ravel() for c in cut]
-    np.testing.assert_array_equal(np.concatenate(taken), rows[epochs.epoch_order(3, 1, 70)])
-    assert len({c.batches.shape for c in cut}) == 1 + (70 % batch > 0)
+    """And so does the ragged batch, filled up; or it is a chunk apart."""
+    seeds, order = np.array([3], np.uint32), rows[epochs.epoch_order(3, 1, 70)]
+    for fill in (True, False):
+        cut, _ = epochs.epoch_chunks(ONE, seeds, 1, rows[None], batch, chunks, fill)
+        taken = np.concatenate([np.asarray(c.batches[0, c.start : c.stop]).ravel() for c in cut])
+        np.testing.assert_array_equal(taken[:70], order)
+        assert len({c.batches.shape for c in cut}) == 1 + (70 % batch > 0 and not fill)
+        assert {c.last for c in cut} == ({70 % batch or batch} if fill else {None})
+        assert len(taken) == (-(-70 // batch) * batch if fill else 70)
     starts = [c.first_step + c.start for c in cut]
     assert starts == sorted(set(starts))
 
@@ -69,8 +74,8 @@ def test_an_epoch_equals_its_steps_one_by_one(tiny, arrays):
 
 def test_each_step_has_a_learning_rate_of_its_own(tiny, arrays):
     rows = jnp.arange(70, dtype=jnp.int32)[None]
-    (chunk, _), keys = epochs.epoch_chunks(ONE, jnp.array([3], jnp.uint32), 1, rows, BATCH)
-    params, rates = [], jnp.array([0.05, 0, 0.05, 0])
+    (chunk,), keys = epochs.epoch_chunks(ONE, jnp.array([3], jnp.uint32), 1, rows, BATCH)
+    params, rates = [], jnp.array([0.05, 0, 0.05, 0, 0])
     for stop in (1, 2, 3):
         part, initial = chunk._replace(stop=stop), init(TUNED, tiny, 3)
         params.append(train_chunk(TUNED, initial, *arrays, part, keys, rates)[0].params)

@@ -96,14 +96,41 @@ def test_a_wrong_ragged_batch_is_refused(tiny, monkeypatch):
         state, loss, correct = step(*arguments)
         return state, loss * 1.1, correct
 
-    def only_the_last(group, plain_step, initial, epoch, chunk_index, allowed):
-        return chunk_index and compare(group, plain_step, initial, epoch, chunk_index, allowed)
+    def only_the_last(check, group, initial, epoch, batch):
+        return batch and compare(check, group, initial, epoch, batch)
 
     monkeypatch.setattr(epochs, "train_step", wrong)
     monkeypatch.setattr(selfcheck, "_compare_step", only_the_last)
     config = dataclasses.replace(CONFIG, norm="layer", momentum=0.84)
     with pytest.raises(selfcheck.WrongNumbers, match="the loss is 10% off"):
         selfcheck.self_check(Experiment([config], tiny))
+
+
+def test_a_pass_is_noted_and_no_other_note_is_believed(tiny, monkeypatch, tmp_path):
+    """Neither a damaged one, nor that of other programs, nor one made under other flags of XLA."""
+    checked = []
+    monkeypatch.setattr(selfcheck, "_check_group", lambda *arguments: checked.append(arguments))
+    other = dataclasses.replace(EVEN, momentum=0.85)
+
+    def check(config=EVEN, passes=tmp_path):
+        made = selfcheck.self_check(Experiment([config], tiny), passes=passes)
+        assert made == bool(checked)
+        checked.clear()
+        return made
+
+    assert check()
+    (note,) = tmp_path.iterdir()
+    assert not check()
+    assert check(passes=None)
+    whole = note.read_text()
+    assert check(other)
+    (foreign,) = set(tmp_path.iterdir()) - {note}
+    for text in ("", whole[:-1], whole.replace("passed", "failed"), foreign.read_text()):
+        note.write_text(text)
+        assert check()
+        assert note.read_text() == whole
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    assert check()
 
 
 def test_the_known_miscompilation_is_refused(monkeypatch):

@@ -100,7 +100,7 @@ def test_a_step_in_micro_batches_or_shared_by_devices_is_the_plain_step(tiny, ar
         wanted, wanted_loss, wanted_correct = plain_step(plain, initial, images, labels, key, 0.01)
         for mesh in agree:
             state, losses, correct = train_chunk(
-                micro, initial, *arrays, Chunk(rows, 0, 0, 1), keys, mesh=mesh
+                micro, initial, *arrays, Chunk(rows, None, 0, 0, 1), keys, mesh=mesh
             )
             np.testing.assert_allclose(losses[0], wanted_loss, rtol=1e-5)
             assert correct == wanted_correct

@@ -43,16 +43,18 @@ def normalize(
     scale: jax.Array,  # f32[C]
     bias: jax.Array,  # f32[C]
     over: Over,
+    mask: jax.Array | None = None,  # f32[N], 1 for each image that counts, else 0
 ) -> tuple[jax.Array, Statistics]:  # f32[N, H, W, C]
     """Subtracts the mean, divides by sqrt(variance + epsilon), scales and shifts: batch, group,
     layer, instance and RMS norm, by the elements that they average `over`.
 
-    The variance is that of the centered values. Sums go over the height first, which leaves whole
-    rows as vectors; XLA's own reduction to few channels takes several times as long.
+    The variance is that of the centered values. Images that a `mask` leaves out take no part in the
+    statistics of a batch, and no gradient reaches them. Sums go over the height first, which leaves
+    whole rows as vectors; XLA's own reduction to few channels takes several times as long.
     """
     chex.assert_rank(inputs, 4)
     chex.assert_shape([scale, bias], inputs.shape[-1:])
-    return _normalize(inputs, scale, bias, over)
+    return _normalize(inputs, scale, bias, mask, over)
 
 
 def _by_channel(over: Over, *values: jax.Array) -> list[jax.Array]:
@@ -96,10 +98,10 @@ def _quartered(values: jax.Array) -> jax.Array:
     return reduce(jnp.add, jnp.split(values, count, axis=1))
 
 
-def _pool(sums: jax.Array, over: Over) -> jax.Array:
+def _pool(sums: jax.Array, over: Over, mask: jax.Array | None = None) -> jax.Array:
     """Sums f32[N, C] over what shares a statistic: f32[1 or N, groups]."""
     if over.batch:
-        sums = xla.over_images(sums)[None]
+        sums = xla.over_images(sums if mask is None else sums * mask[:, None])[None]
         if over.axis is not None:
             sums = lax.psum(sums, over.axis)
     if over.groups == sums.shape[1]:
@@ -112,34 +114,38 @@ def _spread(statistic: jax.Array, inputs: jax.Array) -> jax.Array:
     return jnp.repeat(statistic, inputs.shape[-1] // statistic.shape[1], 1)[:, None, None, :]
 
 
-def _count(inputs: jax.Array, over: Over) -> int:
+def _count(inputs: jax.Array, over: Over, mask: jax.Array | None) -> int | jax.Array:
     """Returns how many elements share a statistic."""
     n, height, width, channels = inputs.shape
-    images = n * (lax.axis_size(over.axis) if over.axis else 1) if over.batch else 1
-    return images * height * width * channels // over.groups
+    images = 1
+    if over.batch:
+        images = n if mask is None else mask.sum()
+        images = lax.psum(images, over.axis) if over.axis else images
+    return images * (height * width * channels // over.groups)
 
 
-def _statistics(inputs: jax.Array, over: Over) -> Statistics:
-    count = _count(inputs, over)
+def _statistics(inputs: jax.Array, over: Over, mask: jax.Array | None) -> Statistics:
+    count = _count(inputs, over, mask)
     if over.centered:
-        mean = _pool(_by_channel(over, inputs)[0], over) / count
+        mean = _pool(_by_channel(over, inputs)[0], over, mask) / count
     else:
         mean = jnp.zeros((1 if over.batch else inputs.shape[0], over.groups), inputs.dtype)
     centered = inputs - _spread(mean, inputs)
     squares = jnp.square(centered)
     if not (over.centered and _in_cache(over)):
-        return Statistics(mean, _pool(_by_channel(over, squares)[0], over) / count)
+        return Statistics(mean, _pool(_by_channel(over, squares)[0], over, mask) / count)
     # What rounding left of the mean comes at no cost, and corrects the variance; and the mean too
     # if values would be off by more than a thousandth of a deviation.
-    rest, variance = (_pool(sums, over) / count for sums in _by_channel(over, centered, squares))
+    sums = _by_channel(over, centered, squares)  # of micro-batches, which have no mask
+    rest, variance = (_pool(part, over) / count for part in sums)
     mean = jnp.where(jnp.square(rest) > 1e-6 * variance, mean + rest, mean)
     return Statistics(mean, jnp.maximum(variance - jnp.square(rest), 0))
 
 
 def _normalize_plainly(
-    inputs: jax.Array, scale: jax.Array, bias: jax.Array, over: Over
+    inputs: jax.Array, scale: jax.Array, bias: jax.Array, mask: jax.Array | None, over: Over
 ) -> tuple[jax.Array, Statistics]:
-    statistics = _statistics(inputs, over)
+    statistics = _statistics(inputs, over, mask)
     factor = lax.rsqrt(statistics.variance + over.epsilon)
     # Else they would be spread over the channels of their group again for each element.
     mean = xla.stored(_spread(statistics.mean, inputs))
@@ -147,21 +153,21 @@ def _normalize_plainly(
     return (inputs - mean) * factor + bias[None, None, None], statistics
 
 
-_normalize = jax.custom_vjp(_normalize_plainly, nondiff_argnums=(3,))
+_normalize = jax.custom_vjp(_normalize_plainly, nondiff_argnums=(4,))
 
 
-def _normalize_forward(inputs: jax.Array, scale: jax.Array, bias: jax.Array, over: Over):
-    outputs, statistics = _normalize(inputs, scale, bias, over)
-    return (outputs, statistics), (inputs, scale, statistics)
+def _normalize_forward(inputs, scale, bias, mask, over: Over):
+    outputs, statistics = _normalize(inputs, scale, bias, mask, over)
+    return (outputs, statistics), (inputs, scale, mask, statistics)
 
 
 def _normalize_backward(over: Over, saved, gradients):
-    inputs, scale, statistics = saved
+    inputs, scale, mask, statistics = saved
     gradient, _ = gradients
     # With x the centered input, r = 1 / sqrt(variance + epsilon) and g = gradient * scale:
     # to_inputs = r * (g - mean(g) - x * r^2 * mean(g x)). Two sums over all elements serve
     # everything.
-    count = _count(inputs, over)
+    count = _count(inputs, over, mask)
     factor = lax.rsqrt(statistics.variance + over.epsilon)
     centered = inputs - _spread(statistics.mean, inputs)
     to_bias, to_scale = _by_channel(over, gradient, gradient * centered)
@@ -174,8 +180,11 @@ def _normalize_backward(over: Over, saved, gradients):
         - centered * _spread(mean_product, inputs)
         - _spread(mean_gradient, inputs)
     )
+    no_gradient = None
+    if mask is not None:  # the mean's terms reach masked images too
+        to_inputs, no_gradient = to_inputs * mask[:, None, None, None], jnp.zeros_like(mask)
     to_scale = to_scale * _spread(factor, inputs)[:, 0, 0, :]
-    return to_inputs, xla.over_images(to_scale), xla.over_images(to_bias)
+    return to_inputs, xla.over_images(to_scale), xla.over_images(to_bias), no_gradient
 
 
 _normalize.defvjp(_normalize_forward, _normalize_backward)
