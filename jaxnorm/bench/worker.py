@@ -21,7 +21,7 @@ from jaxnorm.config import Config, study, tuned
 
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 IMAGES = 10_000
-Peer = Literal["jaxnorm", "torch", "torch-compile"]
+Peer = Literal["jaxnorm", "torch", "torch-compile", "torch-graphs"]
 Stepper = Callable[[int], None]
 """Makes a number of steps, and returns when they are done."""
 
@@ -30,8 +30,8 @@ Stepper = Callable[[int], None]
 class Job:
     """A measurement that a process makes.
 
-    peer: "jaxnorm", "torch" or "torch-compile". layout: of PyTorch's images. spawned: when the
-    process was started, in seconds since 1970.
+    peer: "jaxnorm"; or "torch", eager, compiled, or compiled into CUDA graphs. layout: of PyTorch's
+    images. spawned: when the process was started, in seconds since 1970.
     """
 
     peer: Peer
@@ -218,8 +218,8 @@ def torch_stepper(job: Job) -> tuple[Stepper, dict[str, str]]:
     labels = torch.tensor(labels, dtype=torch.int64, device=device)
     batches = torch.tensor(batches_of(job.batch_size), dtype=torch.int64, device=device)
     mean, deviation = (torch.tensor(values, device=device) for values in (MEAN, DEVIATION))
-    mode = "reduce-overhead" if device.type == "cuda" else None
-    model = torch.compile(net, mode=mode) if job.peer == "torch-compile" else net
+    modes = {"torch-compile": None, "torch-graphs": "reduce-overhead"}
+    model = torch.compile(net, mode=modes[job.peer]) if job.peer in modes else net
 
     def moved(count: int) -> Any:
         """Returns rows or columns of images moved by up to 2 pixels, reflected at the edges."""

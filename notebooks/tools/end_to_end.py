@@ -93,7 +93,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         for count in epochs:
             run = ["-m", "jaxnorm.run", "--norm", "all", "--epochs", str(count)]
-            run += ["--allow-unverified", "--out", f"{folder}/run-{count}"]
+            run += ["--allow-unverified", "--recheck", "--out", f"{folder}/run-{count}"]
             commands["jaxnorm", count] = run
             commands["torch", count] = [__file__, "torch", str(count), folder]
         took = seconds_of(commands, folder)
