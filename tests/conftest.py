@@ -49,6 +49,12 @@ def pytest_sessionfinish() -> None:
     shutil.rmtree(_SCRATCH, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def unsynced(monkeypatch):
+    """Tests need not survive a power cut: waiting for the disk takes a part of their time."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 @pytest.fixture
 def scratch(tmp_path: Path) -> Path:
     """A directory whose name has a space, a quote and an umlaut, as a user's may."""
@@ -72,6 +78,14 @@ def tiny_by_name(tiny, monkeypatch) -> None:
 
     monkeypatch.setattr(datasets, "load", lambda *_, **__: tiny)
     monkeypatch.setattr(figures, "FIGURES", (figures.together,))
+
+
+@pytest.fixture
+def unpainted(monkeypatch) -> None:
+    """Figures without pixels, which take the time."""
+    from jaxnorm.analysis import figures
+
+    monkeypatch.setattr(figures, "png", lambda figure: b"a PNG")
 
 
 @pytest.fixture(scope="session")
@@ -138,6 +152,18 @@ def sweep(tiny, scratch):
 
     Three norms, seeds 1 to 3, two epochs, with the accuracies above; the rest follows from them.
     """
+    return _writer_of_sweeps(tiny, scratch)
+
+
+@pytest.fixture(scope="session")
+def made_up(tiny, tmp_path_factory):
+    """The run of `sweep()`, to be read alone."""
+    from jaxnorm.analysis.results import Run
+
+    return Run(_writer_of_sweeps(tiny, tmp_path_factory.mktemp("made-up"))())
+
+
+def _writer_of_sweeps(tiny, scratch):
     from jaxnorm.analysis import figures
     from jaxnorm.analysis.results import Run
     from jaxnorm.config import RECIPES, NetId

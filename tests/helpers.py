@@ -8,18 +8,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxnorm import cli
 from jaxnorm import run as run_command
 from jaxnorm.analysis.results import Run
-from jaxnorm.config import NetId
+from jaxnorm.config import NetId, UserError
 from jaxnorm.model.cnn import CNN
 from jaxnorm.runs import environment, runner
 from jaxnorm.storage.net import NetFolder
-from jaxnorm.storage.sweep import Sweep
+from jaxnorm.storage.sweep import Sweep, name_of
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training.experiment import Experiment
+from jaxnorm.training.fit import Callback
 from jaxnorm.training.mesh import ONE
 from jaxnorm.training.step import Program, init_state, standard_of
 
@@ -54,6 +56,50 @@ def program_of(norm, dataset, arch="three-layers", dropout=0.1, **fields):
 def init(program, dataset, seed):
     """The initial state of a net."""
     return init_state(program, seed, standard_of(dataset.mean, dataset.deviation))
+
+
+class Stopped(BaseException):
+    """Stops a run as a signal does."""
+
+
+class StopAfter(Callback):
+    """Stops a run when so many epochs of all nets are complete, and writes down what it hears."""
+
+    def __init__(self, epochs=10**9):
+        self.left, self.complete = epochs, None
+        self.warnings, self.together, self.heard = [], [], []
+
+    def on_start(self, norm, seeds, steps):
+        self.together.append(seeds)
+
+    def on_epoch(self, config, epoch):
+        self.heard.append((name_of(config), epoch.epoch))
+        self.left -= 1
+        if not self.left:
+            raise Stopped
+
+    def on_resume(self, complete):
+        self.complete = complete
+
+    def on_warning(self, text):
+        self.warnings.append(text)
+
+
+def refusal(act, *arguments, **options) -> str:
+    """The one line of the `UserError` that a call raises."""
+    with pytest.raises(UserError) as error:
+        act(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def failing(error: Exception):
+    """A function that raises an error whatever it is given."""
+
+    def fail(*_, **__):
+        raise error
+
+    return fail
 
 
 def stacked(tree):

@@ -13,22 +13,26 @@ from jaxnorm.analysis import drawing, figures, inside, stats, tables
 from jaxnorm.analysis.results import Run
 
 NORMS = ("batch", "group", "layer")
-NAMES = {f"{kind}-{norm}" for norm in NORMS for kind in ("curves", "confusion")}
-NAMES |= {f"mistakes-{rule}-{norm}" for norm in NORMS for rule in ("confident", "drawn")}
-NAMES |= {"mistakes-common", "loss", "accuracy", "class-accuracy", "training-images", "seeds"}
-NAMES |= {"activations", "gradients", "batch-statistics", "depth", "corruptions"}
+
+
+def names_of(norms):
+    """The figures of a run of these norms."""
+    names = {f"{kind}-{norm}" for norm in norms for kind in ("curves", "confusion")}
+    names |= {f"mistakes-{rule}-{norm}" for norm in norms for rule in ("confident", "drawn")}
+    names |= {"mistakes-common", "loss", "accuracy", "class-accuracy", "training-images", "seeds"}
+    return names | {"activations", "gradients", "batch-statistics", "depth", "corruptions"}
 
 
 def test_every_figure_of_every_norm_is_drawn_and_nothing_is_written(sweep, monkeypatch):
     monkeypatch.setattr(figures, "png", lambda figure: drawing.png(figure, 26))  # a fifth as large
-    run = Run(sweep())
+    run = Run(sweep(norm="batch,layer", seeds=2))
     before = sorted(run.directory.path.rglob("*"))
     charts, missing = figures.draw(run)
     assert missing == []
     assert sorted(run.directory.path.rglob("*")) == before
     titles = {chart.name: chart.title for chart in charts}
-    assert set(titles) == NAMES
-    assert titles["curves-batch"] == "batch norm: 45,584 parameters; mean and range of 3 seeds"
+    assert set(titles) == names_of(("batch", "layer"))
+    assert titles["curves-batch"] == "batch norm: 45,584 parameters; mean and range of 2 seeds"
     for chart in charts:
         height, width = imread(io.BytesIO(chart.png)).shape[:2]
         assert 180 <= width <= 260, chart.name
@@ -47,8 +51,8 @@ def shown(figure):
     return images, [text.get_text() for text in axes.texts]
 
 
-def test_mistakes_show_the_right_images_as_they_are_with_class_and_confidence(sweep, tiny):
-    run = Run(sweep())
+def test_mistakes_show_the_right_images_as_they_are_with_class_and_confidence(made_up, tiny):
+    run = made_up
     for name, figure in figures.mistakes(run):
         images, titles = shown(figure)
         rows = run.mistakes[name]
@@ -78,8 +82,8 @@ def test_curves_hold_the_records(sweep):
             assert not axes.collections
 
 
-def test_curves_of_several_seeds_are_their_mean_and_range(sweep):
-    run = Run(sweep())
+def test_curves_of_several_seeds_are_their_mean_and_range(made_up):
+    run = made_up
     _, figure = list(figures.curves(run))[1]
     test = figure.axes[3]
     means = [(9 + 12 + 11) / 66, (15 + 16 + 15) / 66]
@@ -92,16 +96,16 @@ def test_curves_of_several_seeds_are_their_mean_and_range(sweep):
     assert len(figure.axes[0].lines) == 1 + 3  # each batch of the first seed, a mean of each
 
 
-def test_the_norms_stand_together_on_one_graph_each_told_apart(sweep):
-    for _, figure in figures.together(Run(sweep())):
+def test_the_norms_stand_together_on_one_graph_each_told_apart(made_up):
+    for _, figure in figures.together(made_up):
         lines = figure.axes[0].lines
         assert len(lines) == 6
         assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 6
         assert len({line.get_marker() for line in lines}) == 3
 
 
-def test_the_seeds_figure_shows_every_value_and_every_paired_difference(sweep):
-    ((_, figure),) = figures.seeds(Run(sweep()))
+def test_the_seeds_figure_shows_every_value_and_every_paired_difference(made_up, sweep):
+    ((_, figure),) = figures.seeds(made_up)
     left, right = figure.axes
     pairs = [line for line in left.lines if line.get_color() == "#999999"]
     np.testing.assert_allclose(
@@ -121,8 +125,8 @@ def test_the_seeds_figure_shows_every_value_and_every_paired_difference(sweep):
     assert len(alone.axes) == 1  # no norm to compare it with
 
 
-def test_confusion_is_the_mean_of_the_seeds(sweep, tiny):
-    run = Run(sweep())
+def test_confusion_is_the_mean_of_the_seeds(made_up, tiny):
+    run = made_up
     figure = dict(figures.confusion(run))["confusion-layer"]
     counts = np.array([float(text.get_text()) for text in figure.axes[0].texts]).reshape(4, 4)
     wanted = np.zeros((4, 4))
@@ -133,8 +137,8 @@ def test_confusion_is_the_mean_of_the_seeds(sweep, tiny):
     np.testing.assert_allclose(counts, wanted.round())
 
 
-def test_inside_shows_what_was_measured(sweep):
-    run = Run(sweep())
+def test_inside_shows_what_was_measured(made_up):
+    run = made_up
     drawn = dict(inside.inside(run))
     panels = drawn["activations"].axes
     for line, norm in zip(panels[3].lines, NORMS, strict=True):
@@ -147,70 +151,64 @@ def test_inside_shows_what_was_measured(sweep):
 
 
 def test_depth_and_corruptions_are_means_of_what_was_measured(sweep):
-    directory = sweep()
-    run = Run(directory)
+    run = Run(sweep())
     figure = dict(inside.depth(run))["depth"]
     assert figure.get_supxlabel().endswith("n = 3 seeds (1 to 3), 1 measured")
     left, right = figure.axes
-    measured = probes_of(directory, ("batch", 1))
+    measured = probes_of(run.directory, ("batch", 1))
     np.testing.assert_allclose(left.lines[0].get_ydata(), measured["initial_gradients"])
     np.testing.assert_allclose(right.lines[1].get_ydata(), measured["similarities"][1])
     assert [text.get_text() for text in right.get_legend().get_texts()] == list(NORMS)
     axes = dict(inside.corruptions(run))["corruptions"].axes[0]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["none", "noise", "blur"]
-    measured = probes_of(directory, ("layer", 1))
+    measured = probes_of(run.directory, ("layer", 1))
     np.testing.assert_allclose(axes.lines[2].get_ydata()[1:], measured["corrupted_accuracy"])
+    nets = run.directory.path / "nets"
     for norm in NORMS:
         for seed in (2, 3):
-            nets = directory.path / "nets"
             shutil.copy(nets / f"{norm}-1" / "probes.npz", nets / f"{norm}-{seed}")
     for make in (inside.depth, inside.corruptions):
-        ((_, figure),) = make(Run(directory))
+        ((_, figure),) = make(Run(run.directory))
         assert figure.get_supxlabel().endswith("n = 3 seeds (1 to 3)")
 
 
-def test_what_an_earlier_version_did_not_measure_is_neither_shown_nor_missing(sweep, monkeypatch):
-    monkeypatch.setattr(figures, "png", lambda figure: b"")  # drawing takes the time
-    directory = sweep()
+def test_what_an_earlier_version_did_not_measure_is_neither_shown_nor_missing(sweep, unpainted):
+    directory = sweep(norm="batch,layer", seeds=2)
     newer = dict.fromkeys(("similarities", "corruptions", "precise_accuracy"))
-    for norm in NORMS:
+    for norm in ("batch", "layer"):
         rewrite_net(directory, (norm, 1), "probes", **newer)
     charts, missing = figures.draw(Run(directory))
     assert missing == []
-    assert {chart.name for chart in charts} == NAMES - {"depth", "corruptions"}
+    wanted = names_of(("batch", "layer")) - {"depth", "corruptions"}
+    assert {chart.name for chart in charts} == wanted
     assert tables.evaluation(Run(directory)).rows == []
 
 
 def test_gradients_of_dead_nets_are_drawn(sweep):
     """Nothing but zeros, for which a logarithmic axis has no place."""
-    directory = sweep(seeds=1)
+    run = Run(sweep(norm="batch", seeds=1))
     dead = dict.fromkeys(("gradients", "initial_gradients"), np.zeros(3, np.float32))
-    for norm in NORMS:
-        rewrite_net(directory, (norm, 1), "probes", **dead)
-    run = Run(directory)
-    for name, figure in (*inside.inside(run), *inside.depth(run)):
-        assert figure.axes[0].get_yscale() == "linear"
-        assert figures.png(figure, 20), name
+    rewrite_net(run.directory, ("batch", 1), "probes", **dead)
+    drawn = dict([*inside.inside(run), *inside.depth(run)])
+    for name in ("gradients", "depth"):
+        assert drawn[name].axes[0].get_yscale() == "linear"
+        assert figures.png(drawn[name], 20)
 
 
 def test_names_are_no_formulas(sweep, tiny, monkeypatch):
     named = (figures.mistakes, figures.confusion, figures.training_images)
     monkeypatch.setattr(figures, "FIGURES", named)  # that show the names of classes
-    names = ("$\\frac$", "a_b^c", "$", "d")
-    data = dataclasses.replace(tiny, class_names=names)
+    monkeypatch.setattr(figures, "png", lambda figure: drawing.png(figure, 20))
+    data = dataclasses.replace(tiny, class_names=("$\\frac$", "a_b^c", "$", "d"))
     charts, missing = figures.draw(Run(sweep(norm="batch", seeds=1, dataset=data)))
     assert missing == []
-    assert {chart.name for chart in charts} == {
-        *("mistakes-confident-batch", "mistakes-drawn-batch", "confusion-batch"),
-        *("class-accuracy", "training-images"),
-    }
     (words,) = (chart.text for chart in charts if chart.name == "training-images")
     assert "; $\\frac$; " in words
     assert r"\$" not in words
 
 
-def test_training_images_are_the_sets_own(sweep, tiny):
-    ((_, figure),) = figures.training_images(Run(sweep()))
+def test_training_images_are_the_sets_own(made_up, tiny):
+    ((_, figure),) = figures.training_images(made_up)
     images, titles = shown(figure)
     originals = {
         image.tobytes(): label
@@ -230,9 +228,8 @@ def test_training_images_are_the_sets_own(sweep, tiny):
         ("losses", {"curves"}),
     ],
 )
-def test_what_is_missing_is_named_and_the_rest_is_drawn(sweep, gone, undrawn, monkeypatch):
-    monkeypatch.setattr(figures, "png", lambda figure: b"")  # drawing takes the time
-    directory, where = sweep(), gone
+def test_what_is_missing_is_named_and_the_rest_is_drawn(sweep, gone, undrawn, unpainted):
+    directory, where = sweep(norm="batch,group", seeds=2), gone
     if gone.endswith(".npz"):
         (directory.path / gone).unlink()
     else:
@@ -240,7 +237,7 @@ def test_what_is_missing_is_named_and_the_rest_is_drawn(sweep, gone, undrawn, mo
         changed = {"logits": None, "losses": np.zeros(0, np.float32)}
         rewrite_net(directory, ("group", 1), **{gone: changed[gone]})
     charts, missing = figures.draw(Run(directory))
-    lacking = NAMES - {chart.name for chart in charts}
+    lacking = names_of(("batch", "group")) - {chart.name for chart in charts}
     assert {name.split("-")[0] for name in lacking} == undrawn
     (line,) = missing
     assert f"{directory.path / where} " in line

@@ -43,10 +43,8 @@ def test_a_rate_does_not_win_by_its_survivors(sweep):
     runs = [validated(Run(directory)) for directory in (lost, whole)]
     (row,) = sweeps.tuning(runs).rows
     assert row == ["group", "0.1 (the lowest)", "40.91%", "20.45%", "1 of 2"]
-    assert sweeps.every_trial(runs).rows == [
-        ["0.1", "40.91%"],
-        ["0.9", "none (1 of 3 finished)"],
-    ]
+    trials = sweeps.every_trial(runs).rows
+    assert trials == [["0.1", "40.91%"], ["0.9", "none (1 of 3 finished)"]]
     _, figure = next(sweeps.draw_tuning(runs))
     ((rate, accuracy), (_, gap)) = figure.axes[0].lines[0].get_xydata()
     assert (rate, accuracy) == (0.1, pytest.approx(9 / 22))

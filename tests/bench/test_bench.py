@@ -1,5 +1,6 @@
 """The benchmark's arithmetic, and its mistakes; it never times anything here."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -55,35 +56,33 @@ def test_the_ratio_is_taken_within_each_round_against_the_fastest_variant():
     ours = side("jaxnorm", "contiguous", [0.1, 0.2, 0.1])
     slow = side("torch", "contiguous", [0.9, 0.9, 0.9])
     fast = side("torch", "channels_last", [0.2, 0.6, 0.3])
-    result = bench.summarize(
-        [ours, slow, fast, side("torch-compile", "contiguous", [], "no")], 1e11
-    )
-    ratio = result["ratio"]
+    failed = side("torch-compile", "contiguous", [], "no")
+    result = bench.summarize([ours, slow, fast, failed], 1e11)
+    ratio, one = result["ratio"], result["sides"]["jaxnorm"]
     assert ratio["against"] == "torch channels_last"
-    assert ratio["median"] == pytest.approx(3.0)
-    assert ratio["lowest_and_highest"] == pytest.approx([2.0, 3.0])
-    one = result["sides"]["jaxnorm"]
-    assert one["milliseconds"] == pytest.approx(100)
-    assert one["images_per_second"] == pytest.approx(1280)
+    assert [ratio["median"], *ratio["lowest_and_highest"]] == pytest.approx([3, 2, 3])
+    assert (one["milliseconds"], one["images_per_second"]) == pytest.approx((100, 1280))
     flops = bench.step_flops(ours.job)
     assert one["share_of_ceiling"] == pytest.approx(flops / 0.1 / 1e11)
     text = bench.render(result)
     assert "ours is 3.00 times as fast as torch channels_last" in text
     assert "torch-compile" in text
-    json.dumps(result)
 
 
-def test_a_written_benchmark_becomes_a_table(tmp_path):
+def test_a_written_benchmark_becomes_a_table():
     sides = [side("jaxnorm", "contiguous", [0.1, 0.2]), side("torch", "contiguous", [0.3, 0.3])]
     sides[0].ready["about"]["jax"], sides[1].ready["about"]["torch"] = "1.2", "3.4"
     comparison = bench.summarize(sides, 1e11)
     values = {"machine": bench.describe_machine(2e11), "comparisons": [comparison]}
     table = fill_pages.speed(json.loads(json.dumps(values))).markdown()
-    assert "| original batch | 128 | 150.0 |" in table
-    assert "300.0 (torch contiguous)" in table
-    assert "2.25 (1.50 to 3.00)" in table
-    assert "over 2 rounds in turns, the ratio within each round (lowest to highest)" in table
-    assert "jax 1.2, torch 3.4" in table
+    for words in (
+        "| original batch | 128 | 150.0 |",
+        "300.0 (torch contiguous)",
+        "2.25 (1.50 to 3.00)",
+        "over 2 rounds in turns, the ratio within each round (lowest to highest)",
+        "jax 1.2, torch 3.4",
+    ):
+        assert words in table
 
 
 def test_two_numbers_of_epochs_say_what_twenty_take():
@@ -117,10 +116,8 @@ def test_sides_take_turns_to_the_end_of_each(tmp_path, monkeypatch):
 
 def test_a_side_that_fails_ends_the_comparison(tmp_path, monkeypatch):
     monkeypatch.setattr(end_to_end, "TURN", 0.02)
-    commands = {
-        "fails": ["-c", "raise SystemExit(3)"],
-        "waits": ["-c", "import time; time.sleep(600)"],
-    }
+    waits = ["-c", "import time; time.sleep(600)"]
+    commands = {"fails": ["-c", "raise SystemExit(3)"], "waits": waits}
     with pytest.raises(subprocess.CalledProcessError, match="status 3"):
         end_to_end.seconds_of(commands, str(tmp_path))
 
@@ -132,10 +129,8 @@ def test_the_profile_names_layer_direction_and_operator():
   ROOT %x.2 = f32[2]{0} convolution(%p), metadata={op_name="jvp(CNN)/C10/conv_general_dilated"}
   %y = f32[2]{0} fusion(%p), metadata={op_name="jit(f)/transpose(jvp(CNN))/C1_norm/reduce_sum"}
 """
-    origins = {
-        name: profiling.origin_of(line) for name, line in profiling.instructions_of(hlo).items()
-    }
-    assert origins == {
+    lines = profiling.instructions_of(hlo).items()
+    assert {name: profiling.origin_of(line) for name, line in lines} == {
         "fusion.1": ("C2", "backward", "transpose"),
         "x.2": ("C10", "forward", "convolution"),
         "y": ("C1_norm", "backward", "sum"),
@@ -145,37 +140,26 @@ def test_the_profile_names_layer_direction_and_operator():
 
 
 def test_profiles_are_a_column_a_norm_with_their_sums():
-    operators = {
-        ("C2", "backward", "sum"): 1.5,
-        ("C3", "forward", "sum"): 2.0,
-        ("", "", "pad"): 4.0,
-    }
+    operators = {("C2", "back", "sum"): 1.5, ("C3", "forward", "sum"): 2.0, ("", "", "pad"): 4.0}
     one = profiling.kinds(profiling.Profile(job_of(128), 80.0, operators))
     values = {"machine": bench.describe_machine(2e11), "arch": "matched", "batch_size": 128}
     other = {"clock": 70.0, "operators": {"sum": 3.0}}
     table = profiling.table({**values, "profiles": {"batch": one, "group": other}})
     assert table.head == ["operator", "batch", "group"]
     assert table.rows[:2] == [["pad", "4.0", "0.0"], ["sum", "3.5", "3.0"]]
-    assert table.rows[2:] == [
-        ["all operators", "7.5", "3.0"],
-        ["a step on the clock", "80.0", "70.0"],
-    ]
+    assert table.rows[2] == ["all operators", "7.5", "3.0"]
+    assert table.rows[3] == ["a step on the clock", "80.0", "70.0"]
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--norm", "weight"),
-        ("--arch", "resnet"),
-        ("--peers", "torch"),
-        ("--seconds", "0"),
-        ("--batch-size", "0"),
-        ("--batch-size", "10001"),
-        ("--task", "sleep"),
+        *("--norm weight", "--arch resnet", "--peers torch", "--seconds 0"),
+        *("--batch-size 0", "--batch-size 10001", "--task sleep"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(arguments, capsys):
-    assert call(*arguments) == 2
+    assert call(*arguments.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
@@ -248,8 +232,8 @@ def test_a_side_that_fails_or_is_killed_is_one_line(fake_sides, capsys, size, co
 def test_a_side_that_cannot_be_had_says_why():
     """A job that no process can do."""
     worker = bench.Worker(Job("jaxnorm", "no such norm", "original", 128))
-    assert "no such norm" in (worker.failed or "")
     worker.close()
+    assert "no such norm" in (worker.failed or "")
 
 
 def test_a_round_on_a_busy_machine_is_made_again(fake_sides, monkeypatch):
@@ -277,21 +261,18 @@ def few_images(monkeypatch):
 
 
 def test_our_side_makes_steps_on_the_drawn_batches(few_images):
-    jobs = [
-        Job("jaxnorm", "layer", "three-layers", 16, task=task) for task in ("train", "evaluate")
-    ]
-    arrays = jax.device_get(peers.jax_setup(jobs[0])[3])
+    job = Job("jaxnorm", "layer", "three-layers", 16)
+    arrays = jax.device_get(peers.jax_setup(job)[3])
     for ours, wanted in zip(arrays, (*draw_data(), batches_of(16)[None]), strict=False):
         np.testing.assert_array_equal(ours, wanted)
-    for job in jobs:
-        stepper, about = peers.jax_stepper(job)
+    for task in ("train", "evaluate"):
+        stepper, about = peers.jax_stepper(dataclasses.replace(job, task=task))
         stepper(3)
         assert "jax" in about
 
 
 @pytest.mark.parametrize(
-    ("norm", "arch"),
-    [*((norm, "original") for norm in ("batch", "group", "layer")), ("batch", "residual")],
+    ("norm", "arch"), [("group", "original"), ("layer", "original"), ("batch", "residual")]
 )
 def test_pytorchs_side_makes_steps_of_a_net_of_the_same_size(few_images, monkeypatch, norm, arch):
     """On the drawn batches too, which `original` neither crops nor mirrors."""

@@ -1,14 +1,13 @@
 """Files of the user's own as people have them: taken, or refused in one line that mends them."""
 
-import dataclasses
 import re
 
 import numpy as np
 import pytest
-from helpers import run
+from helpers import refusal, run
 
 from jaxnorm import cli, job
-from jaxnorm.config import Config, UserError, tuned
+from jaxnorm.config import Config, tuned
 from jaxnorm.data import datasets
 from jaxnorm.runs import environment
 from jaxnorm.storage.directory import RunDirectory
@@ -54,11 +53,7 @@ def renamed(*names):
         ("own.npz", {}, ("cat", "dog", "eel")),
         ("UPPER.NPZ", {}, ("cat", "dog", "eel")),
         ("caf\udce9.npz", {}, ("cat", "dog", "eel")),
-        (
-            "labels-column.npz",
-            {"train_labels": LABELS[:, None].astype(np.uint8), "test_labels": TEST_LABELS[:, None]},
-            ("cat", "dog", "eel"),
-        ),
+        ("column.npz", {"train_labels": LABELS[:, None].astype("u1")}, ("cat", "dog", "eel")),
         ("keras.npz", renamed("x_train", "y_train", "x_test", "y_test"), ("0", "1", "2")),
         ("no-names.npz", {"class_names": None}, ("0", "1", "2")),
         ("names-column.npz", {"class_names": NAMES[:, None]}, ("cat", "dog", "eel")),
@@ -77,76 +72,46 @@ def test_a_good_file_is_taken(write, name, changes, class_names):
 
 def test_a_home_directory_is_expanded(write, scratch, monkeypatch):
     monkeypatch.setenv("HOME", str(scratch))
-    write("own.npz")
+    write()
     assert datasets.load("~/own.npz").name == "own.npz"
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"train_images": TRAIN / 255},
-            "train_images must be uint8[N, 32, 32, 3], not float64[12, 32, 32, 3]: "
-            "np.round(train_images * 255).astype(np.uint8) converts it",
-        ),
-        (
-            {"test_images": TEST.transpose(0, 3, 1, 2)},
-            "test_images must be uint8[N, 32, 32, 3], not uint8[6, 3, 32, 32]: "
-            "test_images.transpose(0, 2, 3, 1) converts it",
-        ),
-        (GRAY, "train_images must be uint8[N, 32, 32, 3], not uint8[12, 28, 28]: np.pad("),
-        (
-            {**GRAY, "val_images": TEST[:, :28, :28, 0], "val_labels": TEST_LABELS},
-            "converts it; not used: val_images, val_labels",
-        ),
-        ({"train_images": (TRAIN - 128.0) / 64}, "not float64[12, 32, 32, 3]"),
-        ({"train_images": np.zeros((0, 32, 32, 3), np.uint8)}, "not uint8[0, 32, 32, 3]"),
-        ({"train_images": np.zeros((12, 64, 64, 3), np.uint8)}, "not uint8[12, 64, 64, 3]"),
-        ({"train_images": np.array(3)}, "train_images must be uint8[N, 32, 32, 3], not int64[]"),
-        (
-            {"train_labels": np.eye(3, dtype=int)[LABELS]},
-            "train_labels must be whole numbers from 0, int[12], one for each image, not "
-            "int64[12, 3]: train_labels.argmax(1) converts it",
-        ),
-        ({"test_labels": TEST_LABELS[:5]}, "test_labels must be whole numbers from 0, int[6],"),
-        ({"train_labels": np.array(3)}, "not int64[]"),
-        (
-            {"train_labels": LABELS + 1, "test_labels": TEST_LABELS + 1},
-            "train_labels[2] is 3, but the labels of 3 classes are 0 to 2: classes start at 0, as "
-            "in train_labels - 1",
-        ),
-        (
-            {"train_labels": LABELS + 1, "test_labels": TEST_LABELS + 1, "class_names": None},
-            "train_labels[2] is 3, but the labels of 3 classes are 0 to 2: classes start at 0, as "
-            "in train_labels - 1",
-        ),
-        ({"test_labels": TEST_LABELS - 1}, "test_labels[0] is -1"),
-        ({"train_labels": LABELS * 10**9, "class_names": None}, "train_labels[1] is 1000000000"),
-        (
-            {"class_names": np.array(["cat", "dog", "\ud800"])},
-            r"class_names[2] is no valid text: '\ud800'",
-        ),
-        ({"class_names": np.array([b"cat", b"\xff", b"eel"])}, "class_names[1] is no valid text"),
-        ({"class_names": np.eye(3)}, "class_names must be text, str[classes], not float64[3, 3]"),
-        (
-            {"train_images": np.array([*TRAIN, None], object)[:-1]},
-            "train_images holds Python objects, which may run anything when they are read",
-        ),
-        (
-            {"train_labels": None, "extra": LABELS},
-            "it lacks train_labels; it must hold train_images, train_labels, test_images, "
-            "test_labels (or x_train, y_train, x_test, y_test) and may hold class_names; it holds "
-            "class_names, extra, test_images, test_labels, train_images",
-        ),
-    ],
-)
+ABOVE = {"train_labels": LABELS + 1, "test_labels": TEST_LABELS + 1}
+START = "train_labels[2] is 3, but the labels of 3 classes are 0 to 2: classes start at 0"
+WRONG = [
+    ({"train_images": (TRAIN - 128.0) / 64}, "[N, 32, 32, 3], not float64[12, 32, 32, 3]"),
+    ({"test_images": np.zeros((0, 32, 32, 3), np.uint8)}, "test_images must be uint8[N, 32, 32"),
+    ({"train_images": np.zeros((12, 64, 64, 3), np.uint8)}, "not uint8[12, 64, 64, 3]"),
+    ({"train_images": np.array(3)}, "train_images must be uint8[N, 32, 32, 3], not int64[]"),
+    ({"train_images": np.array([*TRAIN, None], object)[:-1]}, "train_images holds Python objects"),
+    (GRAY, "train_images must be uint8[N, 32, 32, 3], not uint8[12, 28, 28]: np.pad("),
+    ({**GRAY, "val_images": TEST, "val_labels": LABELS}, "; not used: val_images, val_labels"),
+    ({"test_labels": TEST_LABELS[:5]}, "test_labels must be whole numbers from 0, int[6],"),
+    ({"train_labels": np.array(3)}, "not int64[]"),
+    ({"train_labels": np.eye(3, dtype=int)[LABELS]}, "[12, 3]: train_labels.argmax(1) converts"),
+    (ABOVE, START),
+    ({**ABOVE, "class_names": None}, START),
+    ({"test_labels": TEST_LABELS - 1}, "test_labels[0] is -1"),
+    ({"train_labels": LABELS * 10**9, "class_names": None}, "train_labels[1] is 1000000000"),
+    (
+        {"class_names": np.array(["cat", "dog", "\ud800"])},
+        r"class_names[2] is no valid text: '\ud800",
+    ),
+    ({"class_names": np.array([b"cat", b"\xff", b"eel"])}, "class_names[1] is no valid text"),
+    ({"class_names": np.eye(3)}, "class_names must be text, str[classes], not float64[3, 3]"),
+    (
+        {"train_labels": None},
+        "it lacks train_labels; it must hold train_images, train_labels, test",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG)
 def test_a_wrong_array_is_one_line_that_names_it(write, changes, message):
     path = write(**changes)
-    with pytest.raises(UserError) as error:
-        datasets.load(str(path))
-    assert str(error.value).startswith(f"dataset={path}: ")
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
+    said = refusal(datasets.load, str(path))
+    assert said.startswith(f"dataset={path}: ")
+    assert message in said
 
 
 @pytest.mark.parametrize(
@@ -170,11 +135,8 @@ def test_a_wrong_array_is_one_line_that_names_it(write, changes, message):
 )
 def test_the_numpy_expression_of_an_error_mends_the_array(write, changes):
     ((name, array),) = changes.items()
-    with pytest.raises(UserError) as error:
-        datasets.load(str(write(**changes)))
-    (mended,) = re.findall(
-        r": ([^:]+) (?:converts it|makes it plain)$|as in (.+)$", str(error.value)
-    )
+    said = refusal(datasets.load, str(write(**changes)))
+    (mended,) = re.findall(r": ([^:]+) (?:converts it|makes it plain)$|as in (.+)$", said)
     mended = eval("".join(mended), {"np": np, name: array})
     dataset = datasets.load(str(write(**{name: mended})))
     if "images" not in name:
@@ -186,38 +148,30 @@ def test_the_numpy_expression_of_an_error_mends_the_array(write, changes):
         np.testing.assert_array_equal(inside, np.repeat(TRAIN[:, 2:29, 2:30, :1], 3, 3))
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS pointer"),
-        (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "it is a web page"),
-        (b"\x93NUMPY\x01\x00", "a single array: np.savez writes"),
-        (b"rubbish", "it is no .npz file, or only a part of one"),
-        (b"", "it is no .npz file, or only a part of one"),
-        (None, "there is no such file"),
-        ("folder", "it cannot be read: Is a directory"),
-        ("half", "it is no .npz file, or only a part of one"),
-        ("a bit", "it is damaged (BadZipFile: Bad CRC-32"),
-    ],
-)
-def test_another_file_is_called_what_it_is(write, scratch, content, message):
+OTHER = [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS pointer"),
+    (b"\n<!DOCTYPE html><html><body>Sign in</body></html>", "it is a web page"),
+    (b"\x93NUMPY\x01\x00", "a single array: np.savez writes"),
+    (b"", "it is no .npz file, or only a part of one"),
+    (lambda good: good[: len(good) // 2], "it is no .npz file, or only a part of one"),
+    (lambda good: good[:9_000] + b"x" + good[9_001:], "it is damaged (BadZipFile: Bad CRC-32"),
+    ("nothing", "there is no such file"),
+    ("folder", "it cannot be read: Is a directory"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), OTHER)
+def test_another_file_is_called_what_it_is(write, content, message):
     path = write()
     good = path.read_bytes()
-    if content == "half":
-        content = good[: len(good) // 2]
-    elif content == "a bit":
-        content = good[:9_000] + bytes([good[9_000] ^ 1]) + good[9_001:]
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        path.unlink()
-        if content:
-            path.mkdir()
-    with pytest.raises(UserError) as error:
-        datasets.load(str(path))
-    assert str(error.value).startswith(f"dataset={path}: ")
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
+    path.unlink()
+    if content == "folder":
+        path.mkdir()
+    elif content != "nothing":
+        path.write_bytes(content(good) if callable(content) else content)
+    said = refusal(datasets.load, str(path))
+    assert said.startswith(f"dataset={path}: ")
+    assert message in said
 
 
 def test_arrays_that_are_not_used_are_named(write):
@@ -225,30 +179,27 @@ def test_arrays_that_are_not_used_are_named(write):
     assert datasets.load(str(path)).source == f"{path} (not used: val_images, val_labels)"
 
 
-@pytest.mark.parametrize("name", ["cifar10.npz", "digits.npz", "DIGITS.NPZ", "caf\udce9.npz"])
+@pytest.mark.parametrize("name", ["cifar10.npz", "DIGITS.NPZ", "caf\udce9.npz"])
 def test_renaming_a_file_changes_no_number(write, name):
-    wanted = datasets.load(str(write("own.npz", train_images=TRAIN // 8 + 200)))
+    wanted = datasets.load(str(write(train_images=TRAIN // 8 + 200)))
     path = str(write(name, train_images=TRAIN // 8 + 200))
     dataset = datasets.load(path)
-    assert min(dataset.mean) > 0.8
     rows = np.arange(5)
     assert dataset.statistics(rows) == wanted.statistics(rows)
     assert dataset.statistics(rows) == datasets.channel_statistics(dataset.train_images[rows])
-    for field in dataclasses.fields(dataset):
-        if field.name not in ("name", "source"):
-            ours, theirs = (getattr(data, field.name) for data in (dataset, wanted))
-            np.testing.assert_array_equal(ours, theirs)
+    for field in {*vars(dataset)} - {"name", "source"}:
+        np.testing.assert_array_equal(getattr(dataset, field), getattr(wanted, field))
     assert dataset.caption == f"the file {dataset.name}"
-    settings = [vars(tuned(dataset=given)) for given in (path, "own.npz")]
-    assert {**settings[0], "dataset": ""} == {**settings[1], "dataset": ""}
+    ours, theirs = (vars(tuned(dataset=given)) for given in (path, "own.npz"))
+    assert {**ours, "dataset": ""} == {**theirs, "dataset": ""}
 
 
 def test_a_known_content_is_labelled_in_a_file_too(write, monkeypatch):
-    content = datasets.content_fingerprint(
-        [TRAIN, LABELS.astype(np.int32), TEST, TEST_LABELS.astype(np.int32)]
-    )
-    monkeypatch.setitem(datasets.KNOWN_CONTENT, content, "JPEG mirror")
-    assert datasets.load(str(write())).caption == "the file own.npz, JPEG mirror"
+    arrays = [TRAIN, LABELS.astype(np.int32), TEST, TEST_LABELS.astype(np.int32)]
+    monkeypatch.setitem(datasets.KNOWN_CONTENT, datasets.content_fingerprint(arrays), "JPEG mirror")
+    dataset = datasets.load(str(write()))
+    shown = "<Dataset own.npz: 12 training and 6 test images, 3 classes; "
+    assert repr(dataset) == f"{shown}the file own.npz, JPEG mirror>"
 
 
 def begun(config, dataset, path):
@@ -259,18 +210,13 @@ def begun(config, dataset, path):
     return out
 
 
-OTHER_NAMES = [["dog", "cat", "eel"], ["cat", "dog", "owl"], ["cat", "dog", "eel", "owl"]]
-
-
-@pytest.mark.parametrize("names", OTHER_NAMES, ids=str)
+@pytest.mark.parametrize("names", ["dog cat eel", "cat dog owl", "cat dog eel owl"])
 def test_a_run_goes_on_with_the_same_classes_alone(write, scratch, names):
     config = Config("layer", "three-layers", str(write()), 1, 4)
-    first = datasets.load(config.dataset)
-    out = begun(config, first, scratch / "run")
-    other = datasets.load(str(write(class_names=np.array(names))))
-    with pytest.raises(UserError, match="whose classes have other names or another order") as error:
-        run(config, other, out.path)
-    assert "\n" not in str(error.value)
+    out = begun(config, datasets.load(config.dataset), scratch / "run")
+    other = datasets.load(str(write(class_names=np.array(names.split()))))
+    said = refusal(run, config, other, out.path)
+    assert "whose classes have other names or another order" in said
 
 
 def test_a_name_that_is_not_utf8_is_recorded_so_that_it_is_found_again(write, scratch, monkeypatch):
@@ -289,11 +235,5 @@ def test_a_name_that_is_not_utf8_is_recorded_so_that_it_is_found_again(write, sc
     "settings", [{}, {"dataset": "own.npz", "test_split": "x"}, {"dataset": "other.npz"}], ids=str
 )
 def test_fit_of_another_dataset_than_the_configs_is_refused(write, settings):
-    dataset = datasets.load(str(write()))
-    with pytest.raises(UserError, match=r"is not what is given, <Dataset own\.npz"):
-        fit(Config(epochs=1, **settings), dataset)
-
-
-def test_a_datasets_repr_is_short(write):
-    shown = "<Dataset own.npz: 12 training and 6 test images, 3 classes; the file own.npz>"
-    assert repr(datasets.load(str(write()))) == shown
+    said = refusal(fit, Config(epochs=1, **settings), datasets.load(str(write())))
+    assert "is not what is given, <Dataset own.npz" in said

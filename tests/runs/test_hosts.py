@@ -16,10 +16,10 @@ import jax
 import nets
 import numpy as np
 import pytest
-from helpers import without_times
+from helpers import refusal, without_times
 
 from jaxnorm.analysis.results import Run
-from jaxnorm.config import SweptNet, UserError, study
+from jaxnorm.config import SweptNet, study
 from jaxnorm.data import datasets
 from jaxnorm.runs import hosts, runner
 from jaxnorm.runs.hosts import Share
@@ -30,8 +30,8 @@ from jaxnorm.training.mesh import ONE
 DIGITS = {"dataset": "digits", "learning_rate": 0.01}
 CONFIG = study(norm="layer", arch="three-layers", epochs=6, batch_size=479, seeds=6, **DIGITS)
 COMMAND = [nets.__file__, "--skip-self-check"]
-SMALL = ("--norm", "layer", "--arch", "three-layers", "--dataset", "digits")
-SMALL += ("--batch-size", "479", "--learning-rate", "0.01")
+SMALL = ["--norm", "layer", "--arch", "three-layers", "--dataset", "digits", "--batch-size", "479"]
+SMALL += ["--learning-rate", "0.01"]
 ARGUMENTS = (*SMALL, "--epochs", "6", "--seeds", "6")
 """479 is a third of the digits: no batch is ragged, and fewer programs are compiled."""
 PATIENCE = 240
@@ -153,30 +153,31 @@ def test_shares_are_every_net_once():
     assert Share().of(every) == every
 
 
-def test_a_job_array_gives_its_share(monkeypatch):
-    slurm = {"ID": "9", "COUNT": "4", "MIN": "5", "MAX": "11", "STEP": "2"}  # 5, 7, 9, 11
-    for name, value in slurm.items():
-        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
-    assert Share.parse("array") == (2, 4)
-    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "13")
-    with pytest.raises(UserError, match="share=array: the 4 tasks of the array are not every"):
-        Share.parse("array")
-    for name in slurm:
-        monkeypatch.delenv(f"SLURM_ARRAY_TASK_{name}")
-    with pytest.raises(UserError, match="share=array finds no job array"):
-        Share.parse("array")
-    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
-    monkeypatch.setenv("JOB_COMPLETIONS", "2")
-    assert Share.parse("array") == (0, 2)
+SLURM = {"ID": "9", "COUNT": "4", "MIN": "5", "MAX": "11", "STEP": "2"}  # 5, 7, 9, 11
+ARRAY = {f"SLURM_ARRAY_TASK_{name}": value for name, value in SLURM.items()}
+KUBERNETES = {"JOB_COMPLETION_INDEX": "0", "JOB_COMPLETIONS": "2"}
+
+
+@pytest.mark.parametrize(("variables", "share"), [(ARRAY, (2, 4)), (KUBERNETES, (0, 2))])
+def test_a_job_array_gives_its_share(monkeypatch, variables, share):
+    assert "share=array finds no job array" in refusal(Share.parse, "array")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert Share.parse("array") == share
+
+
+def test_a_job_array_with_gaps_is_refused(monkeypatch):
+    for name, value in {**ARRAY, "SLURM_ARRAY_TASK_MAX": "13"}.items():
+        monkeypatch.setenv(name, value)
+    said = refusal(Share.parse, "array")
+    assert "share=array: the 4 tasks of the array are not every" in said
 
 
 @pytest.mark.parametrize("text", ["3", "3/3", "-1/3", "1/0", "a/b", "1/2/3", ""])
 def test_a_share_that_is_none_is_refused(text):
-    with pytest.raises(UserError, match=r"share=.* is wrong: it must be of the form '0/8'"):
-        Share.parse(text)
+    assert " is wrong: it must be of the form '0/8'" in refusal(Share.parse, text)
 
 
 def test_a_number_of_processes_that_is_none_is_refused(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
-    with pytest.raises(UserError, match="JAX_NUM_PROCESSES is 'two': it must be a whole number"):
-        hosts.join()
+    assert "JAX_NUM_PROCESSES is 'two': it must be a whole number" in refusal(hosts.join)

@@ -3,55 +3,30 @@
 import dataclasses
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import zipfile
 
 import numpy as np
 import pytest
-from helpers import difference, run, train
+from helpers import StopAfter, Stopped, difference, refusal, run, train
 
 from jaxnorm.analysis.results import Run
-from jaxnorm.config import Config, NetId, UserError, product, study
+from jaxnorm.config import Config, NetId, product, study
 from jaxnorm.records import to_lines
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.net import NetFolder
 from jaxnorm.storage.sweep import Sweep
 from jaxnorm.training import epoch as epochs
-from jaxnorm.training.fit import Callback
 from jaxnorm.training.mesh import ONE, MeshShape
 
 CONFIG = Config(
-    norm="layer", arch="three-layers", dataset="tiny", epochs=3, batch_size=16, seed=3, seeds=2
+    norm="layer", arch="three-layers", dataset="tiny", epochs=3, batch_size=35, seed=3, seeds=2
 )
-"""Its nets train one after the other here (`ONE`), as far as is not said otherwise."""
+"""Its nets train one after the other here (`ONE`), as far as is not said otherwise. 70 images in
+batches of 35: none is ragged, and fewer programs are compiled.
+"""
 SHORT = dataclasses.replace(CONFIG, epochs=2, seeds=1)
-
-
-class Stopped(BaseException):
-    pass
-
-
-class StopAfter(Callback):
-    """Stops a run when so many epochs of all nets are complete, and writes down what it hears."""
-
-    def __init__(self, epochs=10**9):
-        self.left, self.complete, self.warnings, self.together = epochs, None, [], []
-
-    def on_start(self, norm, seeds, steps):
-        self.together.append(seeds)
-
-    def on_epoch(self, config, epoch):
-        self.left -= 1
-        if not self.left:
-            raise Stopped
-
-    def on_resume(self, complete):
-        self.complete = complete
-
-    def on_warning(self, text):
-        self.warnings.append(text)
 
 
 def stopped(path, tiny, epochs, config=CONFIG, mesh=ONE):
@@ -125,9 +100,9 @@ def test_the_same_command_gives_the_same_bytes_but_for_the_times(whole, tiny, sc
     ]
 
 
-@pytest.mark.parametrize("epochs", [1, 3, 4, 6])
+@pytest.mark.parametrize("epochs", [1, 3, 4])
 def test_a_run_stopped_anywhere_resumes_to_the_same_end(whole, tiny, scratch, epochs):
-    """After the sixth it is stopped before the last net is measured."""
+    """After the third it is stopped before the first net is measured."""
     directory = stopped(scratch / "run", tiny, epochs)
     assert len(numbers(directory)) == epochs
     heard = resumed(directory, tiny)
@@ -149,9 +124,8 @@ def test_a_run_resumes_on_another_mesh_to_the_same_end(whole, tiny, scratch, epo
 
 def test_nets_that_train_in_one_program_resume_together_or_apart(tiny, scratch, monkeypatch):
     monkeypatch.setattr(epochs, "nets_at_once", lambda *_: 2)
-    config = dataclasses.replace(CONFIG, batch_size=35)
-    whole = run(config, tiny, scratch / "whole", mesh=ONE)
-    together, apart = (stopped(scratch / f"{n}", tiny, n, config) for n in (4, 3))
+    whole = run(CONFIG, tiny, scratch / "whole", mesh=ONE)
+    together, apart = (stopped(scratch / f"{n}", tiny, n) for n in (4, 3))
     assert numbers(together) == [(3, 1), (3, 2), (4, 1), (4, 2)]
     assert numbers(apart) == [(3, 1), (3, 2), (4, 1)]
     assert resumed(together, tiny).together == [[3, 4]]
@@ -212,8 +186,9 @@ def test_a_finished_run_without_states_does_not_start_again_to_grow(copy, tiny, 
     for path in net(copy, 4).path.glob("state-*"):
         spoil(path)
     before = files(copy)
-    with pytest.raises(UserError, match=r"seed 4, .* is finished and has no whole state"):
-        resumed(copy, tiny, epochs=4)
+    said = refusal(resumed, copy, tiny, epochs=4)
+    assert "seed 4, " in said
+    assert " is finished and has no whole state" in said
     assert files(copy) == before
     heard = resumed(copy, tiny)
     assert (heard.complete, heard.together, heard.warnings) == (6, [], [])
@@ -223,56 +198,49 @@ def test_a_finished_run_without_states_does_not_start_again_to_grow(copy, tiny, 
 def test_a_sweep_that_is_refused_is_left_as_it_was(tiny, scratch):
     """Its first run could go on; the second has no state to go on from."""
     base = {"norm": "layer", "arch": "three-layers", "dataset": "tiny", "epochs": 1}
-    sweep = Sweep(scratch / "s", product(study, base, {"batch_size": (35, 70)}))
-    train(sweep, tiny)
+    rates = {"batch_size": (35,), "learning_rate": (0.01, 0.002)}
+    sweep = Sweep(scratch / "s", product(study, base, rates))
+    train(sweep, tiny, mesh=ONE)
     (net(sweep.directories[1], 1).path / "state-1.msgpack").unlink()
     before = files(sweep.folder)
     longer = [dataclasses.replace(config, epochs=2) for config in sweep.configs]
-    with pytest.raises(UserError, match="is finished and has no whole state"):
-        train(Sweep(scratch / "s", longer), tiny)
+    longer = Sweep(scratch / "s", longer)
+    assert "is finished and has no whole state" in refusal(train, longer, tiny, mesh=ONE)
     assert files(sweep.folder) == before
     again = Sweep.open(scratch / "s")
     assert again.configs == sweep.configs
-    train(again, tiny)
+    train(again, tiny, mesh=ONE)
     assert all(map(again.ended, again.nets))
 
 
 def test_other_settings_are_refused(copy, tiny):
     before = files(copy)
-    for changes in (
-        {"seed": 2},
-        {"epochs": 2},
-        {"momentum": 0.8},
-        {"momentum": 0.95},
-        {"seeds": 1},
-        {"norm": "group"},
-    ):
-        with pytest.raises(UserError, match=f"{next(iter(changes))}=.* conflicts with the run"):
-            resumed(copy, tiny, **changes)
-    with pytest.raises(UserError, match="not what"):
-        resumed(copy, dataclasses.replace(tiny, fingerprint="0"))
+    other = {"seed": 2, "epochs": 2, "momentum": 0.8, "seeds": 1, "norm": "group"}
+    for name, value in other.items():
+        said = refusal(resumed, copy, tiny, **{name: value})
+        assert f"{name}=" in said
+        assert " conflicts with the run" in said
+    assert "not what" in refusal(resumed, copy, dataclasses.replace(tiny, fingerprint="0"))
     assert files(copy) == before
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda path: flip(path / "state-3.msgpack"),
-        lambda path: [flip(state) for state in path.glob("state-*")],
-        lambda path: [state.unlink() for state in path.glob("state-*")],
-        lambda path: flip(path / "probes.npz"),
-        lambda path: (path / "metrics.jsonl").unlink(),
-        lambda path: (path / "metrics.jsonl").write_text("rubbish"),
-        lambda path: (path / "lost.json").write_text("{"),
-    ],
-)
-def test_a_finished_run_is_left_as_it_is_whatever_is_damaged_beside_its_results(copy, tiny, spoil):
+def test_a_finished_run_is_left_as_it_is_whatever_is_damaged_beside_its_results(copy, tiny):
     """A small record does not decide over large whole ones."""
-    spoil(net(copy, 4).path)
-    before = files(copy)
-    heard = resumed(copy, tiny)
-    assert (heard.complete, heard.together, heard.warnings) == (6, [], [])
-    assert files(copy) == before
+    path = net(copy, 4).path
+    for spoil in (
+        lambda: flip(path / "state-3.msgpack"),
+        lambda: flip(path / "state-2.msgpack"),
+        lambda: [state.unlink() for state in path.glob("state-*")],
+        lambda: flip(path / "probes.npz"),
+        lambda: (path / "metrics.jsonl").write_text("rubbish"),
+        lambda: (path / "metrics.jsonl").unlink(),
+        lambda: (path / "lost.json").write_text("{"),
+    ):
+        spoil()
+        before = files(copy)
+        heard = resumed(copy, tiny)
+        assert (heard.complete, heard.together, heard.warnings) == (6, [], [])
+        assert files(copy) == before
 
 
 @pytest.mark.parametrize(("damaged", "complete"), [(1, 4), (2, 3)])
@@ -307,22 +275,6 @@ def test_a_damaged_result_is_set_aside_and_made_again_from_the_state(copy, whole
     assert path.read_bytes() == wanted
 
 
-def test_a_record_that_cannot_be_read_stops_it_and_nothing_is_lost(copy, tiny, monkeypatch):
-    """A stale network handle is no damage."""
-    before, original = files(copy), os.open
-
-    def stale(path, *rest):
-        if str(path).endswith((".npz", ".msgpack")):
-            raise OSError(116, "Stale file handle", str(path))
-        return original(path, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "open", stale)
-        with pytest.raises(OSError, match="Stale"):
-            resumed(copy, tiny)
-    assert files(copy) == before
-
-
 def test_a_run_of_other_code_resumes_with_a_warning(tiny, scratch):
     directory = stopped(scratch / "run", tiny, 5)
     info = directory.info()
@@ -334,7 +286,7 @@ def test_a_run_of_other_code_resumes_with_a_warning(tiny, scratch):
     assert net(directory, 4).result().environments[-1].git_revision == info.environment.git_revision
 
 
-def test_a_net_that_another_process_trains_is_left_to_it(tiny, scratch, whole):
+def test_a_net_that_another_process_trains_is_left_to_it(tiny, scratch, whole, monkeypatch):
     directory = stopped(scratch / "run", tiny, 1)
     half = net(directory, 3).path / ".writing-x"  # of a process that was killed, or that writes now
     (directory.path / ".writing-x").write_text("of a report")
@@ -342,6 +294,9 @@ def test_a_net_that_another_process_trains_is_left_to_it(tiny, scratch, whole):
     with directory.locked("nets/layer-3"):
         assert resumed(directory, tiny).together == [[4]]
         assert half.exists()
+        monkeypatch.setattr("jaxnorm.runs.runner._PATIENCE", 0)
+        with directory.locked():
+            assert "by another process" in refusal(resumed, directory, tiny)
     assert numbers(directory) == [(3, 1), (4, 1), (4, 2), (4, 3)]
     assert not net(directory, 3).ended(3)
     resumed(directory, tiny)
@@ -350,40 +305,17 @@ def test_a_net_that_another_process_trains_is_left_to_it(tiny, scratch, whole):
     assert (directory.path / ".writing-x").exists()
 
 
-def hold(path, ready):
-    with RunDirectory(path).locked(), RunDirectory(path).locked("nets/layer-4"):
-        ready.set()
-        multiprocessing.Event().wait()
-
-
-@pytest.mark.slow
-def test_a_second_process_is_refused_and_a_dead_one_holds_no_lock(copy, tiny, monkeypatch):
-    monkeypatch.setattr("jaxnorm.runs.runner._PATIENCE", 0)
-    (net(copy, 4).path / "result.npz").unlink()
-    context = multiprocessing.get_context("spawn")
-    ready = context.Event()
-    process = context.Process(target=hold, args=(copy.path, ready))
-    process.start()
-    assert ready.wait(60)
-    with pytest.raises(UserError, match="by another process"):
-        resumed(copy, tiny)
-    process.kill()
-    process.join()
-    resumed(copy, tiny)
-    assert net(copy, 4).trained(3)
-
-
-@pytest.mark.parametrize(("where", "step"), [("train_nets", 3), ("evaluate_nets", None)])
+@pytest.mark.parametrize(("where", "step"), [("train_nets", 2), ("evaluate_nets", None)])
 def test_a_loss_that_is_not_finite_keeps_what_was_good_and_others_go_on(
     tiny, scratch, whole, monkeypatch, where, step
 ):
-    """In the second epoch of the first seed: five chunks of an epoch, or an evaluation."""
+    """In the second epoch of the first seed: two chunks of an epoch, or an evaluation."""
     original, calls = getattr(epochs, where), []
 
     def turns_nan(*arguments):
         calls.append(1)
         results = original(*arguments)
-        if len(calls) != (8 if step else 2):
+        if len(calls) != (4 if step else 2):
             return results
         if step is None:
             return results._replace(logits=results.logits * np.nan, loss=results.loss * np.nan)
@@ -395,7 +327,7 @@ def test_a_loss_that_is_not_finite_keeps_what_was_good_and_others_go_on(
         patch.setattr(epochs, where, turns_nan)
         directory = run(CONFIG, tiny, scratch / "run", [heard], ONE)
     (warning,) = heard.warnings
-    assert f"layer norm, seed 3, is nan at epoch 2{', step 3' if step else ''}" in warning
+    assert f"layer norm, seed 3, is nan at epoch 2{', step 2' if step else ''}" in warning
     assert numbers(directory) == [(3, 1), (4, 1), (4, 2), (4, 3)]
     lost = net(directory, 3).lost()
     assert lost.epoch == 2
@@ -413,7 +345,7 @@ def test_a_run_of_which_every_net_diverges_stops(tiny, scratch):
     config = dataclasses.replace(CONFIG, seeds=1, learning_rate=1e30)
     heard = StopAfter()
     for _ in range(2):  # it says so again
-        with pytest.raises(ArithmeticError, match=r"seed 3.*epoch 1, step [1-5]"):
+        with pytest.raises(ArithmeticError, match=r"seed 3.*epoch 1, step [12]"):
             run(config, tiny, scratch / "run", [heard], ONE)
     assert heard.warnings == []  # the error says it
     assert numbers(RunDirectory(scratch / "run")) == []

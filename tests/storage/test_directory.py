@@ -8,12 +8,11 @@ import os
 import filelock
 import numpy as np
 import pytest
-from helpers import Evil
-from hypothesis import given
-from hypothesis import strategies as st
+from helpers import Evil, failing, refusal
 
 from jaxnorm.config import Config, UserError, from_json
 from jaxnorm.records import DatasetInfo, Environment, Epoch, Layer, Lost, RunInfo
+from jaxnorm.storage import directory
 from jaxnorm.storage.directory import RunDirectory
 
 DATASET = DatasetInfo(
@@ -44,8 +43,7 @@ def test_a_used_or_unwritable_path_is_refused_and_nothing_is_made(scratch):
     (scratch / "used").mkdir()
     (scratch / "used" / "y").write_text("x")
     for path in (scratch / "file", scratch / "used", scratch / "file" / "in", scratch):
-        with pytest.raises(UserError, match="out="):
-            RunDirectory.create(path)
+        assert "out=" in refusal(RunDirectory.create, path)
     assert sorted(entry.name for entry in scratch.iterdir()) == ["file", "used"]
     made = RunDirectory.create(scratch / "deep" / "new").path
     assert made.stat().st_mode & 0o077 == 0
@@ -75,37 +73,37 @@ def test_an_epoch_out_of_range_is_refused(changes):
         dataclasses.replace(LINE, **changes)
 
 
-@given(st.recursive(st.booleans() | st.integers(), st.lists, max_leaves=5))
-def test_run_json_with_any_wrong_field_is_refused_in_one_line(tmp_path_factory, value):
-    run = RunDirectory(tmp_path_factory.mktemp("run"))
-    run.write_json("run.json", INFO)
-    good = json.loads((run.path / "run.json").read_text())
-    for wrong in ({name: value} for name in good if (name, value) != ("format", 3)):
-        rewrite(run, **{**good, **wrong})
-        with pytest.raises(UserError) as error:
-            run.info()
-        assert "\n" not in str(error.value)
+DATA = dataclasses.asdict(DATASET)
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(DatasetInfo)])
-def test_run_json_with_a_wrong_dataset_field_is_refused(run, name):
-    data = dataclasses.asdict(DATASET)
-    for wrong in ({**data, name: {}}, {k: v for k, v in data.items() if k != name}):
-        rewrite(run, dataset=wrong)
-        with pytest.raises(UserError, match="dataset"):
-            run.info()
+def test_any_wrong_field_of_run_json_is_refused_in_one_line(run):
+    path = run.path / "run.json"
+    good = json.loads(path.read_text())
+    for within in ("", "config", "dataset", "environment"):
+        part = good[within] if within else good
+        for name, value in list(part.items()):
+            part[name] = [[3]]
+            path.write_text(json.dumps(good))
+            assert (within or name) in (said := refusal(run.info))
+            assert "read it with" not in said or name == "format"  # no matter of versions
+            if within == "dataset":
+                del part[name]
+                path.write_text(json.dumps(good))
+                assert "dataset" in refusal(run.info)
+            part[name] = value
+    path.write_text(json.dumps(good))
+    assert run.info() == INFO
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"class_names": ["x"] * 60_000}, {"class_names": []}, {"test_count": 0}, {"train_count": 0}],
-    ids=lambda wrong: next(iter(wrong)),
+    ("name", "value"),
+    [("class_names", ["x"] * 60_000), ("class_names", []), ("test_count", 0), ("train_count", 0)],
 )
-def test_numbers_that_no_data_has_are_refused(run, wrong):
-    rewrite(run, dataset={**dataclasses.asdict(DATASET), **wrong})
-    with pytest.raises(UserError, match=rf"dataset\.{next(iter(wrong))}=") as error:
-        run.info()
-    assert len(str(error.value)) < 500
+def test_numbers_that_no_data_has_are_refused(run, name, value):
+    rewrite(run, dataset={**DATA, name: value})
+    said = refusal(run.info)
+    assert f"dataset.{name}=" in said
+    assert len(said) < 500
 
 
 @pytest.mark.parametrize(
@@ -115,7 +113,7 @@ def test_numbers_that_no_data_has_are_refused(run, wrong):
         {"format": None, "layers": None, "resumed": []},  # as 0.2.0 wrote it
         {"format": 2},
         {"format": 4},
-        {"dataset": {**dataclasses.asdict(DATASET), "licence": "x"}},
+        {"dataset": {**DATA, "licence": "x"}},
     ],
     ids=str,
 )
@@ -124,24 +122,16 @@ def test_a_record_of_another_version_names_it(run, change):
     values = {name: value for name, value in values.items() if value is not None}
     (run.path / "run.json").write_text(json.dumps(values))
     version = "jaxnorm 9" if "environment" in values else "another version of jaxnorm"
-    with pytest.raises(UserError, match=rf"is of {version}, whose records differ \(.*read it with"):
-        run.info()
+    assert f"is of {version}, whose records differ (" in refusal(run.info)
 
 
-def test_a_wrong_value_is_no_matter_of_versions(run):
-    rewrite(run, environment={**dataclasses.asdict(ENVIRONMENT), "deterministic": 3})
-    with pytest.raises(UserError, match=r"deterministic=3 is wrong[^;]*$"):
-        run.info()
-
-
-@pytest.mark.parametrize("value", [{}, None, [1], "x"])
 @pytest.mark.parametrize(
     "record", [INFO, DATASET, ENVIRONMENT, LINE, LAYER, Lost(1, "x")], ids=type
 )
-def test_a_key_of_pydantics_own_is_an_unknown_field(record, value):
-    values = {**dataclasses.asdict(record), "__dataclass_self__": value}
-    with pytest.raises(UserError, match="unknown field: __dataclass_self__"):
-        from_json(type(record), json.dumps(values))
+def test_a_key_of_pydantics_own_is_an_unknown_field(record):
+    for value in ({}, None, "x"):
+        text = json.dumps({**dataclasses.asdict(record), "__dataclass_self__": value})
+        assert "unknown field: __dataclass_self__" in refusal(from_json, type(record), text)
 
 
 @pytest.mark.parametrize("text", ["--out \udcff", "--out \N{SKULL}\udc80", "na\u00efve \u2028"])
@@ -152,17 +142,15 @@ def test_whatever_a_record_is_given_can_be_read_again(run, text):
     run.write_json("run.json", dataclasses.replace(INFO, dataset=data, environment=environment))
     wanted = text.encode(errors="backslashreplace").decode()
     assert run.info().environment.command == run.info().dataset.class_names[1] == wanted
-    rewrite(run, dataset={**dataclasses.asdict(DATASET), "class_names": ["a", "\udcff"]})
-    with pytest.raises(UserError, match=r"run\.json cannot be read"):
-        run.info()
+    rewrite(run, dataset={**DATA, "class_names": ["a", "\udcff"]})
+    assert "run.json cannot be read" in refusal(run.info)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"[]", b"{}", b'{"config": 1}'])
 def test_a_missing_or_damaged_run_json_is_refused(scratch, content):
     if content is not None:
         (scratch / "run.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"run\.json"):
-        RunDirectory(scratch).info()
+    assert "run.json" in refusal(RunDirectory(scratch).info)
 
 
 def test_a_lock_is_held_by_one_process(run):
@@ -176,26 +164,18 @@ def test_a_lock_is_held_by_one_process(run):
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks"), NotImplementedError()])
 def test_a_file_system_without_locks_is_said(run, monkeypatch, error):
-    def fail(_):
-        raise error
-
-    monkeypatch.setattr(filelock.FileLock, "acquire", fail)
-    with (
-        pytest.raises(UserError, match=r"\.lock cannot be locked.*such as a local disk"),
-        run.locked(),
-    ):
-        pass
-    error = PermissionError(errno.EACCES, "Permission denied")
-    with pytest.raises(PermissionError), run.locked():
-        pass
+    monkeypatch.setattr(filelock.FileLock, "acquire", failing(error))
+    assert ".lock cannot be locked" in refusal(run.locked().__enter__)
+    denied = PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(filelock.FileLock, "acquire", failing(denied))
+    with pytest.raises(PermissionError):
+        run.locked().__enter__()
 
 
 def test_damaged_arrays_are_refused_by_name(run, scratch):
-    with pytest.raises(UserError, match=r"a\.npz is missing"):
-        run.arrays("a.npz", {"a": "f N"})
+    assert "a.npz is missing" in refusal(run.arrays, "a.npz", {"a": "f N"})
     run.write_bytes("a.npz", b"PK rubbish")
-    with pytest.raises(UserError, match=r"a\.npz is damaged"):
-        run.arrays("a.npz", {"a": "f N"})
+    assert "a.npz is damaged" in refusal(run.arrays, "a.npz", {"a": "f N"})
     a, b = np.ones((2, 3), np.float32), np.array([0, 1])
     for wrong in (
         {"a": np.ones(3)},
@@ -206,18 +186,14 @@ def test_damaged_arrays_are_refused_by_name(run, scratch):
         {"a": np.array([Evil(scratch / "evil")], object), "b": b},
     ):
         run.write_arrays("a.npz", **wrong)
-        with pytest.raises(UserError, match=r"a\.npz is damaged"):
-            run.arrays("a.npz", {"a": "f N C", "b": "iu N"})
+        assert "a.npz is damaged" in refusal(run.arrays, "a.npz", {"a": "f N C", "b": "iu N"})
     assert not (scratch / "evil").exists()
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(run, monkeypatch):
     before = {path: path.read_bytes() for path in run.path.iterdir()}
 
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", failing(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match=r"No space.*run\.json"):
         run.write_bytes("run.json", b"new")
     assert {path: path.read_bytes() for path in run.path.iterdir()} == before
@@ -234,37 +210,29 @@ def test_what_is_set_aside_is_never_written_over(run):
     assert not (run.path / "a.txt").exists()
 
 
-def test_links_pipes_and_bombs_are_refused(run, tmp_path_factory):
+def test_links_pipes_and_bombs_are_refused(run, tmp_path_factory, monkeypatch):
     outside = tmp_path_factory.mktemp("outside")
     (run.path / "figures").symlink_to(outside)
     acts = [lambda: run.write_bytes("figures/a.png", b"x"), lambda: run.set_aside("figures/x")]
-    acts += [lambda: run.locked("figures").__enter__(), lambda: run.remove_half_written("figures")]
+    acts += [run.locked("figures").__enter__, lambda: run.remove_half_written("figures")]
     for act in acts:
-        with pytest.raises(UserError, match="is a link"):
-            act()
+        assert "is a link" in refusal(act)
     assert list(outside.iterdir()) == []
     os.mkfifo(run.path / "a.npz")
-    with pytest.raises(UserError, match="is damaged"):
-        run.arrays("a.npz", {"a": "f N"})
-    with (run.path / "run.json").open("wb") as file:
-        file.truncate(2**28 + 1)
-    with pytest.raises(UserError, match="no file of up to"):
-        run.info()
-    run.write_arrays("b.npz", a=np.zeros(70_000_000, np.float32))
-    assert (run.path / "b.npz").stat().st_size < 2_000_000
-    with pytest.raises(UserError, match="unpacks to"):
-        run.arrays("b.npz", {"a": "f N"})
+    assert "is damaged" in refusal(run.arrays, "a.npz", {"a": "f N"})
+    monkeypatch.setattr(directory, "_LARGEST", 2**20)
+    os.truncate(run.path / "run.json", 2**28 + 1)
+    assert "no file of up to" in refusal(run.info)
+    run.write_arrays("b.npz", a=np.zeros(2**18 + 1, np.float32))
+    assert (run.path / "b.npz").stat().st_size < 2**13
+    assert "unpacks to" in refusal(run.arrays, "b.npz", {"a": "f N"})
 
 
 def test_what_cannot_be_read_is_an_oserror_and_no_damage(run, monkeypatch):
     run.write_arrays("a.npz", a=np.zeros(3, np.float32))
 
-    def stale(*_):
-        raise OSError(116, "Stale file handle")
-
-    monkeypatch.setattr(os, "open", stale)
+    monkeypatch.setattr(os, "open", failing(OSError(116, "Stale file handle")))
     for read in (lambda: run.arrays("a.npz", {"a": "f N"}), lambda: run.read_json("x", Lost)):
         with pytest.raises(OSError, match="Stale"):
             read()
-    with pytest.raises(UserError, match=r"run\.json cannot be read: Stale"):
-        run.info()
+    assert "run.json cannot be read: Stale" in refusal(run.info)

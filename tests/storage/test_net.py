@@ -11,9 +11,10 @@ import chex
 import jax
 import numpy as np
 import pytest
+from helpers import failing, refusal
 from reduce import reduced
 
-from jaxnorm.config import NetId, UserError
+from jaxnorm.config import NetId
 from jaxnorm.records import Environment, Epoch, Lost, Predictions
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.net import Damaged, NetFolder, Saved
@@ -87,10 +88,7 @@ def test_the_newest_two_states_stay_and_are_read_back_bit_for_bit(folder):
 def test_a_state_that_cannot_be_written_leaves_those_before_it(folder, monkeypatch):
     before = {path: path.read_bytes() for path in folder.path.iterdir()}
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.replace", full)
+    monkeypatch.setattr("os.replace", failing(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match=r"No space.*state-4\.msgpack"):
         folder.commit(saved_at(4))
     assert {path: path.read_bytes() for path in folder.path.iterdir()} == before
@@ -99,7 +97,7 @@ def test_a_state_that_cannot_be_written_leaves_those_before_it(folder, monkeypat
 def test_one_flipped_bit_anywhere_is_damage_and_so_is_any_other_length(folder):
     content = state_of(folder).read_bytes()
     assert content[:32] == hashlib.sha256(content[32:]).digest()
-    for place in range(0, len(content), 7):
+    for place in range(0, len(content), 29):
         state_of(folder).write_bytes(content)
         flip(state_of(folder), place)
         with pytest.raises(Damaged, match="its checksum does not fit"):
@@ -123,22 +121,21 @@ def test_a_state_of_other_arrays_is_damage(folder):
             folder.read(3, SHAPES._replace(**other))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"losses": np.zeros((3, 2), np.float32)},
-        {"losses": np.zeros(5, np.float32)},  # not as many of every epoch
-        {"losses": np.full(6, np.nan, np.float32)},
-        {"losses": np.zeros(6, np.int32)},
-        {"losses": "x"},
-        {"logits": "x"},
-        {"state": {**STATE, "step": 7}},
-        {"state": "x"},
-        {"epochs": [dataclasses.replace(line, seed=2) for line in saved_at(3).epochs]},
-        {"environments": []},
-    ],
-    ids=str,
-)
+FORGED = [
+    {"losses": np.zeros((3, 2), np.float32)},
+    {"losses": np.zeros(5, np.float32)},  # not as many of every epoch
+    {"losses": np.full(6, np.nan, np.float32)},
+    {"losses": np.zeros(6, np.int32)},
+    {"losses": "x"},
+    {"logits": "x"},
+    {"state": {**STATE, "step": 7}},
+    {"state": "x"},
+    {"epochs": [dataclasses.replace(line, seed=2) for line in saved_at(3).epochs]},
+    {"environments": []},
+]
+
+
+@pytest.mark.parametrize("changes", FORGED, ids=str)
 def test_what_passes_its_checksum_and_is_no_state_is_damage(folder, changes):
     folder.commit(saved_at(3)._replace(**changes))
     with pytest.raises(Damaged, match=r"holds another net|cannot be read"):
@@ -154,23 +151,13 @@ def test_a_state_of_another_epoch_or_net_does_not_count(folder):
             wrong.read(epoch, SHAPES)
 
 
-def test_a_damaged_state_is_set_aside_and_the_one_before_it_counts(folder):
-    for number in (1, 2):  # never over what was set aside before
-        flip(state_of(folder), -number)
-        damaged, warnings = state_of(folder).read_bytes(), []
-        assert folder.complete(9) == 2
-        chex.assert_trees_all_equal(folder.newest(SHAPES, warnings.append), saved_at(2))
-        aside = folder.path / f"state-3.msgpack.damaged-{number}"
-        assert aside.read_bytes() == damaged
-        (warning,) = warnings
-        assert f"it is kept as {aside}, and the epoch before it counts" in warning
-        folder.commit(saved_at(3))
+def test_without_a_whole_state_a_net_starts_again_and_has_no_lines(folder):
     for epoch in (2, 3):
         flip(state_of(folder, epoch))
-    with pytest.raises(UserError, match=r"state-3\.msgpack is damaged"):
-        folder.epochs()
+    warnings = []
+    assert "state-3.msgpack is damaged" in refusal(folder.epochs)
     assert folder.newest(SHAPES, warnings.append) is None
-    assert len(names(folder, "*.damaged-*")) == 4
+    assert len(warnings) == len(names(folder, "*.damaged-1")) == 2
 
 
 def test_the_copy_of_the_lines_is_read_by_nothing_and_written_again(folder):
@@ -186,10 +173,7 @@ def test_the_copy_of_the_lines_is_read_by_nothing_and_written_again(folder):
 def test_what_cannot_be_read_is_an_oserror_and_no_damage(folder, monkeypatch):
     write_result(folder)
     folder.lose(3, "x")
-
-    def stale(*_):
-        raise OSError(116, "Stale file handle")
-
+    stale = failing(OSError(116, "Stale file handle"))
     monkeypatch.setattr("os.open", stale)
     acts = [lambda: folder.newest(SHAPES, pytest.fail), lambda: folder.ended(3), folder.lost]
     acts += [lambda: folder.set_aside_damaged(pytest.fail), lambda: folder.complete(9)]
@@ -207,17 +191,9 @@ def test_a_link_out_of_the_run_is_refused(folder, tmp_path_factory):
     (folder.run.path / linked.name).symlink_to(outside)
     acts = [lambda: linked.commit(saved_at(4)), linked.epoch, lambda: linked.read(3, SHAPES)]
     acts += [lambda: linked.lose(1, "x"), lambda: linked.finish(saved_at(3), {})]
-    acts += [lambda: linked.locked().__enter__()]
-    for act in acts:
-        with pytest.raises(UserError, match="is a link"):
-            act()
+    for act in (*acts, linked.locked().__enter__):
+        assert "is a link" in refusal(act)
     assert [path.name for path in outside.iterdir()] == ["state-3.msgpack"]
-
-
-def test_a_net_that_trains_on_after_its_result_is_as_far_as_its_state(folder):
-    folder.finish(saved_at(3), {})
-    folder.commit(saved_at(4))
-    assert [line.epoch for line in folder.epochs()] == [1, 2, 3, 4]
 
 
 def test_a_net_that_ended_is_read_back(folder):
@@ -233,6 +209,8 @@ def test_a_net_that_ended_is_read_back(folder):
     chex.assert_trees_all_equal(folder.predictions(4, 3), Predictions.of(LOGITS, LABELS))
     assert folder.probes({"epoch": "iu"}) == {"epoch": 3}
     assert folder.probes({"epoch": "iu", "newer": "f"}) == {}
+    folder.commit(saved_at(4))  # as one that grows: it is as far as its state
+    assert [line.epoch for line in folder.epochs()] == [1, 2, 3, 4]
     other = NetFolder(folder.run, NetId("group", 1))
     other.lose(2, "why")
     assert other.ended(3)
@@ -240,7 +218,7 @@ def test_a_net_that_ended_is_read_back(folder):
     assert other.lost() == Lost(2, "why")
 
 
-def test_a_damaged_result_or_loss_is_set_aside_and_no_small_record_decides_over_a_whole_one(folder):
+def test_no_small_record_decides_over_a_large_whole_one(folder):
     write_result(folder)
     folder.lose(3, "x")
     (folder.path / "lost.json").write_text("{")
@@ -250,39 +228,29 @@ def test_a_damaged_result_or_loss_is_set_aside_and_no_small_record_decides_over_
         flip(folder.path / "result.npz", array.header_offset + 50 + array.compress_size // 2)
         assert not folder.ended(3)
         (folder.path / "result.npz").write_bytes(content)
-    for number in (1, 2):
-        for name in ("result.npz", "lost.json"):
-            (folder.path / name).write_bytes(b"rubbish")
-        assert not folder.ended(3)
-        warnings = []
-        folder.set_aside_damaged(warnings.append)
-        assert [f"npz.damaged-{number}" in warnings[0], f"json.damaged-{number}" in warnings[1]]
-        assert len(names(folder, "*.damaged-*")) == 2 * number
-        folder.finish(folder.newest(SHAPES, pytest.fail), {})
-        folder.set_aside_damaged(pytest.fail)
-        assert (folder.path / "result.npz").read_bytes()
-        assert folder.ended(3)
+    (folder.path / "result.npz").write_bytes(b"rubbish")
+    warnings = []
+    folder.set_aside_damaged(warnings.append)
+    assert [warning.split(" is kept as ")[1].split(",")[0] for warning in warnings] == [
+        str(folder.path / f"{name}.damaged-1") for name in ("result.npz", "lost.json")
+    ]
+    assert folder.lost() is None
+    folder.set_aside_damaged(pytest.fail)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"epochs": "rubbish"},
-        {"epochs": ""},
-        {"epochs": np.zeros(2)},
-        {"environments": "[{}]"},
-        {"environments": "[]"},
-        {"losses": np.zeros(5, np.float32)},
-        {"losses": np.full(6, np.inf, np.float32)},
-        {"losses": None},
+        *({"epochs": wrong} for wrong in ("rubbish", "", np.zeros(2))),
+        *({"environments": wrong} for wrong in ("[{}]", "[]")),
+        *({"losses": wrong} for wrong in (np.zeros(5, "f4"), np.full(6, np.inf, "f4"), None)),
     ],
     ids=str,
 )
 def test_a_result_of_something_else_is_one_line(folder, changes):
     write_result(folder, **changes)
-    with pytest.raises(UserError, match=r"result\.npz is damaged|KeyError") as error:
-        folder.result()
-    assert "\n" not in str(error.value)
+    said = refusal(folder.result)
+    assert "result.npz is damaged" in said or "KeyError" in said
     assert not folder.ended(3)
 
 
@@ -297,8 +265,7 @@ def test_predictions_of_a_reduced_net_are_read(folder):
     assert got.logits is None
     assert got.calibration.shape == (3,)
     write_result(folder, logits=None, labels=None)  # as of a run whose predictions were removed
-    with pytest.raises(UserError, match="holds no predictions of 4 test images"):
-        folder.predictions(4, 3)
+    assert "holds no predictions of 4 test images" in refusal(folder.predictions, 4, 3)
 
 
 @pytest.mark.parametrize("form", [{"labels": LABELS, "logits": LOGITS}, KEPT], ids=len)
@@ -324,6 +291,5 @@ def test_predictions_that_do_not_fit_are_one_line(folder, form, changes):
     """Neither the run's images and classes, nor the last line of the net."""
     wrong = {name: changes[name] for name in changes if name in form}
     write_result(folder, **{"logits": None, **form, **wrong})
-    with pytest.raises(UserError, match=r"result\.npz is damaged|holds no predictions") as error:
-        folder.predictions(4, 3)
-    assert "\n" not in str(error.value)
+    said = refusal(folder.predictions, 4, 3)
+    assert "result.npz is damaged" in said or "holds no predictions" in said
