@@ -1,5 +1,6 @@
 """The study from Python: train to disk, and ask a run what it found."""
 
+import contextlib
 import importlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -140,8 +141,8 @@ def train(
     if not all(map(sweep.ended, sweep.nets)):
         checked = job.check_arithmetic(experiment, sweep.folder.path, quiet)
     now = environment.environment("jaxnorm.train", checked)
-    hear = [callbacks.Terminal([config], len(sweep.nets), quiet)]
-    runner.run(sweep, experiment, now, hear, may_exist=resumes)
+    with contextlib.closing(callbacks.Terminal([config], len(sweep.nets), quiet)) as terminal:
+        runner.run(sweep, experiment, now, [terminal], may_exist=resumes)
     run = Run(sweep.folder.path)
-    figures.save_examples(run.records, dataset)
+    results.save_examples(run.records, dataset)
     return run

@@ -9,15 +9,14 @@ import importlib
 import itertools
 import os
 import shlex
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
 
 from jaxnorm import cli
-from jaxnorm.analysis import figures, page, sweeps, tables
-from jaxnorm.analysis.results import Run
 from jaxnorm.config import SWEPT, Config, Setting, UserError, valid_text
 from jaxnorm.data import cache, datasets
 from jaxnorm.data.datasets import Dataset
@@ -33,6 +32,7 @@ from jaxnorm.training.fit import Callback
 from jaxnorm.training.mesh import MeshShape
 
 if TYPE_CHECKING:
+    from jaxnorm.analysis.results import Run
     from jaxnorm.run import Options
 
 
@@ -73,17 +73,19 @@ def start(requested: list[Config], options: "Options", tunes: bool = False) -> i
         counts = len(dataset.train_labels), len(dataset.test_labels)
         images = "{:,} training and {:,} test images".format(*counts)
         print(f"{dataset.caption}: {images}, from {dataset.source}")
-    nets = share.of(sweep.nets)
+    nets, share = share.of(sweep.nets), share._replace(measures=options.probes)
     checked = "skipped (--skip-self-check)" if options.skip_self_check else "not made"
     if not options.skip_self_check and not all(map(sweep.ended, nets)):
         checked = check_arithmetic(experiment, out, options.quiet, options.recheck)
     with cli.advising(_how_to_resume(out, options)):
         now = environment.environment(_command(), checked, options.deterministic)
-        hear: list[Callback] = [callbacks.Terminal(configs, len(nets), options.quiet, cli.as_flags)]
         with contextlib.ExitStack() as stack:
+            terminal = callbacks.Terminal(configs, len(nets), options.quiet, cli.as_flags)
+            hear: list[Callback] = [stack.enter_context(contextlib.closing(terminal))]
             if options.tensorboard:
                 board = callbacks.TensorBoard(sweep, nets)
                 hear.insert(0, stack.enter_context(contextlib.closing(board)))  # before a stop
+            stack.enter_context(_loading_analysis())
             runner.run(sweep, experiment, now, hear, share, resumes or share.count > 1)
         if options.distributed:
             hosts.leave()
@@ -148,7 +150,7 @@ def _check_settings(configs: Sequence[Config], options: "Options") -> MeshShape 
     mesh that was asked for.
     """
     try:
-        importlib.import_module("matplotlib.pyplot")
+        importlib.import_module("matplotlib")  # the rest of it is loaded when it draws
     except (ImportError, ValueError) as error:  # not installed, or not with these settings
         raise UserError(f"Matplotlib, which draws the report, does not start: {error}") from None
     if options.tensorboard:
@@ -178,6 +180,23 @@ def check_arithmetic(experiment: Experiment, out: Path, quiet: bool, recheck: bo
     return "passed" if made else "passed before, by the same programs on this machine"
 
 
+@contextlib.contextmanager
+def _loading_analysis() -> Iterator[None]:
+    """Loads what the report needs, Matplotlib and SciPy, while the block compiles and trains."""
+
+    def load() -> None:
+        with contextlib.suppress(Exception):  # the report raises it again
+            importlib.import_module("jaxnorm.analysis.figures")
+            importlib.import_module("jaxnorm.analysis.page")
+
+    thread = threading.Thread(target=load, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
 def _report(sweep: Sweep, dataset: Dataset, tunes: bool, quiet: bool) -> bool:
     """Makes the report if every net has ended and no other process makes it just now; returns
     whether every net has ended.
@@ -195,24 +214,41 @@ def _report(sweep: Sweep, dataset: Dataset, tunes: bool, quiet: bool) -> bool:
             if not quiet:
                 print("another process makes the report")
             return True
-        runs = [Run(directory) for directory in sweep.directories]
+        from jaxnorm.analysis import results  # see `_loading_analysis`
+
+        runs = [results.Run(directory) for directory in sweep.directories]
         for run in runs:
-            figures.save_examples(run, dataset)
-        path, write = shlex.quote(str(sweep.folder.path)), sweeps.write
-        if tunes:
-            shown = [sweeps.tuning(runs), sweeps.every_trial(runs)]
-            print(write(sweep.folder, "tuning", shown, sweeps.draw_tuning(runs)))
-            where = f"the tables and two figures are in {sweep.folder.path}"
-        elif len(runs) > 1:
-            print(write(sweep.folder, "sweep", [sweeps.results(runs)], sweeps.draw(runs)))
-            where = f"the table is {path}/sweep.md; reports: python -m jaxnorm.report {path}"
-        else:
-            part = page.write(runs[0].directory)
-            where = f"the report is {sweep.folder.path / 'report.html'}; {len(part.charts)} figures"
-            print(tables.results(runs[0]).plain())
+            results.save_examples(run, dataset)
+        where = _write(sweep, runs, tunes, quiet)
         if not quiet:
             print(where)
     return True
+
+
+def _write(sweep: Sweep, runs: Sequence["Run"], tunes: bool, quiet: bool) -> str:
+    """Writes the report and prints its table; returns where it is."""
+    from jaxnorm.analysis import page, sweeps, tables
+
+    with contextlib.closing(callbacks.Bar(quiet)) as bar:
+        if len(runs) == 1 and not tunes:
+            part = page.gather(runs[0])
+            page.write_first(part)
+            print(tables.results(runs[0]).plain(), flush=True)
+            bar.show("drawing the figures")
+            figures = len(page.finish(part).charts)
+            return f"the report is {sweep.folder.path / 'report.html'}; {figures} figures"
+        bar.show("drawing the figures")
+        path, write = shlex.quote(str(sweep.folder.path)), sweeps.write
+        if tunes:
+            shown = [sweeps.tuning(runs), sweeps.every_trial(runs)]
+            table = write(sweep.folder, "tuning", shown, sweeps.draw_tuning(runs))
+            where = f"the tables and two figures are in {sweep.folder.path}"
+        else:
+            table = write(sweep.folder, "sweep", [sweeps.results(runs)], sweeps.draw(runs))
+            where = f"the table is {path}/sweep.md; reports: python -m jaxnorm.report {path}"
+        bar.close()
+        print(table)
+        return where
 
 
 def grown(new: Sequence[Config], old: Sequence[Config], options: "Options") -> list[Config]:
@@ -247,6 +283,7 @@ def grown(new: Sequence[Config], old: Sequence[Config], options: "Options") -> l
 def _load(config: Config, options: "Options", unverified: bool = False) -> Dataset:
     try:
         with contextlib.closing(callbacks.Bar(options.quiet)) as bar:
+            bar.show("reading the data")
             return datasets.load(
                 config.dataset,
                 options.data_dir,
@@ -297,6 +334,8 @@ def _how_to_resume(out: Path, options: "Options") -> str:
     command = [*cli.program(), "--resume", str(out)]
     if options.data_dir:
         command += ["--data-dir", str(options.data_dir)]
+    if not options.probes:
+        command.append("--no-probes")
     if options.share:
         command += ["--share", options.share]
     if options.distributed:
@@ -306,6 +345,8 @@ def _how_to_resume(out: Path, options: "Options") -> str:
 
 def print_summary(requested: list[Config], options: "Options") -> int:
     """Prints the layers of each net, also of a run to resume; returns the exit code."""
+    from jaxnorm.analysis import tables
+
     configs = requested
     if options.resume:
         configs = grown(configs, Sweep.open(options.resume).configs, options)

@@ -32,6 +32,9 @@ app = App(
 )
 
 
+_MAY_BE_UNDONE = Parameter(negative_bool="no-")
+
+
 @dataclass(frozen=True)
 class Options:
     """Where data lies, where results go and what is shown: nothing of it changes a result.
@@ -70,6 +73,9 @@ class Options:
         Train without checking first that this installation computes rightly; the run says so.
     recheck
         Check it, also if the same programs have passed on this machine before.
+    probes
+        Measure each net inside after its last epoch, for the figures of what the norms do there:
+        a few seconds a net.
     tensorboard
         Write each epoch's losses and accuracies for TensorBoard, too, in the run directory's
         tensorboard/.
@@ -90,13 +96,13 @@ class Options:
     deterministic: bool = False
     skip_self_check: bool = False
     recheck: bool = False
+    probes: Annotated[bool, _MAY_BE_UNDONE] = True
     tensorboard: bool = False
     quiet: bool = False
     summary: bool = False
 
 
 _SEVERAL = Parameter(consume_multiple=True, negative_iterable=())
-_MAY_BE_UNDONE = Parameter(negative_bool="no-")
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,7 @@ def show(drawn: Figure) -> None:
 
 def draw_inside(fits: Iterable[Fit], dataset: Dataset, caption: str) -> Iterator[Figure]:
     """Draws what is measured inside trained nets, one of each norm."""
-    measured = {
-        fit.norm: probes.measure(fit.program, fit.state, dataset, fit.logits, fit.seed)
-        for fit in fits
-    }
+    measured = {fit.norm: probes.measure(fit.program, fit, dataset, fit.seed) for fit in fits}
     for _, figure in inside.of_probes(measured, caption):
         yield figure
 

@@ -122,7 +122,7 @@ def tiny_run(tiny, tmp_path_factory):
 def _tiny_run(tiny, path):
     from helpers import run
 
-    from jaxnorm.analysis import figures
+    from jaxnorm.analysis import results
     from jaxnorm.analysis.results import Run
     from jaxnorm.config import Config
     from jaxnorm.storage.directory import RunDirectory
@@ -132,7 +132,7 @@ def _tiny_run(tiny, path):
     directory = run(
         Config(arch="three-layers", dataset="tiny", epochs=2, batch_size=16, seed=3), tiny, path
     )
-    figures.save_examples(Run(directory), tiny)
+    results.save_examples(Run(directory), tiny)
     return directory
 
 
@@ -164,7 +164,7 @@ def made_up(tiny, tmp_path_factory):
 
 
 def _writer_of_sweeps(tiny, scratch):
-    from jaxnorm.analysis import figures
+    from jaxnorm.analysis import results
     from jaxnorm.analysis.results import Run
     from jaxnorm.config import RECIPES, NetId
     from jaxnorm.records import Epoch, Predictions
@@ -207,7 +207,7 @@ def _writer_of_sweeps(tiny, scratch):
             folder.finish(saved, probes)
             if seed != config.seed:
                 folder.path.joinpath("probes.npz").unlink()
-        figures.save_examples(Run(directory), dataset)
+        results.save_examples(Run(directory), dataset)
         return directory
 
     return write

@@ -94,14 +94,14 @@ def test_a_norm_may_wrap_or_inherit_from_flaxs_batch_norm(tiny):
     np.testing.assert_allclose(one.logits, other.logits, atol=1e-5)
     (averages,) = one.state.norm_state["batch_stats"].values()
     assert (np.asarray(averages["BatchNorm_0"]["mean"]) != 0).all()
-    measured = probes.measure(one.program, one.state, tiny, one.logits, 1)
+    measured = probes.measure(one.program, one, tiny, 1)
     assert measured["precise_accuracy"] == measured["running_accuracy"]
 
 
 def test_a_norm_that_draws_in_training_is_measured_inside(tiny):
     norm = "own_norm:DroppingNorm"
     net = fit(Config(norm, NET, "tiny", 1, 35), tiny)[norm, 1]
-    measured = probes.measure(net.program, net.state, tiny, net.logits, 1)
+    measured = probes.measure(net.program, net, tiny, 1)
     assert np.isfinite(measured["gradients"]).all()
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import io
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,13 +15,14 @@ from helpers import SMALL, call, difference, epochs_of, losses_of
 
 import jaxnorm
 from jaxnorm import cli, job, report, run
-from jaxnorm.analysis import figures
-from jaxnorm.config import OF_RECIPE, Config, Setting, Text, UserError, product, study
+from jaxnorm.analysis import figures, results
+from jaxnorm.config import OF_RECIPE, Config, NetId, Setting, Text, UserError, product, study
 from jaxnorm.data import cache
 from jaxnorm.data import datasets as data
 from jaxnorm.model.fast import convolution
 from jaxnorm.runs import callbacks, environment, runner, signals
 from jaxnorm.storage.directory import RunDirectory
+from jaxnorm.storage.net import NetFolder
 from jaxnorm.storage.sweep import Sweep
 
 
@@ -238,7 +240,7 @@ def test_several_seeds_say_which_and_how_long_it_takes(inside, tiny_by_name, cap
     assert "validation accuracy" in lines[1]
     assert lines[1].endswith(" min left") or lines[1].endswith("under a minute left")
     assert lines[2].startswith("   layer  seed 2  epoch  1/1")
-    assert lines[2].endswith(" s")
+    assert lines[2].endswith("under a minute left")  # of measuring it, and of the report
     assert "n = 2 seeds (1 to 2), mean \N{PLUS-MINUS SIGN} standard deviation" in captured
     names = {path.name for path in (inside / "x" / "tensorboard").iterdir()}
     assert names == {"layer-1", "layer-2"}
@@ -246,7 +248,6 @@ def test_several_seeds_say_which_and_how_long_it_takes(inside, tiny_by_name, cap
 
 
 def test_the_time_left_in_words():
-    assert callbacks._time_left(0) == ""
     assert callbacks._time_left(20) == ", under a minute left"
     assert callbacks._time_left(150) == ", about 2 min left"
     assert callbacks._time_left(3660) == ", about 1 h 1 min left"
@@ -266,6 +267,17 @@ def test_quiet_prints_the_table_alone(inside, tiny_by_name, capsys):
     assert captured.err == ""
     (made,) = (inside / "runs").iterdir()
     assert made.name.endswith("-three-layers-layer-tiny")
+
+
+def test_without_probes_a_run_is_whole_and_stays_so(inside, tiny_by_name, capsys):
+    assert call(*SMALL, "--skip-self-check", "--no-probes", "--out", "x") == 0
+    assert "report.html; 2 figures" in capsys.readouterr().out
+    net = NetFolder(RunDirectory("x"), NetId("layer", 1))
+    result = (net.path / "result.npz").stat()
+    assert not net.measured()
+    assert "probes.npz is missing" in (inside / "x" / "report.html").read_text()
+    assert call("--resume", "x") == 0
+    assert (net.path / "result.npz").stat().st_mtime_ns == result.st_mtime_ns
 
 
 def test_a_loss_that_turns_nan_is_exit_code_1(inside, tiny_by_name, capsys):
@@ -335,7 +347,7 @@ def test_a_report_that_fails_after_training_looks_like_no_lost_run(
 
     monkeypatch.setattr(runner, "run", lambda sweep, *_: True)
     monkeypatch.setattr(Sweep, "ended", lambda *_: True)
-    monkeypatch.setattr(figures, "save_examples", fail)
+    monkeypatch.setattr(results, "save_examples", fail)
     assert call(*SMALL, "--skip-self-check", "--out", "a run") == code
     printed = capsys.readouterr().err
     assert text in printed
@@ -353,7 +365,7 @@ def test_how_to_report_a_sweep_makes_its_table(inside):
 def test_where_matplotlib_does_not_start_nothing_is_trained(
     inside, tiny_by_name, monkeypatch, capsys
 ):
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert call(*SMALL) == 2
     assert "Matplotlib, which draws the report, does not start" in capsys.readouterr().err
     assert list(inside.iterdir()) == []
@@ -446,7 +458,8 @@ def test_digits_from_the_shell_without_tensorflow_or_network_cold_and_warm(insid
         arguments = ["--norm", "batch", "--dataset", "digits", "--epochs", "2", "--out", name]
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True)
         assert done.returncode == 0, done.stderr
-        assert done.stderr == b""
+        progress = re.compile(r"[a-z ,0-9:]+ \(\d+ s\)")  # every five seconds, no warning
+        assert all(map(progress.fullmatch, done.stderr.decode().splitlines())), done.stderr
         compiled.append(sorted((inside / "cache" / "jaxnorm" / "compiled").glob("*/*-cache")))
     assert compiled[0]
     assert compiled[0] == compiled[1]

@@ -149,14 +149,14 @@ def test_a_signal_stops_the_self_check(inside, tiny_by_name, capsys, monkeypatch
 
 
 def test_a_signal_while_a_net_is_measured_loses_no_epoch(inside, tiny_by_name, capsys, monkeypatch):
-    original, corrupt = probes.gradient_norms, probes.corrupt
+    original, corrupt = probes.look, probes.corrupt
 
     def signalled(*arguments):
-        monkeypatch.setattr(probes, "gradient_norms", original)
+        monkeypatch.setattr(probes, "look", original)
         signal.raise_signal(signal.SIGTERM)
         return original(*arguments)
 
-    monkeypatch.setattr(probes, "gradient_norms", signalled)
+    monkeypatch.setattr(probes, "look", signalled)
     monkeypatch.setattr(probes, "corrupt", lambda _: pytest.fail("measured on"))
     assert call(*SMALL, "--skip-self-check", "--out", "x") == 143
     assert "resume it with" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """Figures made from a run directory alone, all by one function, `draw`.
 
-While the data is at hand, `save_examples` keeps the few images that the pictures need. A new figure
-is one more function of `Run` that returns (name, Figure) pairs, named in `FIGURES`.
+A new figure is one more function of `Run` that returns (name, Figure) pairs, named in `FIGURES`.
 """
 
 import contextlib
@@ -26,12 +25,8 @@ from jaxnorm.analysis.drawing import (
     png,
     spread,
 )
-from jaxnorm.analysis.results import Run
+from jaxnorm.analysis.results import SAMPLE, Run
 from jaxnorm.config import NetId, UserError
-from jaxnorm.data.datasets import Dataset
-
-SAMPLE = 20
-"""Training images shown."""
 
 
 class Chart(NamedTuple):
@@ -44,23 +39,6 @@ class Chart(NamedTuple):
 
     def _repr_png_(self) -> bytes:
         return self.png
-
-
-def save_examples(run: Run, dataset: Dataset) -> None:
-    """Keeps the images that `draw` shows: test images by their row, and a sample of the training
-    images drawn by the seed.
-    """
-    rows = np.unique(np.concatenate([np.zeros(0, np.int64), *run.mistakes.values()]))
-    random, total = np.random.default_rng(run.info.config.seed), len(dataset.train_labels)
-    sample = np.sort(random.choice(total, min(SAMPLE, total), replace=False))
-    arrays = {
-        "test_rows": rows,
-        "test_images": dataset.test_images[rows],
-        "train_rows": sample,
-        "train_images": dataset.train_images[sample],
-        "train_labels": dataset.train_labels[sample],
-    }
-    run.directory.write_arrays("examples.npz", **arrays)
 
 
 def draw(run: Run) -> tuple[list[Chart], list[str]]:

@@ -6,19 +6,22 @@ A run that is unfinished or damaged is reported as far as it goes, with what is 
 
 import base64
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from jaxnorm.analysis import figures, tables
-from jaxnorm.analysis.figures import Chart
+from jaxnorm.analysis import tables
 from jaxnorm.analysis.results import Run
 from jaxnorm.analysis.tables import Table
 from jaxnorm.config import UserError
 from jaxnorm.storage.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from jaxnorm.analysis.figures import Chart
 
 MOST_LINES = 10
 """Unfinished nets that are named one by one; more of them are one line."""
@@ -31,7 +34,7 @@ class RunPart:
 
     title: str
     run: Run
-    charts: list[Chart] = field(default_factory=list)
+    charts: list["Chart"] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     headline: str = ""
     finding: str = ""
@@ -52,11 +55,11 @@ class RunPart:
             self.missing.append(line)
 
     @property
-    def accuracy(self) -> list[Chart]:
+    def accuracy(self) -> list["Chart"]:
         """The figure that stands beside the finding, if it could be drawn."""
         return [chart for chart in self.charts if chart.name == "accuracy"]
 
-    def charts_of(self, norm: str | None) -> list[Chart]:
+    def charts_of(self, norm: str | None) -> list["Chart"]:
         """The other figures of one norm; with None those of all norms together."""
         ends = tuple(f"-{one}" for one in self.norms) if norm is None else f"-{norm}"
         others = [chart for chart in self.charts if chart not in self.accuracy]
@@ -68,7 +71,21 @@ def write(directory: RunDirectory, title: str | None = None) -> RunPart:
 
     Raises `UserError` if `run.json` cannot be read.
     """
-    part = read(directory, title)
+    return finish(gather(Run(directory), title))
+
+
+def write_first(part: RunPart) -> None:
+    """Writes the page of a run whose figures are yet to be drawn, which says so."""
+    path = shlex.quote(str(part.run.directory.path))
+    pending = "the figures are being drawn: load this page again in a few seconds; if they do not "
+    pending += f"come, python -m jaxnorm.report {path} draws them"
+    first = replace(part, missing=[tables.printable(pending), *part.missing])
+    part.run.directory.write_text("report.html", html([first]))
+
+
+def finish(part: RunPart) -> RunPart:
+    """Draws the figures of a part that `gather` returned, and writes all files of its report."""
+    directory = _draw(part).run.directory
     for chart in part.charts:
         directory.write_bytes(f"figures/{chart.name}.png", chart.png)
     directory.write_text("report.md", markdown(part))
@@ -82,11 +99,26 @@ def read(directory: RunDirectory, title: str | None = None) -> RunPart:
 
     Raises `UserError` if `run.json` cannot be read.
     """
-    run = Run(directory)
-    part = RunPart(title or directory.path.absolute().name, run)
+    return _draw(gather(Run(directory), title))
+
+
+def _draw(part: RunPart) -> RunPart:
+    """Adds the figures to a part, and what they miss."""
+    from jaxnorm.analysis import figures  # with Matplotlib, which the first page does without
+
+    part.charts, missing = figures.draw(part.run)
+    part.missing = [*dict.fromkeys([*map(tables.printable, missing), *part.missing])]
+    return part
+
+
+def gather(run: Run, title: str | None = None) -> RunPart:
+    """Collects what the report of a run shows besides figures.
+
+    Raises `UserError` if `run.json` cannot be read.
+    """
+    part = RunPart(title or run.directory.path.absolute().name, run)
     nets, last = run.info.config.nets, run.info.config.epochs
-    part.charts, missing = figures.draw(run)
-    for line in (*missing, *run.damaged):
+    for line in run.damaged:
         part.note(line)
     unfinished = [net for net in nets if net not in run.finished]
     if len(unfinished) > MOST_LINES:

@@ -14,12 +14,15 @@ import numpy as np
 
 from jaxnorm.analysis import stats
 from jaxnorm.config import NetId, UserError
+from jaxnorm.data.datasets import Dataset
 from jaxnorm.records import Environment, Epoch, Predictions, RunInfo
 from jaxnorm.storage.directory import RunDirectory, Shapes
 from jaxnorm.storage.net import NetFolder
 
 GRID = 10
 """Images in a grid of mistakes: 5 columns, 2 rows."""
+SAMPLE = 20
+"""Training images shown."""
 MOST_NETS, MOST_NORMS, MOST_CLASSES, MOST_MEASURED = 10_000, 100, 1_000, 1_000
 """The most that is shown one by one: nets, norms and classes of a run, numbers of a probe."""
 
@@ -290,6 +293,23 @@ class Run:
                 "to show"
             )
         return [self.examples["test_images"][places[int(row)]] for row in rows]
+
+
+def save_examples(run: Run, dataset: Dataset) -> None:
+    """Keeps the images that figures show: test images by their row, and a sample of the training
+    images drawn by the seed.
+    """
+    rows = np.unique(np.concatenate([np.zeros(0, np.int64), *run.mistakes.values()]))
+    random, total = np.random.default_rng(run.info.config.seed), len(dataset.train_labels)
+    sample = np.sort(random.choice(total, min(SAMPLE, total), replace=False))
+    arrays = {
+        "test_rows": rows,
+        "test_images": dataset.test_images[rows],
+        "train_rows": sample,
+        "train_images": dataset.train_images[sample],
+        "train_labels": dataset.train_labels[sample],
+    }
+    run.directory.write_arrays("examples.npz", **arrays)
 
 
 def seeds_text(seeds: Sequence[int]) -> str:

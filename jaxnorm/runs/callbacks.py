@@ -5,6 +5,7 @@
 import contextlib
 import importlib.util
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,22 +15,27 @@ from tqdm import tqdm
 from jaxnorm.config import Config, Setting, SweptNet, UserError, differing, value_text
 from jaxnorm.records import Epoch
 from jaxnorm.runs import signals
+from jaxnorm.runs.remaining import Remaining
 from jaxnorm.storage.sweep import Sweep, name_of
 from jaxnorm.training.fit import Callback
 
 
 class Bar:
-    """One progress bar at a time on standard error, for whatever is being done; in a notebook, a
-    line of the cell that changes.
+    """Shows on standard error what is being done, one thing at a time: a progress bar on a
+    terminal, in a notebook a line of the cell that changes, elsewhere a line every `SECONDS`.
 
-    There is none if `quiet` is asked for or standard error is no terminal.
+    Nothing is shown if `quiet` is asked for.
     """
 
+    SECONDS = 5.0
+    _spoken = _shown = -SECONDS  # when any bar wrote the last such line; when the last was closed
+
     def __init__(self, quiet: bool) -> None:
-        self._disable = True if quiet else None  # None: tqdm looks whether it writes to a terminal
+        self._quiet = quiet
         self._what: str | None = None
         self._bar: Any = None
         self._cell: Any = None
+        self._lock, self._closed = threading.RLock(), threading.Event()
         if not quiet and "ipykernel" in sys.modules:
             from IPython.display import DisplayHandle
 
@@ -39,23 +45,64 @@ class Bar:
     def at(self, what: str, done: int, total: int) -> None:
         """Shows that `done` of `total` is reached, and stops if a signal was received."""
         signals.check()
-        if what != self._what:
-            self.close()
-            self._what = what
-            self._bar = tqdm(total=total, desc=what, leave=False, disable=self._disable)
-        self._bar.n = done
-        self._bar.refresh()
+        self.show(what, done, total)
+
+    def show(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Shows what is being done and, unless `total` is 0, that `done` of it is reached."""
+        with self._lock:
+            if what != self._what:
+                self.close()
+                self._open(what, total)
+            self._bar.n = done
+            self._bar.refresh()
         if self._cell is not None:
-            self._show({"text/plain": f"{what}: {done} of {total}"}, raw=True)
+            text = f"{what}: {done} of {total}" if total else what
+            self._show({"text/plain": text}, raw=True)
             self._show = self._cell.update
 
     def close(self) -> None:
         """Takes the bar away."""
-        if self._bar is not None:
-            self._bar.close()
-            if self._cell is not None:
-                self._show({"text/plain": ""}, raw=True)
-        self._what = self._bar = None
+        with self._lock:
+            self._closed.set()
+            if self._bar is not None:
+                self._bar.close()
+                if self._cell is not None:
+                    self._show({"text/plain": ""}, raw=True)
+                Bar._shown = time.monotonic()
+            self._what = self._bar = None
+
+    def said(self) -> None:
+        """Notes that a line was printed: the next one is due `SECONDS` later."""
+        Bar._spoken = time.monotonic()
+
+    def _open(self, what: str, total: int) -> None:
+        layout = None if total else "{desc} ({elapsed_s:.0f} s)"
+        disable = True if self._quiet else None  # None: tqdm looks whether it writes to a terminal
+        self._bar = tqdm(desc=what, total=total, leave=False, disable=disable, bar_format=layout)
+        self._what, self._closed = what, threading.Event()
+        if time.monotonic() - max(Bar._spoken, Bar._shown) > self.SECONDS:  # nothing went on before
+            self.said()
+        if not self._quiet and self._cell is None:
+            at = self._closed, time.monotonic(), not self._bar.disable
+            threading.Thread(target=self._tick, args=at, daemon=True).start()
+
+    def _tick(self, closed: threading.Event, since: float, terminal: bool) -> None:
+        """Shows every second, or writes a line every `SECONDS`, that it still goes on."""
+        while True:
+            wait = 1.0 if terminal else Bar._spoken + self.SECONDS - time.monotonic()
+            if closed.wait(max(wait, 0.05)):
+                return
+            with self._lock, contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+                if closed.is_set():
+                    return
+                if terminal:
+                    self._bar.refresh()
+                elif time.monotonic() - Bar._spoken >= self.SECONDS:
+                    self.said()
+                    done, total = self._bar.n, self._bar.total
+                    count = f": {done:,} of {total:,}" if total else ""
+                    text = f"{self._what}{count} ({Bar._spoken - since:.0f} s)"
+                    print(text, file=sys.stderr, flush=True)
 
 
 class Terminal(Callback):
@@ -69,48 +116,66 @@ class Terminal(Callback):
         self.swept, self.total = differing(configs), nets * configs[0].epochs
         self.quiet, self.shown, self.bar = quiet, shown, Bar(quiet)
         self.what, self.steps, self.epochs = "", 0, configs[0].epochs
-        self.before, self.done, self.clock = 0, 0, time.monotonic()
+        self.started: set[tuple[str, int]] = set()
+        programs = {(norm, config.batch_size) for config in configs for norm in config.norms}
+        self.remaining = Remaining(len(programs), nets, self.epochs)
+        self.bar.show("preparing the nets")
 
     def on_start(self, norm: str, seeds: list[int], steps: int) -> None:
-        """Remembers what the bar is of."""
+        """Says what starts; a program of another norm or other batches is compiled first."""
         last = f" to {seeds[-1]}" if len(seeds) > 1 else ""
         self.what, self.steps = f"{norm} norm, seed {seeds[0]}{last}", steps
+        self.remaining.start((norm, steps), len(seeds), steps)
+        first = (norm, steps) not in self.started
+        self.bar.show(f"compiling the training step of {norm} norm" if first else self.what)
+        self.started.add((norm, steps))
 
     def on_steps(self, epoch: int, done: int) -> None:
         """Moves the bar."""
-        self.bar.at(f"{self.what}, epoch {epoch} of {self.epochs}", done, self.steps)
+        self.remaining.steps(done)
+        what = f"{self.what}, epoch {epoch} of {self.epochs}"
+        self.bar.at(what, done, self.steps)
+        if done == self.steps:
+            self.bar.show(f"{what}: evaluating")
 
     def on_measuring(self, done: int, total: int) -> None:
         """Moves a bar of its own."""
         self.bar.at("measuring inside the net", done, total)
         if done == total:
-            self.bar.close()
+            self.bar.show("writing what was measured")
 
     def on_resume(self, complete: int) -> None:
         """Says from where a run resumes."""
-        self.before = complete
+        self.remaining.resume(complete)
         if not self.quiet:
+            self.bar.close()
             print(f"resuming after {complete} of {self.total} epochs")
 
     def on_warning(self, text: str) -> None:
         """Prints it on standard error."""
+        self.bar.close()
         line = "".join(c if c.isprintable() else " " for c in self.shown(text))
         print(f"warning: {line}", file=sys.stderr)
 
     def on_epoch(self, config: Config, epoch: Any) -> None:
         """Prints the epoch's line in the bar's place."""
         self.bar.close()
-        self.done += 1
-        left = self.total - self.before - self.done
-        seconds = (time.monotonic() - self.clock) / self.done * left
+        seconds = self.remaining.epoch(epoch.epoch)
         if not self.quiet:
             print(_epoch_line(epoch, config, self.swept) + _time_left(seconds), flush=True)
+            self.bar.said()
+        ended = epoch.epoch == self.epochs
+        self.bar.show("after the last epoch" if ended else self.what)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self.bar.close()
 
 
 def _time_left(seconds: float) -> str:
     minutes = round(seconds / 60)
     if minutes < 1:
-        return ", under a minute left" if seconds else ""
+        return ", under a minute left"
     hours = f"{minutes // 60} h " if minutes >= 60 else ""
     return f", about {hours}{minutes % 60} min left"
 

@@ -27,10 +27,13 @@ _SLURM = ("ID", "COUNT", "MIN", "MAX", "STEP")
 
 
 class Share(NamedTuple):
-    """A process's share: the nets whose place is `index`, modulo `count`."""
+    """A process's share of the work: the nets whose place is `index`, modulo `count`; and whether
+    it measures them inside.
+    """
 
     index: int = 0
     count: int = 1
+    measures: bool = True
 
     def of(self, nets: Sequence[SweptNet]) -> Sequence[SweptNet]:
         """Returns the nets of this share."""

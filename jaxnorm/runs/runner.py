@@ -64,7 +64,7 @@ def run(
             free = [net for net in group.nets if locks.enter_context(sweep.net(net).locked())]
             held = set(group.nets) - set(free)  # by another process, which trains them to the end
             nets = [net for net in nets if net not in held]
-            _train(sweep, group, free, now, callbacks)
+            _train(sweep, group, free, now, callbacks, share.measures)
     if not any(map(sweep.trained, sweep.nets)) and all(map(sweep.ended, sweep.nets)):
         lost = sweep.net(sweep.nets[0]).lost()
         raise ArithmeticError(lost.reason if lost else "every net diverged")
@@ -84,6 +84,7 @@ def _train(
     nets: Sequence[SweptNet],
     now: Environment,
     callbacks: Sequence[Callback],
+    measures: bool,
 ) -> None:
     """Trains these nets of a group, which are locked.
 
@@ -103,7 +104,7 @@ def _train(
         if loaded is not None and len(loaded.epochs) > last:
             raise UserError(f"{folder.path} has more epochs than the {last} of its run.json")
         if loaded is not None and len(loaded.epochs) == last:
-            _finish(folder, group.program, loaded, experiment, callbacks)
+            _finish(folder, group, loaded, callbacks, measures)
         elif (0 if loaded is None else len(loaded.epochs)) == group.start:
             saved[net] = loaded
     if not saved:
@@ -123,7 +124,7 @@ def _train(
             callback.on_epoch(experiment.configs[trained.run], trained.record)
     for net, at in saved.items():
         if at is not None and len(at.epochs) == last:
-            _finish(sweep.net(net), group.program, at, experiment, callbacks)
+            _finish(sweep.net(net), group, at, callbacks, measures)
 
 
 def _after(
@@ -147,20 +148,23 @@ def _after(
 
 def _finish(
     folder: NetFolder,
-    program: Program,
+    group: Group,
     saved: Saved,
-    experiment: Experiment,
     callbacks: Sequence[Callback],
+    measures: bool,
 ) -> None:
-    """Measures a net after its last epoch, and writes its result."""
+    """Measures a net after its last epoch, if that is asked for, and writes its result."""
 
     def progress(done: int, total: int) -> None:
         for callback in callbacks:
             callback.on_measuring(done, total)
 
-    arguments = program, saved.state, experiment.dataset, saved.logits, folder.net.seed
-    measured = probes.measure(*arguments, progress)
-    folder.finish(saved, {"epoch": np.array(len(saved.epochs), np.int32), **measured})
+    measured: dict[str, Any] | None = None
+    if measures:
+        data, mesh = group.experiment.dataset, group.mesh
+        inside = probes.measure(group.program, saved, data, folder.net.seed, mesh, progress)
+        measured = {"epoch": np.array(len(saved.epochs), np.int32), **inside}
+    folder.finish(saved, measured)
     if not folder.trained(len(saved.epochs)):
         raise UserError(f"{folder.path}: its result is too large to be read back")
 

@@ -153,7 +153,7 @@ class RunDirectory:
         return "another version of jaxnorm"
 
     def examples(self) -> dict[str, np.ndarray]:
-        """The images kept for figures: arrays by name (see `analysis.figures.save_examples`)."""
+        """The images kept for figures: arrays by name (see `analysis.results.save_examples`)."""
         return self.arrays("examples.npz", _EXAMPLES)
 
     def read_bytes(self, name: Path | str, largest: int = _LARGEST) -> bytes:

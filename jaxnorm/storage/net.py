@@ -207,9 +207,12 @@ class NetFolder:
 
     # the end
 
-    def finish(self, saved: Saved, probes: dict[str, Any]) -> None:
-        """Writes what was measured inside the net, and its result: the net has ended."""
-        self.run.write_arrays(self._file("probes"), **probes)
+    def finish(self, saved: Saved, probes: dict[str, Any] | None) -> None:
+        """Writes what was measured inside the net, if it was, and its result: the net has ended."""
+        if probes is None:  # those of an earlier epoch are not its own
+            self.run.path_of(self._file("probes")).unlink(missing_ok=True)
+        else:
+            self.run.write_arrays(self._file("probes"), **probes)
         self.run.write_arrays(
             self._file("result"),
             epochs=to_lines(saved.epochs),

@@ -20,8 +20,9 @@ from jax import lax
 
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.model.cnn import MOMENTUM
-from jaxnorm.training.epoch import predict_logits
-from jaxnorm.training.mesh import ONE
+from jaxnorm.training import mesh as meshes
+from jaxnorm.training.epoch import evaluate_nets
+from jaxnorm.training.mesh import ONE, MeshShape
 from jaxnorm.training.step import Program, TrainState, init_state, standardize
 
 _FEW: Any = {"compiler_options": {"xla_backend_optimization_level": 0}}
@@ -35,38 +36,29 @@ TESTED = 1_920
 
 
 @partial(jax.jit, static_argnums=0, **_FEW)
-def activations(
-    program: Program,
-    state: TrainState,
-    images: jax.Array,  # u8[N, 32, 32, 3]
-) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Returns the input and the output of each norm: {layer: (before, after)}, each f32[N, H, W,
-    C], by the name of the convolution before it.
-    """
-    _, captured = _apply(program, state, standardize(state, images), capture=True)
-    outputs = captured["intermediates"]
-    names = [layer.name for layer in program.model.table if f"{layer.name}_norm" in outputs]
-    pairs = {name: (outputs[name], outputs[f"{name}_norm"]) for name in names}
-    return {n: (pair[0]["__call__"][0], pair[1]["__call__"][0]) for n, pair in pairs.items()}
-
-
-@partial(jax.jit, static_argnums=0, **_FEW)
-def gradient_norms(
+def look(
     program: Program,
     state: TrainState,
     images: jax.Array,  # u8[N, 32, 32, 3]
     labels: jax.Array,  # i32[N]
-) -> dict[str, jax.Array]:
-    """Returns the Euclidean norm f32[] of the loss's gradient by each convolution's kernel."""
+) -> tuple[dict[str, tuple[jax.Array, jax.Array]], dict[str, jax.Array]]:
+    """Returns, of one pass forward and back, the input and the output of each norm: {layer:
+    (before, after)}, each f32[N, H, W, C], by the name of the convolution before it; and the
+    Euclidean norm f32[] of the loss's gradient by each convolution's kernel.
+    """
 
-    def objective(params: Any) -> jax.Array:
+    def objective(params: Any) -> tuple[jax.Array, Any]:
         net = state._replace(params=params)
-        logits, _ = _apply(program, net, standardize(state, images))
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        logits, captured = _apply(program, net, standardize(state, images), capture=True)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), captured["intermediates"]
 
-    gradients = jax.grad(objective)(state.params)
-    names = [layer.name for layer in program.model.table if layer.name in gradients]
-    return {name: jnp.linalg.norm(gradients[name]["kernel"].ravel()) for name in names}
+    gradients, outputs = jax.grad(objective, has_aux=True)(state.params)
+    names = [layer.name for layer in program.model.table]
+    pairs = {n: (outputs[n], outputs[f"{n}_norm"]) for n in names if f"{n}_norm" in outputs}
+    activations = {n: (x["__call__"][0], y["__call__"][0]) for n, (x, y) in pairs.items()}
+    kernels = {name: gradients[name]["kernel"] for name in names if name in gradients}
+    return activations, {name: jnp.linalg.norm(k.ravel()) for name, k in kernels.items()}
 
 
 @partial(jax.jit, static_argnums=(0, 4))
@@ -165,10 +157,10 @@ def similarity(
 
 def measure(
     program: Program,
-    state: TrainState,
+    net: Any,  # with a state and logits f32[M, classes] of the test images: `Fit`, `Saved`
     dataset: Dataset,
-    logits: np.ndarray,  # f32[M, classes], of the test images, with running averages
     seed: int,
+    mesh: MeshShape = ONE,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, np.ndarray]:
     """Returns what a run records of one trained net, by name:
@@ -184,36 +176,55 @@ def measure(
       of any other norm the same as running_accuracy.
     - corruptions: names of the five of `corrupt`; corrupted_accuracy: f32[5], on the same images.
 
-    The first `LOOKED_AT` training images and `TESTED` test images are looked at. `progress` is
-    called with how many of four parts are done.
+    The first `LOOKED_AT` training images and `TESTED` test images are looked at. Evaluation is that
+    of training, compiled already if `mesh` is the one that the net was trained on. `progress` is
+    called with how many of three parts are done.
     """
-    progress(0, 4)
-    state = jax.tree.map(jnp.asarray, jax.device_get(state))
-    initial = init_state(program, seed, state.standard)
-    images = jnp.asarray(dataset.train_images[:LOOKED_AT])
-    labels = jnp.asarray(dataset.train_labels[:LOOKED_AT])
-    measured = _of_norms(program, initial, state, images)
-    progress(1, 4)
-    measured |= _of_kernels(program, initial, state, images, labels)
-    progress(2, 4)
-    measured |= _of_batches(program, state, dataset, logits)
-    progress(3, 4)
+    progress(0, 3)
+    state = jax.tree.map(jnp.asarray, jax.device_get(net.state))
+    evaluate = partial(_predicted, program, mesh, len(dataset.test_labels))
+    measured = _of_layers(program, init_state(program, seed, state.standard), state, dataset)
+    progress(1, 3)
+    measured |= _of_batches(program, state, dataset, net.logits, evaluate)
+    progress(2, 3)
     tested = int(measured["tested"])
     corrupted = corrupt(dataset.test_images[:tested])
-    labels = dataset.test_labels[:tested]
-    wrong = [_accuracy(program, state, pixels, labels) for pixels in corrupted.values()]
+    predicted = evaluate(state, np.concatenate([*corrupted.values()])).reshape(-1, tested)
+    accuracies = (predicted == dataset.test_labels[:tested]).mean(1)
     measured["corruptions"] = np.array(list(corrupted))
-    measured["corrupted_accuracy"] = np.array(wrong, np.float32)
-    progress(4, 4)
+    measured["corrupted_accuracy"] = np.array(accuracies, np.float32)
+    progress(3, 3)
     return measured
 
 
-def _of_norms(
-    program: Program, initial: TrainState, state: TrainState, images: jax.Array
+def _predicted(
+    program: Program, mesh: MeshShape, count: int, state: TrainState, images: np.ndarray
+) -> np.ndarray:  # i64[N]
+    """Returns the predicted classes of images, of `count` at a time: a test set's, for which the
+    evaluation is compiled.
+    """
+    states = jax.tree.map(lambda leaf: np.stack([np.asarray(leaf)] * mesh.seed), state)
+    states, labels = meshes.place(mesh, states, True), meshes.place(mesh, np.zeros(count, np.int32))
+    predicted = []
+    for first in range(0, len(images), count):
+        part = meshes.place(mesh, np.resize(images[first : first + count], (count, 32, 32, 3)))
+        logits = meshes.fetch(evaluate_nets(program, mesh, states, part, labels).logits)
+        predicted.append(logits[0].argmax(1))
+    return np.concatenate(predicted)[: len(images)]
+
+
+def _of_layers(
+    program: Program, initial: TrainState, state: TrainState, dataset: Dataset
 ) -> dict[str, np.ndarray]:
-    """Returns the activations before and after each norm, and how similar images are there."""
-    seen_before, seen = jax.device_get([activations(program, s, images) for s in (initial, state)])
-    layers = _in_order(program, seen)
+    """Returns the activations before and after each norm, how similar images are there, and the
+    norms of the gradients of the kernels; of the last two also before training.
+    """
+    images = jnp.asarray(dataset.train_images[:LOOKED_AT])
+    labels = jnp.asarray(dataset.train_labels[:LOOKED_AT])
+    (seen_before, gradients_before), (seen, gradients) = jax.device_get(
+        [look(program, each, images, labels) for each in (initial, state)]
+    )
+    layers, kernels = _in_order(program, seen), _in_order(program, gradients)
     before, after = (
         [(values.mean(), values.std()) for values in side]
         for side in zip(*(seen[name] for name in layers), strict=True)
@@ -224,18 +235,6 @@ def _of_norms(
         "before": np.array(before, np.float32),
         "after": np.array(after, np.float32),
         "similarities": np.array(similarities, np.float32),
-    }
-
-
-def _of_kernels(
-    program: Program, initial: TrainState, state: TrainState, images: jax.Array, labels: jax.Array
-) -> dict[str, np.ndarray]:
-    """Returns the norms of the gradients of the kernels, before training and after it."""
-    gradients_before, gradients = jax.device_get(
-        [gradient_norms(program, s, images, labels) for s in (initial, state)]
-    )
-    kernels = _in_order(program, gradients)
-    return {
         "kernels": np.array(kernels),
         "gradients": np.array([gradients[name] for name in kernels], np.float32),
         "initial_gradients": np.array([gradients_before[n] for n in kernels], np.float32),
@@ -249,7 +248,11 @@ def _in_order(program: Program, names: Iterable[str]) -> list[str]:
 
 
 def _of_batches(
-    program: Program, state: TrainState, dataset: Dataset, logits: np.ndarray
+    program: Program,
+    state: TrainState,
+    dataset: Dataset,
+    logits: np.ndarray,
+    evaluate: Callable[[TrainState, np.ndarray], np.ndarray],
 ) -> dict[str, np.ndarray]:
     """Returns the accuracies by the statistics of batches, of all images, and of training."""
     sizes = [size for size in SIZES if size <= len(dataset.test_labels)]
@@ -265,7 +268,8 @@ def _of_batches(
         count = min(largest, len(dataset.train_labels))
         whole = dataset.train_images[: len(dataset.train_labels) // count * count]
         statistics = precise_statistics(program, state, whole.reshape(-1, count, 32, 32, 3))
-        precise = _accuracy(program, state._replace(norm_state=statistics), images, labels)
+        predicted = evaluate(state._replace(norm_state=statistics), images)
+        precise = (predicted == labels).mean()
     return {
         "sizes": np.array(sizes, np.int32),
         "batch_accuracy": np.array(accuracies, np.float32),
@@ -273,13 +277,6 @@ def _of_batches(
         "precise_accuracy": np.array(precise, np.float32),
         "tested": np.array(tested, np.int32),
     }
-
-
-def _accuracy(program: Program, state: TrainState, images: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the accuracy in evaluation."""
-    states = jax.tree.map(lambda leaf: leaf[None], state)
-    logits = np.asarray(predict_logits(program, ONE, states, jnp.asarray(images)))[0]
-    return float((logits.argmax(1) == labels).mean())
 
 
 def _apply(

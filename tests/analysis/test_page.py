@@ -2,7 +2,9 @@
 
 import base64
 import dataclasses
+import html
 import re
+import shlex
 import shutil
 
 import html5lib
@@ -140,3 +142,20 @@ def test_several_runs_stand_on_one_page(sweep, scratch, monkeypatch):
     tree = parse((scratch / "both.html").read_text())
     assert "Last test accuracy, side by side" in {element.text for element in tree.iter("caption")}
     assert "x <y> is missing" in {element.text for element in tree.iter("li")}
+
+
+def test_the_page_is_there_before_its_figures_and_says_how_they_come(sweep, unpainted):
+    directory = sweep()
+    part = page.gather(Run(directory))
+    page.write_first(part)
+    first = (directory.path / "report.html").read_text()
+    parse(first)
+    assert "<img" not in first
+    command = f"python -m jaxnorm.report {shlex.quote(str(directory.path))}"
+    assert command in html.unescape(first)
+    assert part.finding in html.unescape(first)
+    page.finish(part)
+    whole = (directory.path / "report.html").read_text()
+    assert "being drawn" not in whole
+    page.write(directory)
+    assert (directory.path / "report.html").read_text() == whole

@@ -158,6 +158,16 @@ def test_the_first_load_after_an_import_decodes_no_png(scratch, monkeypatch):
     assert (again.fingerprint, again.class_names) == (first.fingerprint, first.class_names)
 
 
+def test_an_image_is_a_png_whose_rows_are_neither_filtered_nor_compressed():
+    from PIL import Image
+
+    for pixels in drawn("data_batch_1")[0]:
+        png = archive._png(pixels)
+        Image.open(io.BytesIO(png)).verify()  # its checksums
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(png))), pixels)
+        assert b"".join(b"\0" + row.tobytes() for row in pixels) in png
+
+
 @pytest.mark.parametrize("mode", ["w", "w:bz2", "w:xz"])
 def test_other_compressions_and_python_2s_pickles_are_read(scratch, mode, monkeypatch):
     changes = {part: python2_pickle(part) for part in PARTS}

@@ -19,6 +19,7 @@ from jaxnorm.model.cnn import CNN
 from jaxnorm.runs import runner
 from jaxnorm.training import probes
 from jaxnorm.training import step as train
+from jaxnorm.training.mesh import ONE
 
 PROBES = ACTIVATIONS | GRADIENTS | BATCHES | DEPTH | CORRUPTED | EVALUATED
 
@@ -31,7 +32,7 @@ def net(norm, tiny, arch="three-layers"):
 def test_after_each_norm_the_activations_are_normalized(tiny):
     images = tiny.train_images[:12]
     program, state = net("batch", tiny, "every-kind")
-    activations = probes.activations(program, state, images)
+    activations, _ = probes.look(program, state, images, tiny.train_labels[:12])
     assert set(activations) == {"C1", "C3", "C4"}
     chex.assert_shape(activations["C3"], (12, 16, 16, 8))
     for before, after in activations.values():
@@ -40,7 +41,8 @@ def test_after_each_norm_the_activations_are_normalized(tiny):
         wanted = centred / np.sqrt((centred**2).mean((0, 1, 2)) + 1e-5)
         np.testing.assert_allclose(after, wanted, atol=2e-4)
     program, state = net("none", tiny)
-    for before, after in probes.activations(program, state, images).values():
+    activations, _ = probes.look(program, state, images, tiny.train_labels[:12])
+    for before, after in activations.values():
         chex.assert_trees_all_equal(before, after)
 
 
@@ -50,7 +52,7 @@ def test_after_each_norm_the_activations_are_normalized(tiny):
 def test_gradient_norms_are_those_of_the_loss_without_dropout(tiny):
     program, state = net("group", tiny)
     images, labels = jnp.asarray(tiny.train_images), jnp.asarray(tiny.train_labels)
-    norms = probes.gradient_norms(program, state, images, labels)
+    _, norms = probes.look(program, state, images, labels)
     model = program.model.clone(fast=False, dropout=0.0)
 
     def loss(params):
@@ -87,7 +89,8 @@ def test_precise_statistics_are_those_of_all_images(tiny):
     moved = jax.tree.map(lambda leaf: leaf + 7, state.norm_state)  # has no part in it
     batches = tiny.train_images[:64].reshape(4, 16, 32, 32, 3)
     statistics = probes.precise_statistics(program, state._replace(norm_state=moved), batches)
-    before = probes.activations(program, state, jnp.asarray(tiny.train_images))["C1"][0][:64]
+    activations, _ = probes.look(program, state, tiny.train_images, tiny.train_labels)
+    before = activations["C1"][0][:64]
     flat = np.asarray(before, np.float64).reshape(4, -1, 4)
     wanted = flat.var(1, ddof=1).mean(0) + flat.mean(1).var(0)
     of_norm = statistics["batch_stats"]["C1_norm"]
@@ -175,7 +178,8 @@ def test_a_run_records_what_its_nets_do(tiny_run, tiny):
     assert list(measured["layers"]) == ["C1"]
     assert list(measured["kernels"]) == ["C1", "c11"]
     assert list(measured["sizes"]) == [4, 16]  # no more than the 22 test images
-    before, after = probes.activations(program, state, tiny.train_images)["C1"]
+    activations, _ = probes.look(program, state, tiny.train_images, tiny.train_labels)
+    before, after = activations["C1"]
     np.testing.assert_allclose(measured["before"][0], [before.mean(), before.std()], atol=1e-5)
     np.testing.assert_allclose(measured["after"][0], [after.mean(), after.std()], atol=1e-5)
     assert measured["tested"] == 16  # what every batch size divides
@@ -183,10 +187,13 @@ def test_a_run_records_what_its_nets_do(tiny_run, tiny):
     assert measured["running_accuracy"] == pytest.approx(correct.mean())
     initial = init(program, tiny, 3)
     for row, net_state in zip(measured["similarities"], (initial, state), strict=True):
-        (_, after) = probes.activations(program, net_state, tiny.train_images)["C1"]
+        activations, _ = probes.look(program, net_state, tiny.train_images, tiny.train_labels)
+        (_, after) = activations["C1"]
         assert row[0] == pytest.approx(probes.similarity(np.asarray(after)), rel=1e-4)
-    clean = probes._accuracy(program, state, tiny.test_images[:16], tiny.test_labels[:16])
-    assert measured["running_accuracy"] == pytest.approx(clean)
+    predicted = probes._predicted(program, ONE, 22, state, tiny.test_images[:16])
+    assert measured["running_accuracy"] == pytest.approx(
+        (predicted == tiny.test_labels[:16]).mean()
+    )
     assert len(measured["corruptions"]) == len(measured["corrupted_accuracy"]) == 5
     assert group["precise_accuracy"] == group["running_accuracy"]
     assert (group["batch_accuracy"] == group["running_accuracy"]).all()
