@@ -152,8 +152,9 @@ class CNN(nn.Module):
                 case "block" | "residual":
                     x = self.conv(layer, (3, 3), dtype)(x).astype(jnp.float32)
                     norm = self.normalization(train, f"{layer.name}_norm")
-                    masked = mask is not None and isinstance(norm, nn.BatchNorm)
-                    options = {"mask": mask[:, None, None, None]} if masked else {}
+                    options = {}
+                    if mask is not None and isinstance(norm, nn.BatchNorm):
+                        options["mask"] = mask[:, None, None, None]
                     x = layers.same_type(norm(x, **options), x, self.norm)
                     x = x + inputs[-2] if layer.kind == "residual" else x
                     x = L.dropout_relu(x.astype(dtype), self.dropout, key, number, first_image)

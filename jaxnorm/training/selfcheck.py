@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
+import jaxlib.version
 import numpy as np
 
 from jaxnorm.config import Precision, Setting, Text
@@ -128,7 +128,7 @@ class _Check:
     @functools.cached_property
     def name(self) -> str:
         """The name of a pass: the SHA-256 of all that it depends on."""
-        depends = [jax.__version__, jaxlib.__version__, cache.machine_name()]
+        depends = [jax.__version__, jaxlib.version.__version__, cache.machine_name()]
         depends += [os.environ.get("XLA_FLAGS"), _ONCE, ALLOWED, TRIES, _ROWS]
         depends += [str(self.group.mesh), jax.local_device_count()]
         depends += [lowered.as_text() for lowered in self.lowered]
@@ -152,8 +152,9 @@ def self_check(
     for group in experiment.groups():
         key = group.norm, compiled_settings(group.config)
         checks.setdefault(key, _Check(replace(group, nets=group.nets[:1])))
-    noted = passes is not None and jax.default_backend() == "cpu"
-    left = [check for check in checks.values() if not (noted and _passed(passes, check.name))]
+    if jax.default_backend() != "cpu":
+        passes = None
+    left = [check for check in checks.values() if passes is None or not _passed(passes, check)]
     if not left:
         return False
     done = itertools.count()
@@ -174,27 +175,27 @@ def self_check(
             for program in compiled:
                 program.result()
             _check_group(check, replace(check.group, experiment=noisy), tick)
-            if noted:
-                _note(passes, check.name)
+            if passes is not None:
+                _note(passes, check)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     return True
 
 
-def _passed(passes: Path, name: str) -> bool:
+def _passed(passes: Path, check: _Check) -> bool:
     """Returns whether a pass is noted; a note that is damaged, or another's, is none."""
     try:
-        return (passes / name).read_text() == f"passed {name}\n"
+        return (passes / check.name).read_text() == f"passed {check.name}\n"
     except (OSError, ValueError):
         return False
 
 
-def _note(passes: Path, name: str) -> None:
+def _note(passes: Path, check: _Check) -> None:
     """Notes a pass, whole or not at all; if that fails, the next start checks again."""
-    temporary = passes / f"{name}.{os.getpid()}"
+    temporary = passes / f"{check.name}.{os.getpid()}"
     with contextlib.suppress(OSError):
-        temporary.write_text(f"passed {name}\n")
-        temporary.replace(passes / name)
+        temporary.write_text(f"passed {check.name}\n")
+        temporary.replace(passes / check.name)
 
 
 def with_noise(dataset: Dataset) -> Dataset:
