@@ -9,7 +9,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, dataclass_transform
 
@@ -27,13 +27,80 @@ TUNED_RATES = {"batch": 0.123, "group": 0.134, "layer": 0.134, "pixel": 0.134}
 """The learning rates that a fair tuning of the tuned recipe found (notebooks/pages/tuned.md)."""
 OTHER_RATE = 0.1
 """The learning rate of the tuned recipe for a norm that was not tuned."""
-SWEPT = ("batch_size", "learning_rate", "weight_decay")
+OF_NORMS = ("groups", "ghost_size", "alpha", "norm_momentum")
+"""The settings of norms."""
+SWEPT = ("batch_size", "learning_rate", "weight_decay", *OF_NORMS)
 """The settings that a sweep takes several values of, besides norms and seeds."""
 Rate = Annotated[float, Field(gt=0, lt=3e38)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 T = TypeVar("T")
+
+
+class Norm(NamedTuple):
+    """A row of the table of norms: its line in the help, and the path of its class, a Flax module
+    from f32[N, H, W, C] to the same shape.
+
+    A norm that `activates` is followed by no ReLU. `settings` says which fields of the class are
+    which fields of the net (`model.cnn.CNN`), such as a setting of a run. If an image has an effect
+    on others, the class keeps state, and takes `axis_name`, along which devices share a batch.
+    """
+
+    line: str
+    path: str
+    activates: bool = False
+    settings: Mapping[str, str] = {}
+
+
+_RUNNING = {"momentum": "norm_momentum", "axis_name": "axis_name"}
+NORMS: dict[str, Norm] = {
+    "batch": Norm(
+        "batch norm, by each channel of the batch", "jaxnorm.norms:BatchNorm", settings=_RUNNING
+    ),
+    "group": Norm(
+        "group norm, by groups of channels of each image",
+        "jaxnorm.norms:GroupNorm",
+        settings={"num_groups": "groups"},
+    ),
+    "layer": Norm("layer norm, by all of each image", "jaxnorm.norms:LayerNorm"),
+    "pixel": Norm("layer norm of each pixel, by its channels", "jaxnorm.norms:PixelNorm"),
+    "instance": Norm("instance norm, by each channel of each image", "jaxnorm.norms:InstanceNorm"),
+    "rms": Norm("RMS norm, by all of each image, without a mean", "jaxnorm.norms:RMSNorm"),
+    "none": Norm("no norm", "jaxnorm.norms:Identity"),
+    "ghost": Norm(
+        "batch norm of each ghost, a part of the batch",
+        "jaxnorm.norms:GhostBatchNorm",
+        settings={"size": "ghost_size", **_RUNNING},
+    ),
+    "renorm": Norm(
+        "batch renormalization, batch norm corrected by its running averages",
+        "jaxnorm.norms:BatchRenorm",
+        settings={"relaxed": "relaxed", **_RUNNING},
+    ),
+    "frn": Norm(
+        "filter response norm, by each channel of each image, and its threshold for ReLU",
+        "jaxnorm.norms:FilterResponseNorm",
+        activates=True,
+    ),
+    "evonorm-s0": Norm(
+        "EvoNorm-S0, by groups of channels of each image, and its activation for ReLU",
+        "jaxnorm.norms:EvoNormS0",
+        activates=True,
+        settings={"groups": "groups"},
+    ),
+    "dyt": Norm(
+        "dynamic tanh, without statistics",
+        "jaxnorm.norms:DynamicTanh",
+        settings={"alpha": "alpha"},
+    ),
+    "derf": Norm(
+        "dynamic erf, without statistics",
+        "jaxnorm.norms:DynamicErf",
+        settings={"alpha": "alpha"},
+    ),
+}
+"""The table of norms, by the name that the setting `norm` takes."""
 
 
 class NetId(NamedTuple):
@@ -140,9 +207,9 @@ class Config:
     Parameters
     ----------
     norm
-        The norm: batch, group, layer, pixel, instance, rms or none; or your own, as
-        package.module:Class. Several with commas between them are compared. "all" is batch, group
-        and layer, the only ones that the original nets have.
+        The norm, or your own as package.module:Class. Several with commas between them are
+        compared. "all" is batch, group and layer, the only ones that the original nets have;
+        "every" is all of the table of norms:
     arch
         The net: "original" is the study's own three nets; "matched" is one net in which only the
         norm differs; "residual" is a net with residual blocks in which only the norm differs.
@@ -186,7 +253,14 @@ class Config:
     weight_standardization
         Shift and scale each kernel to mean 0 and variance 1 / fan-in before it is applied.
     groups
-        The number of groups of channels in group norm.
+        The number of groups of channels in group norm and EvoNorm-S0.
+    ghost_size
+        The number of images in a ghost of ghost batch norm.
+    alpha
+        The factor alpha of dynamic tanh and dynamic erf at first; it is learned.
+    norm_momentum
+        The share of their old value that running averages of batch, ghost and renorm keep at a
+        step; PyTorch calls 1 minus it momentum.
     seed
         The first seed. A seed decides the initial kernels, the order of the images and the dropout
         masks.
@@ -234,16 +308,21 @@ class Config:
     test_split: str = "test"
     usual_batch: Positive = 128
     untuned: tuple[str, ...] = ()
+    ghost_size: Positive = 16
+    alpha: Annotated[float, Field(gt=0, lt=1e3)] = 0.5
+    norm_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dataset", valid_text(self.dataset))
-        norm = r"[\w.]+(:\w+)?"
+        norm = r"[\w.]+(-\w+)*(:\w+)?"
         names = {"norm": rf"{norm}(,{norm})*", "arch": r"[\w-]+", "dataset": r"\S(.*\S)?"}
         names["test_split"] = r"\w[\w.-]*"
         for name, pattern in names.items():
             if not re.fullmatch(pattern, value := getattr(self, name), re.DOTALL):
                 several = ", or several with commas alone between them" if name == "norm" else ""
                 raise UserError(Setting(name, value[:40]), f" is wrong: it must be a name{several}")
+        if "every" in self.norm.split(","):  # spelled out: the table may have more norms one day
+            object.__setattr__(self, "norm", ",".join(self.norms))
         if len(set(self.norms)) < len(self.norms):
             raise UserError(Setting("norm", self.norm), " is wrong: a norm is there twice")
         if self.recipe == "tuned" and all(
@@ -298,8 +377,19 @@ class Config:
 
 def norms_of(norm: str) -> tuple[str, ...]:
     """Returns the norms that the setting `norm` names, in order."""
-    named = [ALL if name == "all" else (name,) for name in norm.split(",")]
+    several = {"all": ALL, "every": tuple(NORMS)}
+    named = [several.get(name, (name,)) for name in norm.split(",")]
     return tuple(itertools.chain(*named))
+
+
+def norms_help() -> str:
+    """Returns the table of norms as text, a line for each."""
+    return "\n".join(f"{name}: {norm.line}." for name, norm in NORMS.items())
+
+
+def activating(norms: Iterable[str]) -> list[str]:
+    """Returns those of the norms that activate: no ReLU follows them."""
+    return [norm for norm in norms if norm in NORMS and NORMS[norm].activates]
 
 
 def study(**changes: Any) -> Config:

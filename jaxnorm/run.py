@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import Annotated, Any
 
 from cyclopts import App, Group, Parameter
@@ -17,6 +18,7 @@ from jaxnorm.config import (
     Recipe,
     Schedule,
     UserError,
+    norms_help,
     product,
 )
 
@@ -25,8 +27,8 @@ app = App(
     name="python -m jaxnorm.run",
     help=(
         "Train a small CNN under batch, group or layer normalization and write a run directory: "
-        "metrics, predictions, checkpoints, figures. Several batch sizes, learning rates or weight "
-        "decays are a sweep: a run directory for each of their combinations."
+        "metrics, predictions, checkpoints, figures. Several batch sizes, learning rates, weight "
+        "decays or settings of norms are a sweep: a run directory for each of their combinations."
     ),
     help_format="plaintext",
 )
@@ -126,16 +128,21 @@ class Settings:
     augment: Augment | None = None
     label_smoothing: float = Config.label_smoothing
     weight_standardization: Annotated[bool | None, _MAY_BE_UNDONE] = None
-    groups: Annotated[int, cli.WHOLE] = Config.groups
+    groups: Annotated[tuple[int, ...], _SEVERAL, cli.WHOLE] = ()
     seed: Annotated[int, cli.WHOLE] = Config.seed
     seeds: Annotated[int, cli.WHOLE] = Config.seeds
     validation: Annotated[int, cli.WHOLE] = Config.validation
     precision: Precision = Config.precision
     allow_large: bool = Config.allow_large
     test_split: str = Config.test_split
+    ghost_size: Annotated[tuple[int, ...], _SEVERAL, cli.WHOLE] = ()
+    alpha: Annotated[tuple[float, ...], _SEVERAL] = ()
+    norm_momentum: Annotated[tuple[float, ...], _SEVERAL] = ()
 
 
-Settings.__doc__ = Config.__doc__
+_TABLE = "of the table of norms:\n"
+_NORMS = f"\n{indent(norms_help(), 8 * ' ')}\n"
+Settings.__doc__ = str(Config.__doc__).replace(_TABLE, _TABLE + _NORMS)
 NO_SETTINGS, NO_OPTIONS = Settings(), Options()
 SETTINGS, OPTIONS = (
     Parameter(group=Group(title), name="*", negative_bool=())

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from jaxnorm.config import (
     ALL,
+    NORMS,
     OTHER_RATE,
     RECIPES,
     TUNED_RATES,
@@ -77,6 +78,9 @@ WRONG = {
     "augment": ["mixup"],
     "label_smoothing": [1.0],
     "nesterov": [1],
+    "ghost_size": [0],
+    "alpha": [0.0, 1e3],
+    "norm_momentum": [1.0, -0.1],
 }
 
 
@@ -91,6 +95,8 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_the_setting(field):
 def test_seeds_are_consecutive_and_the_norms_of_a_seed_train_side_by_side():
     assert Config("layer,a.all:C,batch").norms == ("layer", "a.all:C", "batch")
     assert Config("all,a.b:C").norms == (*ALL, "a.b:C")
+    assert Config("every").norms == tuple(NORMS)
+    assert Config("every").norm == ",".join(NORMS)  # more may join the table later
     config = Config(seed=5, seeds=2, norm="all")
     assert list(config.seed_numbers) == [5, 6]
     assert config.nets == [(norm, seed) for seed in (5, 6) for norm in ALL]

@@ -14,10 +14,10 @@ import pytest
 from helpers import SOON, Evil, epochs_of, init, losses_of, train
 from matplotlib.figure import Figure
 
-from jaxnorm import cli, report, run
+from jaxnorm import cli, config, report, run
 from jaxnorm.analysis import figures, tables
 from jaxnorm.analysis.results import Run
-from jaxnorm.config import Config, UserError
+from jaxnorm.config import Config, Norm, UserError
 from jaxnorm.data import datasets
 from jaxnorm.model import summary
 from jaxnorm.model.cnn import CNN
@@ -75,6 +75,34 @@ def test_an_own_norm_net_and_data_go_through_run_resume_and_report(
         assert "OwnNorm" in text
         assert r"the file caf\udce9.npz" in text.replace("\\\\", "\\")
         assert "three-layers nets" in text
+
+
+def test_a_new_norm_is_a_class_and_its_row(own_data, scratch, capsys, monkeypatch):
+    """It is in the help, and trained and reported like any other."""
+    row = Norm("pairs, for a test", "own_norm:PairNorm", activates=True)
+    monkeypatch.setitem(config.NORMS, "pair", row)
+    assert "pair: pairs, for a test." in config.norms_help().splitlines()
+    code = """if True:
+        from jaxnorm import config
+        config.NORMS["pair"] = config.Norm("pairs, for a test", "own_norm:PairNorm")
+        from jaxnorm import cli, run
+        cli.run(run.app, ["--help"])"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert " pair: pairs, for a test." in done.stdout
+    path, _ = own_data
+    flags = ("--norm", "layer,pair", "--arch", NET, "--dataset", path, "--batch-size", "35")
+    flags += ("--epochs", "1", "--skip-self-check")
+    assert call(run.app, *flags, "--out", scratch / "run") == 0
+    assert "pair  epoch  1/1" in capsys.readouterr().out
+    finished = Run(RunDirectory(scratch / "run"))
+    for table in (tables.results, tables.classes, tables.parameters):
+        assert "pair" in table(finished).plain()
+    drawn = {name for figures_of in figures.FIGURES for name, _ in figures_of(finished)}
+    assert {"curves-pair", "confusion-pair"} <= drawn
+    for page in ("report.md", "report.html"):
+        text = (scratch / "run" / page).read_text()
+        assert "activation differ: pair has an activation of its own" in text
+        assert "curves-pair" in text or "pair norm: " in text
 
 
 def test_an_own_norm_is_compared_with_another_by_seed(sweep):

@@ -16,7 +16,18 @@ from helpers import SMALL, call, difference, epochs_of, losses_of
 import jaxnorm
 from jaxnorm import cli, job, report, run
 from jaxnorm.analysis import figures, results
-from jaxnorm.config import OF_RECIPE, Config, NetId, Setting, Text, UserError, product, study
+from jaxnorm.config import (
+    NORMS,
+    OF_NORMS,
+    OF_RECIPE,
+    Config,
+    NetId,
+    Setting,
+    Text,
+    UserError,
+    product,
+    study,
+)
 from jaxnorm.data import cache
 from jaxnorm.data import datasets as data
 from jaxnorm.model.fast import convolution
@@ -36,16 +47,19 @@ def test_help_names_every_setting_and_loads_no_jax():
     assert done.returncode == 0
     for field in (*dataclasses.fields(run.Settings), *dataclasses.fields(run.Options)):
         assert f"--{field.name.replace('_', '-')} " in done.stdout.replace("\n", " "), field.name
+    for name in NORMS:
+        assert f" {name}: " in done.stdout
 
 
 def test_every_setting_has_a_flag_and_its_own_default():
-    """None or () stand for the recipe's."""
+    """None or () stand for the recipe's, or for one value."""
     flags = {field.name: field.default for field in dataclasses.fields(run.Settings)}
     assert flags.keys() == {field.name for field in dataclasses.fields(Config)} - {
         "usual_batch",
         "untuned",
     }
-    assert {name for name, default in flags.items() if default in (None, ())} == {*OF_RECIPE}
+    recipes = {*OF_RECIPE, *OF_NORMS}
+    assert {name for name, default in flags.items() if default in (None, ())} == recipes
     given = {name: default for name, default in flags.items() if default not in (None, ())}
     assert given == {name: getattr(Config(), name) for name in given}
 

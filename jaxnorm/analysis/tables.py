@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxnorm.analysis import stats
 from jaxnorm.analysis.results import Run, left_out
-from jaxnorm.config import ALL, Config, NetId, counted, valid_text
+from jaxnorm.config import ALL, Config, NetId, activating, counted, valid_text
 from jaxnorm.records import Environment, Layer
 
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
@@ -127,7 +127,17 @@ def results(run: Run) -> Table:
             cells = [number.text(run, norm) for number in numbers]
         rows.append([norm, *cells])
     head = ["norm", *(number.head(run) for number in numbers)]
-    return Table("Test accuracy", head, rows, conditions(run))
+    note = [conditions(run), *filter(None, [_activation(run)])]
+    return Table("Test accuracy", head, rows, " ".join(note))
+
+
+def _activation(run: Run) -> str:
+    """Says in a sentence which norms are an activation too."""
+    own = activating(run.info.config.norms)
+    if not own:
+        return ""
+    whose = "has an activation of its" if len(own) == 1 else "have activations of their"
+    return f"Norm and activation differ: {listed(own)} {whose} own."
 
 
 def conditions(run: Run) -> str:
@@ -227,8 +237,9 @@ def _ends(run: Run) -> str:
     config = run.info.config
     if config.arch != "original":
         apart = len({config.rate(norm) for norm in config.norms}) > 1
-        only = "the norm and its learning rate differ" if apart else "the norm differs"
-        compares = f"With one net in which only {only}"
+        parts = ["the norm", *["its learning rate"] * apart]
+        parts += ["the activation of some"] * bool(activating(run.summaries))
+        compares = f"With one net in which only {listed(parts)} differ{'s' * (len(parts) == 1)}"
     samples = {norm: run.sample(norm) for norm in run.summaries}
     for norm, sample in sorted(samples.items(), key=lambda item: -item[1].mean):
         text = f"{norm} norm {'at' if ends else 'ends at'} {sample.mean:.1%}"

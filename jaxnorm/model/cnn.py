@@ -5,7 +5,8 @@ which only the norm differs; `residual` another one, with residual blocks. The n
 do not depend on the norm, so one seed gives the same initial kernels and dropout masks under every
 norm.
 
-A new norm is one more `case` in `CNN.normalization`; a new net is one more entry in `ARCHS`.
+A new norm is one more row of the table of norms (`config.NORMS`); a new net is one more entry in
+`ARCHS`.
 """
 
 from collections.abc import Callable
@@ -16,17 +17,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxnorm.config import Precision, Setting, UserError
+from jaxnorm import norms
+from jaxnorm.config import NORMS, Precision, Setting, UserError
 from jaxnorm.model import layers
 from jaxnorm.model.layers import IMAGE
 
-EPSILON, MOMENTUM = 1e-5, 0.9
+EPSILON = 1e-5
 
 
 class Layer(NamedTuple):
     """A row of a layer table.
 
-    kind: "block" is a 3x3 convolution, norm, dropout and ReLU; "residual" a block that adds, before
+    kind: "block" is a 3x3 convolution, norm, dropout and ReLU, and no ReLU after a norm that
+    activates; "residual" a block that adds, before
     dropout, what the block before it was given; "squeeze" a 1x1 convolution and ReLU; "pool" 2x2
     max pooling, stride 2; "mean" the average of the top-left `window` x `window` pixels;
     "mean-max" the average of all pixels and their maximum; "head" a 1x1 convolution to the classes.
@@ -114,7 +117,8 @@ class CNN(nn.Module):
 
     In training it needs `rngs={"dropout": key}`, unless `dropout` is 0, and
     `mutable=["batch_stats"]` for batch norm. `fast` layers have the same values as Flax's own.
-    `axis_name` is the mesh axis along which devices share a batch, if they do.
+    `axis_name` is the mesh axis along which devices share a batch, if they do. The settings of
+    norms are those of `Config`, and `relaxed` that of batch renormalization, in steps.
     """
 
     norm: str = "batch"
@@ -126,6 +130,10 @@ class CNN(nn.Module):
     weight_standardization: bool = False
     fast: bool = True
     axis_name: str | None = None
+    ghost_size: int = 16
+    alpha: float = 0.5
+    norm_momentum: float = 0.9
+    relaxed: tuple[int, int, int] = norms.BatchRenorm.relaxed
 
     @nn.compact
     def __call__(
@@ -145,6 +153,8 @@ class CNN(nn.Module):
         L = layers if self.fast else layers.plain
         key = self.make_rng("dropout") if train and self.dropout else None
         dtype = jnp.bfloat16 if self.precision == "bfloat16" else jnp.float32
+        activates = self.norm in NORMS and NORMS[self.norm].activates
+        finish = L.drop if activates else L.dropout_relu
         x, inputs = images.astype(dtype), []
         for number, layer in enumerate(self.table):
             inputs.append(x)
@@ -157,7 +167,7 @@ class CNN(nn.Module):
                         options["mask"] = mask[:, None, None, None]
                     x = layers.same_type(norm(x, **options), x, self.norm)
                     x = x + inputs[-2] if layer.kind == "residual" else x
-                    x = L.dropout_relu(x.astype(dtype), self.dropout, key, number, first_image)
+                    x = finish(x.astype(dtype), self.dropout, key, number, first_image)
                 case "squeeze":
                     x = L.relu(self.conv(layer, (1, 1), dtype)(x))
                 case "pool":
@@ -178,7 +188,7 @@ class CNN(nn.Module):
         match self.norm:
             case "batch":  # running averages keep 0.9 of the old value; PyTorch calls it 0.1
                 return L.BatchNorm(
-                    use_running_average=not train, momentum=MOMENTUM, epsilon=EPSILON,
+                    use_running_average=not train, momentum=self.norm_momentum, epsilon=EPSILON,
                     use_fast_variance=False, axis_name=self.axis_name, name=name,
                 )  # fmt: skip
             case "group":
@@ -194,9 +204,11 @@ class CNN(nn.Module):
                 return L.InstanceNorm(epsilon=EPSILON, use_fast_variance=False, name=name)
             case "rms":
                 return L.RMSNorm(reduction_axes=IMAGE, feature_axes=-1, epsilon=EPSILON, name=name)
-            case "none":
-                return layers.Identity(name=name)
-        return layers.custom_norm(self.norm, train, name)
+        if self.norm not in NORMS:
+            return layers.custom_norm(self.norm, train, name)
+        path, settings = NORMS[self.norm].path, NORMS[self.norm].settings
+        values = {field: getattr(self, own) for field, own in settings.items()}
+        return layers.custom_norm(path, train, name, **values)
 
     @nn.nowrap
     def conv(self, layer: Layer, window: tuple[int, int], dtype: jnp.dtype) -> nn.Module:

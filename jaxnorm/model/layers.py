@@ -17,10 +17,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxnorm.config import Setting, UserError
+from jaxnorm.config import NORMS, Setting, UserError
 from jaxnorm.model.fast import convolution, dropout, norm, pooling
 
-BUILT_IN = ("batch", "group", "layer", "pixel", "instance", "rms", "none")
 IMAGE = (-3, -2, -1)
 """Height, width and channels: what layer norm and RMS norm take their statistics over."""
 _OTHER_MODES = {"train", "training", "is_training", "deterministic"}
@@ -167,14 +166,6 @@ class RMSNorm(nn.RMSNorm):
         return norm.normalize(x, scale, jnp.zeros_like(scale), over)[0]
 
 
-class Identity(nn.Module):
-    """No norm: returns its input."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x
-
-
 class Conv(nn.Conv):
     """`nn.Conv`, with gradients that XLA runs fast on a CPU if its stride is 1."""
 
@@ -235,13 +226,28 @@ def dropout_relu(
     return dropout.dropout_relu(x, mask, rate)
 
 
+def drop(
+    x: jax.Array, rate: float, key: jax.Array | None, layer: int, first_image: int | jax.Array = 0
+) -> jax.Array:
+    """Applies dropout alone, by the mask of `dropout_relu`; returns `x` without a key."""
+    if key is None:
+        return x
+    return dropout.drop(x, dropout.keep_mask(key, layer, x.shape, rate, first_image), rate)
+
+
+def _plain_drop(
+    x: jax.Array, rate: float, key: jax.Array | None, layer: int, first_image: int | jax.Array = 0
+) -> jax.Array:
+    if key is None:
+        return x
+    mask = dropout.keep_mask(key, layer, x.shape, rate, first_image)
+    return jnp.where(mask, x / (1 - rate), 0)
+
+
 def _plain_dropout_relu(
     x: jax.Array, rate: float, key: jax.Array | None, layer: int, first_image: int | jax.Array = 0
 ) -> jax.Array:
-    if key is not None:
-        mask = dropout.keep_mask(key, layer, x.shape, rate, first_image)
-        x = jnp.where(mask, x / (1 - rate), 0)
-    return nn.relu(x)
+    return nn.relu(_plain_drop(x, rate, key, layer, first_image))
 
 
 plain = SimpleNamespace(
@@ -255,6 +261,7 @@ plain = SimpleNamespace(
     max_pool=nn.max_pool,
     global_max=lambda x: nn.max_pool(x, x.shape[1:3]),  # not x.max, see `pooling.global_max`
     relu=nn.relu,
+    drop=_plain_drop,
     dropout_relu=_plain_dropout_relu,
 )
 
@@ -286,7 +293,7 @@ def custom_class(path: str) -> Any:
     if not class_name:
         raise UserError(
             Setting("norm", path),
-            f" is wrong: choose {', '.join(BUILT_IN)}, or your own norm as package.module:Class",
+            f" is wrong: choose {', '.join(NORMS)}, or your own norm as package.module:Class",
         )
     try:
         kind = getattr(importlib.import_module(module_name), class_name)
@@ -301,9 +308,10 @@ def custom_class(path: str) -> Any:
     return kind
 
 
-def custom_norm(path: str, train: bool, name: str | None) -> nn.Module:
-    """Returns a norm of the user's own: a Flax module from f32[N, H, W, C] to the same shape. Its
-    field `use_running_average`, also an inherited one, is False in training and True in evaluation.
+def custom_norm(path: str, train: bool, name: str | None, **settings: Any) -> nn.Module:
+    """Returns a norm by the path of its class, with these values of its fields: a Flax module from
+    f32[N, H, W, C] to the same shape. Its field `use_running_average`, also an inherited one, is
+    False in training and True in evaluation.
 
     Raises `UserError` if there is no such module, and for a norm that asks in another way
     whether it is trained.
@@ -311,7 +319,7 @@ def custom_norm(path: str, train: bool, name: str | None) -> nn.Module:
     kind = custom_class(path)
     fields = {field.name for field in dataclasses.fields(kind)}
     if "use_running_average" in fields:
-        return kind(use_running_average=not train, name=name)
+        return kind(use_running_average=not train, name=name, **settings)
     asked = fields | inspect.signature(kind.__call__).parameters.keys()
     if other := asked & {*_OTHER_MODES, "use_running_average"}:
         raise UserError(
@@ -320,9 +328,18 @@ def custom_norm(path: str, train: bool, name: str | None) -> nn.Module:
             "use_running_average instead, which is False in training and "
             "True in evaluation",
         )
-    return kind(name=name)
+    return kind(name=name, **settings)
 
 
 def is_custom(norm: str) -> bool:
     """Returns whether a norm is the user's own, of which nothing is known but its variables."""
     return ":" in norm
+
+
+def takes_masks(norm: str) -> bool:
+    """Returns whether a norm takes batches of which some images do not count: because it is batch
+    norm, which takes Flax's mask, or because no image has an effect on another.
+    """
+    if norm not in NORMS:
+        return False
+    return norm == "batch" or "axis_name" not in NORMS[norm].settings

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxnorm.config import Config, Setting, UserError
+from jaxnorm.config import NORMS, Config, Setting, UserError
 from jaxnorm.model import arithmetic, layers
 from jaxnorm.model.cnn import CNN
 from jaxnorm.model.fast import xla
@@ -15,12 +15,19 @@ from jaxnorm.records import Layer
 
 CAP = 50_000
 """The study's cap on parameters."""
+RELAXED = (0.03, 0.15, 0.25)
+"""The shares of a run's steps at which batch renormalization begins to relax its limits, and ends
+to relax that of d, and that of r: 5,000, 25,000 and 40,000 steps in the paper, whose runs are of
+about 160,000.
+"""
 _kept: Any = functools.cache  # whose type does not know that Flax's modules can be hashed
 
 
-def net_of(config: Config, norm: str, num_classes: int) -> CNN:
-    """Returns the net of one norm under a configuration."""
-    return CNN(
+def net_of(config: Config, norm: str, num_classes: int, steps: int | None = None) -> CNN:
+    """Returns the net of one norm under a configuration; of `steps` training steps in all, if a
+    norm is to take its shares of them.
+    """
+    net = CNN(
         norm,
         config.arch,
         num_classes,
@@ -28,7 +35,14 @@ def net_of(config: Config, norm: str, num_classes: int) -> CNN:
         config.dropout,
         precision=config.precision,
         weight_standardization=config.weight_standardization,
+        ghost_size=config.ghost_size,
+        alpha=config.alpha,
+        norm_momentum=config.norm_momentum,
     )
+    if steps is None or norm not in NORMS or "relaxed" not in NORMS[norm].settings.values():
+        return net
+    start, of_d, of_r = (round(share * steps) for share in RELAXED)
+    return net.clone(relaxed=(start, of_d, of_r))
 
 
 @_kept  # tracing a net takes a sixth of a second, and a run asks many times
@@ -48,6 +62,8 @@ def parameter_shapes(net: CNN) -> dict[str, Any]:
         raise
     except Exception as error:
         if not layers.is_custom(net.norm):
+            if isinstance(error, ValueError):  # a setting that the norm cannot take
+                raise UserError(Setting("norm", net.norm), f": {error}") from None
             raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(

@@ -274,15 +274,15 @@ def check_grown(old: Config, new: Config, path: Path) -> None:
         before, now = getattr(old, field.name), getattr(new, field.name)
         if field.name == "dataset" and names_a_file(before) and names_a_file(now):
             continue
-        lengthens = field.name == "epochs" and old.schedule == "constant"
+        relaxes = "renorm" in old.norms  # over shares of all steps, see `program_of`
+        lengthens = field.name == "epochs" and old.schedule == "constant" and not relaxes
         grows = lengthens or field.name == "seeds"
         if now != before and not (grows and now > before):
             if field.name == "epochs" and now > before:
-                raise UserError(
-                    Setting("epochs", now),
-                    f": the {old.schedule} learning rate of the run in {path} "
-                    f"ends with its epoch {before}: start a new run",
-                )
+                ends = f"the {old.schedule} learning rate of the run in {path} ends with its epoch"
+                if old.schedule == "constant":
+                    ends = f"the limits of renorm norm of the run in {path} are for epochs up to"
+                raise UserError(Setting("epochs", now), f": {ends} {before}: start a new run")
             more = " or more" if grows else ""
             raise UserError(
                 Setting(field.name, now),
@@ -309,7 +309,7 @@ def check_sources(info: RunInfo, path: Path | str, norms: Sequence[str]) -> None
 def shapes_of(info: RunInfo, net: NetId) -> Saved:
     """Returns what the arrays of a net's state are compared with, without any memory."""
     classes, count = len(info.dataset.class_names), info.dataset.test_count
-    program = program_of(info.config, net.norm, classes)
+    program = program_of(info.config, net.norm, classes, info.dataset.train_count)
     state: Any = init_state.eval_shape(program, net.seed, np.zeros((2, 3), np.float32))
     logits: Any = jax.ShapeDtypeStruct((count, classes), np.float32)
     labels: Any = jax.ShapeDtypeStruct((count,), np.int32)
@@ -332,7 +332,8 @@ def load_state(path: Path | str, norm: str, seed: int) -> tuple[Program, TrainSt
         saved = folder.read(folder.epoch(), shapes_of(info, net))
     except Damaged as error:
         raise UserError(str(error)) from None
-    return program_of(info.config, norm, len(info.dataset.class_names)), saved.state
+    classes, count = len(info.dataset.class_names), info.dataset.train_count
+    return program_of(info.config, norm, classes, count), saved.state
 
 
 def load_model(path: Path | str, norm: str, seed: int) -> Callable[[Any], jax.Array]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxnorm.config import (
+    OF_NORMS,
     SWEPT,
     Config,
     NetId,
@@ -43,8 +44,12 @@ class SweepInfo:
 
 
 def name_of(config: Config) -> str:
-    """The folder of a run of a sweep: its settings of `SWEPT` that are not zero."""
-    values = {_SHORT.get(name, name): getattr(config, name) for name in SWEPT}
+    """The folder of a run of a sweep: its settings of `SWEPT` that are not zero, nor a norm's own
+    at its default.
+    """
+    usual = {name: getattr(Config, name) for name in OF_NORMS}
+    changed = [name for name in SWEPT if getattr(config, name) != usual.get(name)]
+    values = {_SHORT.get(name, name): getattr(config, name) for name in changed}
     values["rate"] = config.rate_text
     return "-".join(f"{name}-{value_text(value)}" for name, value in values.items() if value)
 

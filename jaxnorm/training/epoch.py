@@ -56,8 +56,8 @@ class Chunk(NamedTuple):
     """A part of an epoch, ready for `train_nets`: all batches share one array, the ragged last one
     filled up, so all chunks share one compilation.
 
-    The ragged batch of a norm of the user's own, which knows of no images that do not count, is an
-    array and a compilation of its own.
+    The ragged batch of a norm that takes no masks (`layers.takes_masks`) is an array and a
+    compilation of its own.
     """
 
     batches: jax.Array  # i32[K, S, B]

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxnorm.config import Config, Setting, SweptNet, UserError, swept_nets
+from jaxnorm.config import NORMS, Config, Setting, SweptNet, UserError, swept_nets
 from jaxnorm.data.datasets import Dataset, hold_out
 from jaxnorm.model import layers
 from jaxnorm.model.summary import check_nets, net_of
@@ -30,10 +30,13 @@ ARGUMENTS = ("learning_rate", "weight_decay")
 """The settings that a program takes as arguments, so that its nets may differ in them."""
 
 
-def program_of(config: Config, norm: str, num_classes: int) -> Program:
-    """Returns the program that trains a norm's nets."""
+def program_of(
+    config: Config, norm: str, num_classes: int, train_count: int | None = None
+) -> Program:
+    """Returns the program that trains a norm's nets, on a training set of this many images."""
+    steps = None if train_count is None else config.epochs * config.steps(train_count)
     return Program(
-        model=net_of(config, norm, num_classes),
+        model=net_of(config, norm, num_classes, steps),
         momentum=config.momentum,
         nesterov=config.nesterov,
         augments=config.augment != "none",
@@ -75,13 +78,33 @@ def mesh_for(
     if mesh is None:
         same = compiled_settings(config)
         nets = sum(other.seeds for other in configs if compiled_settings(other) == same)
-        return meshes.choose(nets, 1 if custom else config.batch_size)
+        alone = custom or _with_ghosts(config)
+        return meshes.choose(nets, 1 if alone else config.batch_size)
     if custom and mesh.batch > 1:
         raise UserError(
             Setting("mesh", mesh), " shares batches, which your own norm may not allow: batch=1"
         )
     mesh.check(config.batch_size)
+    check_ghosts(config, mesh, config.batch_size)
     return mesh
+
+
+def _with_ghosts(config: Config) -> bool:
+    return any("ghost_size" in NORMS[n].settings.values() for n in config.norms if n in NORMS)
+
+
+def check_ghosts(config: Config, mesh: MeshShape, count: int) -> None:
+    """Raises `UserError` if the devices that share a batch of `count` images would have other
+    ghosts than one device has: a ghost never spans devices.
+    """
+    shared = mesh.batch > 1 and count % mesh.batch == 0
+    if shared and _with_ghosts(config) and count // mesh.batch % config.ghost_size:
+        raise UserError(
+            Setting("mesh", mesh),
+            f" would cut ghosts of {config.ghost_size} images in a batch of {count}: choose "
+            "batch=1, or another ",
+            Setting("ghost_size"),
+        )
 
 
 def check(config: Config, dataset: Dataset) -> dict[str, int]:
@@ -137,12 +160,16 @@ class Experiment:
 
     def program(self, config: Config, norm: str) -> Program:
         """Returns the program that trains a norm's nets on this data."""
-        return program_of(config, norm, len(self.dataset.class_names))
+        classes, count = len(self.dataset.class_names), len(self.dataset.train_labels)
+        return program_of(config, norm, classes, count)
 
     def mesh_for(self, config: Config) -> MeshShape:
         """Returns the mesh for all nets that one program can train with those of `config`."""
         before = self.before[self.configs.index(config)] if self.before else None
-        return mesh_for(self.configs, config, self.mesh, before)
+        mesh = mesh_for(self.configs, config, self.mesh, before)
+        ragged = (len(self.dataset.train_labels) - config.validation) % config.batch_size
+        check_ghosts(config, mesh, ragged)
+        return mesh
 
     def groups(self, done: Mapping[SweptNet, int] | None = None) -> Iterator["Group"]:
         """Yields the nets in the order in which they train, those that train in one program
@@ -286,7 +313,7 @@ class Group:
         configs = self.experiment.configs
         rates = np.array([configs[net.run].rate(net.norm) for net in self.filled], np.float32)
         shares = learning_rates(self.config, epoch, self.steps)
-        cut = self.config.batch_size, CHUNKS, not layers.is_custom(self.norm)
+        cut = self.config.batch_size, CHUNKS, layers.takes_masks(self.norm)
         chunks, keys = epochs.epoch_chunks(self.mesh, seeds, epoch, rows, *cut)
         return chunks, (keys, rates[:, None] * shares[None])
 

@@ -19,7 +19,6 @@ import optax
 from jax import lax
 
 from jaxnorm.data.datasets import Dataset
-from jaxnorm.model.cnn import MOMENTUM
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training.epoch import evaluate_nets
 from jaxnorm.training.mesh import ONE, MeshShape
@@ -104,7 +103,8 @@ def precise_statistics(
         number, batch = numbered
         dropout = None if key is None else jax.random.fold_in(key, number)
         _, updates = _apply(program, empty, standardize(state, batch), dropout=dropout)
-        return jax.tree.map(lambda leaf: leaf / (1 - MOMENTUM), updates["batch_stats"])
+        moved = 1 - program.model.norm_momentum
+        return jax.tree.map(lambda leaf: leaf / moved, updates["batch_stats"])
 
     layers = lax.map(of_batch, (jnp.arange(batches.shape[0]), batches)).items()
     return {

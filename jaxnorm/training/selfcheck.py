@@ -27,7 +27,6 @@ from jaxnorm.data import cache
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.data.download import Progress
 from jaxnorm.model import arithmetic
-from jaxnorm.model.cnn import MOMENTUM
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training.epoch import Chunk, augmented, epoch_keys
@@ -275,7 +274,8 @@ def _compare_step(check: _Check, group: Group, initial: TrainState, epoch: int, 
     allowed, problem = ALLOWED[group.program.model.precision], ""
     for k, losses in enumerate(steps.losses):
         ours = losses[chunk.start], jax.tree.map(lambda leaf, k=k: leaf[k], states)
-        problem = problem or _disagreement(ours, (loss, wanted_state), initial, *allowed)
+        kept = group.program.model.norm_momentum
+        problem = problem or _disagreement(ours, (loss, wanted_state), initial, *allowed, kept)
     return problem
 
 
@@ -309,6 +309,7 @@ def _disagreement(
     initial: TrainState,
     forward: float = ALLOWED["float32"][0],
     backward: float = ALLOWED["float32"][1],
+    momentum: float = 0.9,  # of running averages
 ) -> str:
     """Says what differs most beyond what is allowed; empty if nothing does."""
     errors = {"the loss": (_relative(ours[0], plain[0], 0), forward)}
@@ -317,11 +318,14 @@ def _disagreement(
     arrays: dict[str, list[tuple]] = {}
     for (path, got), (_, wanted), (_, before) in zip(*leaves, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator=" ")
-        if name.startswith("norm_state"):
+        if np.issubdtype(np.asarray(got).dtype, np.integer):
+            if not np.array_equal(got, wanted):  # a norm's counter
+                return f"{name}, a count, is off"
+        elif name.startswith("norm_state"):
             # A norm's state is compared as a whole: if kernels sum to zero a mean is nearly
             # zero, and its error is to be small beside the deviation. And by what the batch adds
             # to it: a variance that is near the initial one hardly moves.
-            name, before = name.rpartition(" ")[0], MOMENTUM * before
+            name, before = name.rpartition(" ")[0], momentum * before
         arrays.setdefault(name, []).append((got, wanted, before))
     for name, parts in arrays.items():
         # Parameters as well as momenta move by the gradient, running averages by the statistics.

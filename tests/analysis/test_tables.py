@@ -27,6 +27,23 @@ def resumed(run, *changes):
     return Run(run.directory)
 
 
+def test_results_say_which_norms_activate(sweep):
+    def run_of(*norms):
+        accuracies = dict.fromkeys(norms, ((11, 16), (13, 18)))
+        return Run(sweep("-".join(norms), accuracies, norm=",".join(norms), seeds=2))
+
+    for norms, what in (
+        (("layer", "frn"), "Norm and activation differ: frn has an activation of its own."),
+        (("frn", "evonorm-s0"), "Norm and activation differ: frn and evonorm-s0 have activations"),
+        (("layer", "dyt"), None),
+    ):
+        run = run_of(*norms)
+        text = page.markdown(page.read(run.directory))
+        assert what in text if what else "activation differ" not in text
+        only = "only the norm and the activation of some differ," if what else "only the norm diff"
+        assert only in text
+
+
 def test_results_give_n_mean_deviation_and_intervals(made_up):
     table = tables.results(made_up)
     batch = cells(table, "batch")

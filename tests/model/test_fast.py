@@ -335,6 +335,21 @@ def test_dropout_relu_and_its_gradient_equal_the_plain_form():
     chex.assert_trees_all_close(our_back(cotangent), back(cotangent), rtol=1e-6)
 
 
+def test_dropout_alone_and_its_gradient_equal_the_plain_form():
+    inputs, key = normal(4, 5, 5, 3), jax.random.key(2)
+    (wanted, back), (outputs, our_back) = (
+        jax.vjp(lambda x, drop=drop: drop(x, 0.3, key, 1, 8), inputs)
+        for drop in (layers.plain.drop, layers.drop)
+    )
+    assert (outputs < 0).any()
+    chex.assert_trees_all_close(outputs, wanted, rtol=1e-6)
+    chex.assert_trees_all_close(our_back(inputs), back(inputs), rtol=1e-6)
+    both = layers.dropout_relu(inputs, 0.3, key, 1, 8)
+    chex.assert_trees_all_close(jnp.maximum(outputs, 0), both, rtol=1e-6)
+    for drop in (layers.plain.drop, layers.drop):
+        assert drop(inputs, 0.3, None, 1) is inputs
+
+
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.5, 0.9])
 def test_masks_keep_the_right_share_of_every_part(rate):
     """Five standard errors, over the whole mask, each image, each pixel and each channel."""

@@ -310,3 +310,6 @@ def test_a_schedule_that_ends_does_not_grow_by_epochs():
     runner.check_grown(ends, dataclasses.replace(ends, seeds=5), Path("x"))
     said = refusal(runner.check_grown, ends, dataclasses.replace(ends, epochs=9), Path("x"))
     assert "the one-cycle learning rate of the run in x ends with" in said
+    relaxes = Config("layer,renorm", "matched")
+    said = refusal(runner.check_grown, relaxes, dataclasses.replace(relaxes, epochs=29), Path("x"))
+    assert "the limits of renorm norm of the run in x are for epochs" in said

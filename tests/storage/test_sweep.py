@@ -5,7 +5,7 @@ import json
 
 from helpers import refusal
 
-from jaxnorm.config import product, study
+from jaxnorm.config import Config, product, study
 from jaxnorm.runs.callbacks import TensorBoard
 from jaxnorm.storage.sweep import Sweep, SweepInfo, name_of
 
@@ -19,6 +19,7 @@ def configs():
 
 def test_every_combination_is_a_run():
     assert [name_of(config) for config in configs()] == NAMES
+    assert name_of(Config(groups=8, alpha=0.5)) == "batch-128-rate-0.01-groups-8"
     assert {config.epochs for config in configs()} == {2}
     (default,) = product(study, {"dataset": "digits"}, {})
     assert default == study(dataset="digits")

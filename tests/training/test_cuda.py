@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxnorm.config import Config
+from jaxnorm.config import NORMS, Config
 from jaxnorm.model.fast import xla
-from jaxnorm.model.layers import BUILT_IN
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training import experiment
 from jaxnorm.training.experiment import Experiment
@@ -45,7 +44,7 @@ def lowered(tiny, norm, precision, nets, monkeypatch):
 
 @pytest.mark.parametrize(
     ("norm", "precision"),
-    [*((norm, "float32") for norm in BUILT_IN), *product(("batch", "layer"), ("tf32", "bfloat16"))],
+    [*((norm, "float32") for norm in NORMS), *product(("batch", "layer"), ("tf32", "bfloat16"))],
 )
 def test_every_program_lowers_with_the_precision_that_was_asked_for(
     tiny, norm, precision, monkeypatch

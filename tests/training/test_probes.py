@@ -96,6 +96,9 @@ def test_precise_statistics_are_those_of_all_images(tiny):
     of_norm = statistics["batch_stats"]["C1_norm"]
     np.testing.assert_allclose(of_norm["var"], wanted, rtol=1e-5)
     np.testing.assert_allclose(of_norm["mean"], flat.mean((0, 1)), rtol=1e-4, atol=1e-6)
+    other = dataclasses.replace(program, model=program.model.clone(norm_momentum=0.5))
+    again = probes.precise_statistics(other, state, batches)
+    chex.assert_trees_all_close(again, statistics, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_adds_to_the_variances_of_later_norms_alone(tiny):

@@ -27,6 +27,8 @@ EVEN = dataclasses.replace(CONFIG, norm="layer", batch_size=35)
     [
         ({"norm": "batch"}, MeshShape(batch=2)),
         ({"norm": "layer", "seeds": 2, "validation": 6}, ONE),
+        ({"norm": "renorm,frn"}, MeshShape(batch=2)),
+        ({"norm": "ghost,evonorm-s0", "batch_size": 14, "ghost_size": 7}, MeshShape(batch=2)),
     ],
 )
 def test_a_right_installation_passes(tiny, monkeypatch, changes, mesh):
@@ -169,6 +171,18 @@ def test_what_disagrees_is_named(loss, params, batch_stats, message):
     plain = step(2.0, jnp.array([1.1, 0.9]), jnp.array([0.1]))
     ours = step(loss, jnp.array(params), jnp.array(batch_stats))
     assert selfcheck._disagreement(ours, plain, before) == message
+
+
+def test_counters_are_compared_apart():
+    """Far more steps in the state than running averages move by."""
+    states = [
+        train.TrainState({}, {"n": {"mean": jnp.array([mean]), "step": jnp.int32(count)}}, (), ())
+        for mean, count in ((0.0, 900), (0.1, 901), (0.2, 901), (0.1, 900))
+    ]
+    before, plain, other, late = ((np.float32(1), state) for state in states)
+    assert selfcheck._disagreement(plain, plain, before[1]) == ""
+    assert selfcheck._disagreement(other, plain, before[1]) == "norm_state n is 100% off"
+    assert selfcheck._disagreement(late, plain, before[1]) == "norm_state n step, a count, is off"
 
 
 def test_running_averages_are_off_by_what_the_batch_adds_to_them():

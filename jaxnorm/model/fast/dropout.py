@@ -55,6 +55,12 @@ def keep_mask(
     return bits >= jnp.uint32(round(rate * 2**32))
 
 
+def drop(inputs: jax.Array, mask: jax.Array, rate: float) -> jax.Array:
+    """Applies dropout without ReLU, after a norm that activates."""
+    chex.assert_equal_shape([inputs, mask])
+    return jnp.where(mask, inputs * (1 / (1 - rate)), 0)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dropout_relu(inputs: jax.Array, mask: jax.Array, rate: float) -> jax.Array:
     """Applies dropout and then ReLU in one pass: `relu(where(mask, inputs / (1 - rate), 0))`, the
