@@ -59,8 +59,11 @@ class Run:
         for net in self.info.config.nets:
             try:
                 epochs[net] = self.net(*net).epochs()
-                if len(epochs[net]) > self.info.config.epochs:
-                    raise UserError(f"{self.net(*net).path} has more epochs than its run.json says")
+                config, path = self.info.config, self.net(*net).path
+                if len(epochs[net]) > config.epochs:
+                    raise UserError(f"{path} has more epochs than its run.json says")
+                if (config.validation > 0) in {e.validation_loss is None for e in epochs[net]}:
+                    raise UserError(f"{path} and its run.json disagree about held-out images")
             except (UserError, OSError) as error:
                 epochs[net] = []
                 damaged.append(str(error))

@@ -145,6 +145,15 @@ def test_a_net_whose_lines_are_wrong_is_named_and_the_others_count(sweep, number
     assert run.seeds("batch") == list(run.summaries["batch"]) == [1]
 
 
+def test_lines_that_tell_of_images_that_no_net_held_out_are_wrong(sweep):
+    directory, net = sweep(norm="batch", seeds=2), NetId("batch", 2)
+    validated = {"validation_loss": 1.0, "validation_accuracy": 0.5}
+    epochs = [dataclasses.replace(epoch, **validated) for epoch in Run(directory).epochs[net]]
+    rewrite_net(directory, net, epochs=to_lines(epochs))
+    (line,) = Run(directory).damaged
+    assert "batch-2 and its run.json disagree about held-out images" in line
+
+
 def test_a_net_that_cannot_be_opened_is_named_and_the_others_count(sweep, monkeypatch):
     """As one of another user's, or one on a disk that fails."""
     run = Run(sweep(norm="batch", seeds=2))
