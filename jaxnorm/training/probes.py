@@ -181,7 +181,7 @@ def measure(
     called with how many of three parts are done.
     """
     progress(0, 3)
-    state = jax.tree.map(jnp.asarray, jax.device_get(net.state))
+    state = jax.device_put(jax.device_get(net.state))  # `jnp.asarray` compiles for each shape
     evaluate = partial(_predicted, program, mesh, len(dataset.test_labels))
     measured = _of_layers(program, init_state(program, seed, state.standard), state, dataset)
     progress(1, 3)
@@ -219,8 +219,8 @@ def _of_layers(
     """Returns the activations before and after each norm, how similar images are there, and the
     norms of the gradients of the kernels; of the last two also before training.
     """
-    images = jnp.asarray(dataset.train_images[:LOOKED_AT])
-    labels = jnp.asarray(dataset.train_labels[:LOOKED_AT])
+    looked_at = dataset.train_images[:LOOKED_AT], dataset.train_labels[:LOOKED_AT]
+    images, labels = jax.device_put(looked_at)
     (seen_before, gradients_before), (seen, gradients) = jax.device_get(
         [look(program, each, images, labels) for each in (initial, state)]
     )
@@ -262,7 +262,7 @@ def _of_batches(
     running = precise = (logits[:tested].argmax(1) == labels).mean()
     accuracies = [running] * len(sizes)
     if jax.tree.leaves(state.norm_state):  # else there are no statistics of a batch
-        test = (jnp.asarray(images), jnp.asarray(labels))
+        test = jax.device_put((images, labels))
         accuracies = [batch_accuracy(program, state, *test, size) for size in sizes]
     if program.model.norm == "batch":  # what a norm of the user's own averages is not known
         count = min(largest, len(dataset.train_labels))
