@@ -1,10 +1,11 @@
 """The command that makes reports of run directories: `python -m jaxnorm.report RUN`.
 
 It draws the figures again and writes `report.md` and `report.html` in each run, and one page of
-several runs side by side; it never trains.
+several runs side by side; it never trains. With `--detect` it says how many seeds a run needs.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,8 @@ app = App(
 def main(
     *runs: Annotated[Path, Parameter(name="RUN"), cli.PATH],
     out: Annotated[Path | None, cli.PATH] = None,
+    detect: float | None = None,
+    deviation: float | None = None,
 ) -> int:
     """Reports on each run.
 
@@ -38,11 +41,22 @@ def main(
     out
         The page of all of them. Default, with several runs: side-by-side.html in the folder that
         the first run lies in.
+    detect
+        Print how many seeds it takes to find a difference of this many points, from how much the
+        differences of each run vary, and write no report.
+    deviation
+        With --detect, the standard deviation of paired differences, in points. It needs no run.
     """
     from jaxnorm.analysis import page
     from jaxnorm.analysis.tables import printable
     from jaxnorm.storage.sweep import Sweep
 
+    if detect is not None and out is None:
+        _print_seeds_needed(runs, detect, deviation)
+        return 0
+    if detect is not None or deviation is not None:
+        takes = (Setting("deviation"), " needs ", Setting("detect"), " POINTS, which takes no ")
+        raise UserError(*takes, Setting("out"))
     if not runs:
         raise UserError("no run directory was given: python -m jaxnorm.report RUN [RUN ...]")
     if out and out.is_dir():
@@ -79,6 +93,31 @@ def main(
         total = len(parts) + len(unread)
         print(printable(f"{together}: {len(parts)} of {total} runs side by side"))
     return 0
+
+
+def _print_seeds_needed(runs: Sequence[Path], detect: float, deviation: float | None) -> None:
+    """Prints how many seeds find a difference of `detect` points, from the deviations of runs or by
+    hand.
+    """
+    from jaxnorm.analysis import tables
+    from jaxnorm.analysis.results import Run
+    from jaxnorm.storage.sweep import Sweep
+
+    for name, value in (("detect", detect), ("deviation", deviation)):
+        if value is not None and not 0.01 <= value <= 100:
+            raise UserError(Setting(name, value), " is no number of points from 0.01 to 100")
+    if not runs and deviation is None:
+        raise UserError("name a run directory, or give ", Setting("deviation"), " POINTS")
+    by_hand = {} if deviation is None else {"any, by hand": deviation / 100}
+    for path in runs:
+        for directory in Sweep.open(path).directories:
+            pairs = Run(directory).differences
+            if not pairs:
+                raise UserError(f"{directory.path} has no two norms with a net of the same seed")
+            print(tables.printable(str(directory.path)))
+            print(tables.seeds_needed(detect / 100, tables.deviations(pairs)).plain())
+    if by_hand:
+        print(tables.seeds_needed(detect / 100, by_hand).plain())
 
 
 if __name__ == "__main__":

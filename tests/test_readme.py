@@ -12,7 +12,7 @@ import pytest
 from answer import Answer
 from matplotlib.image import imread
 
-from jaxnorm.analysis import figures, sweeps
+from jaxnorm.analysis import figures, stats, sweeps
 from jaxnorm.analysis.results import Run
 from jaxnorm.config import RECIPES, TUNED_RATES
 from jaxnorm.storage.directory import RunDirectory
@@ -89,6 +89,24 @@ def test_a_committed_run_was_trained_with_its_recipe_as_it_is_today(name):
     assert [today.rate(norm) for norm in config.norms] == [config.rate(n) for n in config.norms]
     # Rates of norms that it did not train may have been tuned since.
     assert dataclasses.replace(today, learning_rate=config.learning_rate) == config
+
+
+def test_the_tuned_run_over_seeds_and_images_is_what_another_program_found():
+    """Computed apart from this package, by the residuals of the table: points, and p-values."""
+    run = Run(RunDirectory(RESULTS / "tuned"))
+    both = [pair.crossed for pair in run.differences]
+    ends = [[100 * end for end in (one.mean, *one.interval)] for one in both]
+    wanted = [[0.4287, 0.1620, 0.6955], [0.5437, 0.1653, 0.9222], [0.1150, -0.1479, 0.3779]]
+    np.testing.assert_allclose(ends, wanted, atol=6e-5)
+    ps = [one.equivalence_p for one in both]
+    np.testing.assert_allclose(ps, [0.291334, 0.599280, 0.004219], atol=1e-6)
+    assert [pair.equivalent for pair in run.differences] == [False, False, True]
+    spreads = [stats.spread(np.array(list(nets.values()))) for nets in run.correct.values()]
+    parts = [[100 * x for x in (one.seen, one.independent, one.left)] for one in spreads]
+    wanted = [[0.3118, 0.2409, 0.1979], [0.2242, 0.2503, 0], [0.2213, 0.2475, 0]]
+    np.testing.assert_allclose(parts, wanted, atol=6e-5)
+    chances = [pair.sample.next_above_zero for pair in run.differences]
+    np.testing.assert_allclose(chances, [0.903674, 0.858641, 0.633904], atol=1e-6)
 
 
 def test_the_recipes_learning_rates_are_what_the_tuning_found():

@@ -107,6 +107,19 @@ def test_a_net_that_is_no_longer_known_is_reported(sweep, undrawn, capsys):
     assert not capsys.readouterr().err
 
 
+def test_the_seeds_that_a_difference_takes_are_printed_and_nothing_is_written(sweep, capsys):
+    path = sweep().path
+    before = sorted(path.rglob("*"))
+    assert call(path, "--detect", "5") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(path)
+    deviation = 100 * (7 / 3) ** 0.5 / 22
+    assert [line.split()[3] for line in lines[2:5]].count(f"{deviation:.2f}") == 2
+    assert call("--detect", "0.5", "--deviation", "1") == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[-5:-3] == ["1.00", "34"]
+    assert sorted(path.rglob("*")) == before
+
+
 PROBES = "nets/group-1/probes.npz"
 SIZES = {"sizes": np.array([4, 8], np.int32)}
 LONGER = {"kernels": np.array(["x"] * 2_000), "gradients": np.ones(2_000, "f4")}
@@ -153,6 +166,12 @@ def test_a_record_that_does_not_fit_run_json_is_one_line_and_stops_no_other_run(
         ("nowhere",),
         ("--bogus",),
         ("x", "--merge", "y"),
+        ("--detect", "0.3"),
+        ("--deviation", "0.3"),
+        ("--deviation", "1", "--detect", "nan"),
+        ("--deviation", "0", "--detect", "1"),
+        ("--deviation", "1", "--detect", "1", "--out", "x.html"),
+        ("nowhere", "--detect", "1"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(arguments, capsys):

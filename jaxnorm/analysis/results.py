@@ -4,6 +4,7 @@ The seeds of a norm are always those of its finished nets: a net that diverged o
 left out of every table and figure, and captions and the report say so.
 """
 
+import contextlib
 import csv
 import io
 from collections.abc import Sequence
@@ -144,6 +145,17 @@ class Run:
             if not np.array_equal(predictions.labels, next(iter(made.values())).labels):
                 raise UserError(f"{self.net(*net).path} has other labels than the first net")
         return made
+
+    @cached_property
+    def correct(self) -> dict[str, dict[int, np.ndarray]]:
+        """Which test images each finished net classifies rightly, bool[N], by norm and seed.
+
+        Raises `UserError` as `predictions` does.
+        """
+        right: dict[str, dict[int, np.ndarray]] = {norm: {} for norm in self.norms}
+        for (norm, seed), net in self.predictions.items():
+            right[norm][seed] = net.predicted == net.labels
+        return right
 
     @cached_property
     def logits(self) -> dict[str, np.ndarray]:
@@ -333,11 +345,15 @@ def left_out(runs: Sequence[Run]) -> str:
 
 def differences(runs: Sequence[Run]) -> list[stats.Difference]:
     """The last test accuracies of every two norms of runs that share data and all other settings,
-    compared by seed.
+    compared by seed; over test images too, where a run has its predictions.
     """
+    correct: dict[str, dict[int, np.ndarray]] = {}
+    for run in runs:
+        with contextlib.suppress(UserError, OSError):  # tables of predictions say what is wrong
+            correct |= run.correct
     last = {
         norm: {seed: net.last for seed, net in nets.items()}
         for run in runs
         for norm, nets in run.summaries.items()
     }
-    return stats.differences(last, runs[0].info.dataset.test_count)
+    return stats.differences(last, runs[0].info.dataset.test_count, correct)

@@ -1,4 +1,4 @@
-"""The numbers that tables and figures show, computed from epochs and test logits alone.
+"""The numbers that tables and figures show, computed from epochs and predictions alone.
 
 A seed is the unit: a net's accuracy is one value, and norms are compared by the differences between
 nets of the same seed, which start from the same kernels and see the same batches and masks in
@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,16 @@ LEVEL = 0.05
 FAMILY = tuple(itertools.combinations(ALL, 2))
 """The comparisons that were fixed beforehand, for which p-values are corrected: a difference is
 shown if its p-value after Holm's correction is below `LEVEL`. All others have no verdict.
+"""
+MARGIN, MARGIN_SINCE = 0.005, "2026-11-29"
+"""The difference below which two norms are equivalent, half a point, and the day on which it was
+fixed: runs begun earlier did not have it beforehand.
+"""
+POWER = 0.8
+"""The probability with which a difference is to be found by the seeds that are asked for."""
+DRAWS, ALL_FLIPS, ALIKE, MOST_SEEDS = 2_000, 12, 100, 1_000
+"""Of the simulated power of the sign flips: its draws, the most pairs with which every flip is
+tried, the most with which they are simulated at all, and the most seeds that are asked for.
 """
 RESAMPLES = 9_999
 """The resamples of the bootstrap."""
@@ -104,11 +114,107 @@ class Sample:
         result = scipy_stats.bootstrap((self.values,), np.mean, rng=random, **options)
         return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
+    @property
+    def next_above_zero(self) -> float | None:
+        """The probability that the next of these normally distributed values is above zero, or None
+        for one value: T(mean / (deviation sqrt(1 + 1 / n))) with n - 1 degrees of freedom (Geisser,
+        "Predictive Inference", 1993).
+        """
+        if not self.deviation:
+            return None if self.deviation is None else (1 + float(np.sign(self.mean))) / 2
+        ratio = self.mean / (self.deviation * math.sqrt(1 + 1 / self.n))
+        return float(scipy_stats.t.cdf(ratio, self.n - 1))
+
+
+class Crossed(NamedTuple):
+    """A mean over seeds and test images, the variance that both give it, and the degrees of freedom
+    of that variance.
+    """
+
+    mean: float
+    variance: float
+    freedom: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Student's 95 % interval of the mean over other seeds and other images."""
+        half = scipy_stats.t.ppf(1 - LEVEL / 2, self.freedom) * math.sqrt(self.variance)
+        return self.mean - float(half), self.mean + float(half)
+
+    @property
+    def equivalence_p(self) -> float:
+        """The p-value of two one-sided t tests, which is the larger one of theirs: that the mean is
+        above -`MARGIN`, and that it is below `MARGIN` (Schuirmann, 1987).
+        """
+        below, above = (np.array([-1, 1]) * self.mean - MARGIN) / math.sqrt(self.variance)
+        return float(scipy_stats.t.cdf(max(below, above), self.freedom))
+
+
+def crossed(
+    cells: np.ndarray,  # i8[S, N], each -1, 0 or 1
+) -> Crossed | None:
+    """Returns the mean of S seeds and N test images, each drawn from many: its variance is
+
+        (MS_seed + MS_image - MS_residual) / (S N)
+
+    with the mean squares of the two-way table without replication, and its degrees of freedom are
+    Satterthwaite's (1946): (sum)^2 / (MS_seed^2 / f_seed + MS_image^2 / f_image + ...). None for
+    one seed or image, or if the estimate of the variance is not positive.
+    """
+    (seeds, images), size = cells.shape, cells.size
+    if min(seeds, images) < 2:
+        return None
+    by_seed, by_image = (cells.sum(axis, dtype=np.int64) for axis in (1, 0))
+    overall = by_seed.sum() ** 2 / size
+    of_seeds = (by_seed**2).sum() / images - overall
+    of_images = (by_image**2).sum() / seeds - overall
+    rest = np.count_nonzero(cells) - overall - of_seeds - of_images  # a square is 0 or 1
+    freedoms = np.array([seeds - 1, images - 1, (seeds - 1) * (images - 1)])
+    squares = np.array([of_seeds, of_images, rest]) / freedoms
+    total = float(squares @ [1, 1, -1])
+    if total < 1e-12:
+        return None
+    freedom = total**2 / float((squares**2 / freedoms).sum())
+    return Crossed(float(by_seed.sum() / size), total / size, freedom)
+
+
+class Spread(NamedTuple):
+    """Standard deviations of a norm's test accuracy over seeds: as seen, with its 95 % interval; if
+    errors on the test images were independent; and over all images that there could be.
+    """
+
+    seen: float
+    interval: tuple[float, float]
+    independent: float
+    left: float
+
+
+def spread(
+    correct: np.ndarray,  # bool[S, N]
+) -> Spread | None:
+    """Returns how much of the spread over S seeds is the noise of N test images; None for one seed.
+
+    With V the variance over seeds: seen^2 = V(accuracy), independent^2 = sum of V(correct_i) / N^2,
+    left^2 = (seen^2 - independent^2) N / (N - 1), or 0 if that is negative (Jordan, "Calibrated
+    Chaos", 2023). The interval is that of normally distributed accuracies, by chi squared.
+    """
+    seeds, images = correct.shape
+    if seeds < 2:
+        return None
+    rights = correct.sum(0, dtype=np.int64)
+    seen = float(correct.mean(1).var(ddof=1))
+    independent = float((rights * (seeds - rights)).sum()) / (seeds * (seeds - 1) * images**2)
+    left = max(seen - independent, 0.0) * images / max(images - 1, 1)
+    ends = (seeds - 1) * seen / scipy_stats.chi2.ppf([1 - LEVEL / 2, LEVEL / 2], seeds - 1)
+    low, high = map(math.sqrt, ends)
+    return Spread(math.sqrt(seen), (low, high), math.sqrt(independent), math.sqrt(left))
+
 
 @dataclass(frozen=True)
 class Difference:
     """One norm minus another, paired by seed; p is the exact sign-flip test's, `adjusted_p` after
-    Holm's correction for `FAMILY`, or None for a pair outside of it.
+    Holm's correction for `FAMILY`, or None for a pair outside of it. `crossed` is over seeds and
+    test images, or None if that is not known, and `equivalence_p` after the same correction.
     """
 
     first: str
@@ -116,6 +222,13 @@ class Difference:
     sample: Sample
     p: float
     adjusted_p: float | None
+    crossed: Crossed | None = None
+    equivalence_p: float | None = None
+
+    @property
+    def equivalent(self) -> bool:
+        """True if the norms are found to be equivalent, within `MARGIN`."""
+        return self.equivalence_p is not None and self.equivalence_p < LEVEL
 
     @property
     def shown(self) -> bool:
@@ -123,12 +236,17 @@ class Difference:
         return self.adjusted_p is not None and self.adjusted_p < LEVEL
 
 
-def differences(values: Mapping[str, Mapping[int, float]], count: int) -> list[Difference]:
+def differences(
+    values: Mapping[str, Mapping[int, float]],
+    count: int,
+    correct: Mapping[str, Mapping[int, np.ndarray]] | None = None,
+) -> list[Difference]:
     """Compares every pair of norms by the seeds that both have; pairs without any are left out, and
     count in the correction of `FAMILY` all the same.
 
     values: for each norm, an accuracy for each seed, a fraction of `count` test images; raises
-    `UserError` if one is not.
+    `UserError` if one is not. correct: which images were right, bool[count], of those for which
+    that is known.
     """
     pairs = []
     for value in itertools.chain.from_iterable(of_norm.values() for of_norm in values.values()):
@@ -136,17 +254,35 @@ def differences(values: Mapping[str, Mapping[int, float]], count: int) -> list[D
             raise UserError(f"a test accuracy of {value:g} is not one of {count:,} test images")
     for first, second in itertools.combinations(values, 2):
         if seeds := sorted(values[first].keys() & values[second].keys()):
-            correct = [[round(values[n][seed] * count) for seed in seeds] for n in (first, second)]
-            pairs.append((first, second, [a - b for a, b in zip(*correct, strict=True)]))
-    ps = {frozenset((first, second)): sign_flip_p(paired) for first, second, paired in pairs}
-    family = [frozenset(pair) for pair in FAMILY]
-    adjusted = dict(zip(family, holm([ps.get(pair, 1.0) for pair in family]), strict=True))
+            rights = [[round(values[n][seed] * count) for seed in seeds] for n in (first, second)]
+            paired = [a - b for a, b in zip(*rights, strict=True)]
+            pairs.append((first, second, paired, _crossed(correct or {}, first, second, seeds)))
+    adjusted = _of_family({(one, other): sign_flip_p(paired) for one, other, paired, _ in pairs})
+    equivalent = _of_family({(one, other): c.equivalence_p for one, other, _, c in pairs if c})
     return [
-        Difference(first, second, Sample(tuple(d / count for d in paired)), ps[pair], p)
-        for first, second, paired in pairs
-        for pair in [frozenset((first, second))]
-        for p in [adjusted.get(pair)]
+        Difference(first, second, Sample(tuple(d / count for d in paired)), *ps, both, same)
+        for first, second, paired, both in pairs
+        for ps in [(sign_flip_p(paired), adjusted.get(frozenset((first, second))))]
+        for same in [equivalent.get(frozenset((first, second))) if both else None]
     ]
+
+
+def _crossed(
+    correct: Mapping[str, Mapping[int, np.ndarray]], first: str, second: str, seeds: Sequence[int]
+) -> Crossed | None:
+    """Returns one norm minus another over seeds and images, if it is known what was right."""
+    if not all(seed in correct.get(norm, {}) for norm in (first, second) for seed in seeds):
+        return None
+    one, other = (np.array([correct[n][seed] for seed in seeds], np.int8) for n in (first, second))
+    return crossed(one - other)
+
+
+def _of_family(ps: Mapping[tuple[str, str], float]) -> dict[frozenset[str], float]:
+    """Returns the p-values of the comparisons of `FAMILY` after Holm's correction; one that was not
+    made counts as 1.
+    """
+    found, family = {frozenset(pair): p for pair, p in ps.items()}, list(map(frozenset, FAMILY))
+    return dict(zip(family, holm([found.get(pair, 1.0) for pair in family]), strict=True))
 
 
 def sign_flip_p(differences: Sequence[int]) -> float:
@@ -214,6 +350,60 @@ def what_n_can_show(n: int, comparisons: int = len(FAMILY)) -> str:
             "fewest that can show one."
         )
     return f"{head}: enough to show a difference, which takes a p-value under {LEVEL:g}."
+
+
+def t_power(n: Any, effect: float, level: float = LEVEL) -> Any:
+    """Returns the power of the two-sided paired t test of n differences whose mean is `effect`
+    standard deviations, not below 0: noncentral t, with n - 1 degrees of freedom and effect sqrt(n)
+    (Cohen, "Statistical Power Analysis", 1988).
+    """
+    critical, apart = scipy_stats.t.ppf(1 - level / 2, n - 1), effect * np.sqrt(n)
+    above = scipy_stats.nct.sf(critical, n - 1, apart)
+    below = scipy_stats.nct.cdf(-critical, n - 1, apart)  # not a number if it is next to 0
+    return above + np.nan_to_num(below)
+
+
+def sign_flip_power(n: int, effect: float, level: float = LEVEL) -> float:
+    """Returns the power of the sign flips, as `t_power`, by simulation: the share of `DRAWS` of n
+    normal differences that are tested at this level, by every flip if n is at most `ALL_FLIPS` and
+    else by as many random ones. Beyond `ALIKE` pairs it is the t test's, which it comes near.
+    """
+    if n > ALIKE:
+        return float(t_power(n, effect, level))
+    random, count = np.random.default_rng(0), 2 ** min(n - 1, ALL_FLIPS - 1)
+    draws = random.standard_normal((n, DRAWS)) + effect
+    if n > ALL_FLIPS:
+        signs = random.choice([-1.0, 1.0], (count, n))
+        signs[0] = 1
+    else:  # of the first difference alone: all flipped, a sum is as far from zero
+        signs = 1.0 - 2 * (np.arange(count)[:, None] >> np.arange(n) & 1)
+    sums = np.abs(signs @ draws)
+    return float(((sums >= sums[0] * (1 - 1e-9)).mean(0) < level).mean())
+
+
+def seeds_needed(effect: float, level: float = LEVEL) -> tuple[int | None, int | None]:
+    """Returns the fewest seeds with which the paired t test, and the sign flips, find a mean of
+    `effect` standard deviations with a probability of `POWER`; None if `MOST_SEEDS` are too few.
+    """
+    enough = t_power(np.arange(2, MOST_SEEDS + 1), effect, level) >= POWER
+    if not enough.any():
+        return None, None
+    by_t = 2 + int(enough.argmax())
+    ns = range(max(by_t - 3, 2), MOST_SEEDS + 1)
+    return by_t, next((n for n in ns if sign_flip_power(n, effect, level) >= POWER), None)
+
+
+@cache
+def smallest_effect(n: int, level: float) -> float | None:
+    """Returns the smallest mean, in standard deviations, that the sign flips of n pairs find with a
+    probability of `POWER`; None if they find none.
+    """
+    if smallest_p(n) >= level:
+        return None
+    root: Any = optimize.bisect(
+        lambda effect: sign_flip_power(n, effect, level) - POWER, 0, 10, xtol=1e-3
+    )
+    return float(root)
 
 
 def epochs_to_target(nets: Sequence[Summary]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxnorm.analysis import stats
 from jaxnorm.analysis.results import Run, left_out
-from jaxnorm.config import ALL, Config, NetId, activating, counted, valid_text
+from jaxnorm.config import ALL, Config, NetId, UserError, activating, counted, valid_text
 from jaxnorm.records import Environment, Layer
 
 MINUS, TIMES = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
@@ -23,6 +23,8 @@ CORRUPTED |= {"tested": "iu"}
 VERSIONS = ("jax", "flax", "optax")
 """The packages that results name."""
 MEAN = ", mean \N{PLUS-MINUS SIGN} standard deviation"
+MARGIN = f"{100 * stats.MARGIN:g}"
+"""The margin of equivalence, in points."""
 
 
 @dataclass(frozen=True)
@@ -178,21 +180,43 @@ def differences(run: Run) -> Table:
 
 def paired(differences: Sequence[stats.Difference]) -> Table:
     """Returns the table of `differences`, also of norms that were trained in several runs."""
-    head = ["difference", "pairs", "mean, points", "95% t interval", "95% bootstrap"]
-    head += ["p, exact sign flips", "p after Holm"]
+    head = ["difference", "pairs", "mean, points", "95% t interval", "95% over seeds and images"]
+    head += ["95% bootstrap", "p, exact sign flips", "p after Holm"]
+    head += [f"p, equivalent within {MARGIN}", "equivalence after Holm", "next net above"]
     rows = []
     for pair in differences:
         sample = pair.sample
         row = [f"{pair.first} {MINUS} {pair.second}", str(sample.n), points(sample.mean)]
-        for interval in (sample.interval, sample.bootstrap_interval):
-            row.append(" to ".join(map(points, interval)) if interval else "none: n = 1")
-        adjusted = "no verdict" if pair.adjusted_p is None else f"{pair.adjusted_p:.3g}"
-        rows.append([*row, f"{pair.p:.3g}", adjusted])
+        both, unknown = pair.crossed, "none: n = 1" if sample.n == 1 else "not known"
+        for interval in (sample.interval, both and both.interval, sample.bootstrap_interval):
+            row.append(" to ".join(map(points, interval)) if interval else unknown)
+        row += [f"{pair.p:.3g}", _after_holm(pair.adjusted_p)]
+        row += [f"{both.equivalence_p:.3g}" if both else unknown]
+        judged = both or pair.adjusted_p is None
+        row += [_after_holm(pair.equivalence_p) if judged else unknown]
+        rows.append([*row, _chance(sample.next_above_zero)])
     note = (
         "Differences of last test accuracies between nets of the same seed; the intervals are not "
-        "corrected for there being several. " + _what_n_can_show(differences)
+        "corrected for there being several. The t interval is over seeds alone, on these images. "
+        f"Equivalent within {MARGIN} points: two one-sided t tests over seeds and images; the "
+        f"margin was fixed on {stats.MARGIN_SINCE}, so for runs begun earlier not beforehand. Next "
+        "net above: the probability that under one more seed the first norm's net ends above the "
+        "second's. "
     )
-    return Table("Paired differences", head, rows, note)
+    return Table("Paired differences", head, rows, note + _what_n_can_show(differences))
+
+
+def _after_holm(p: float | None) -> str:
+    return "no verdict" if p is None else f"{p:.3g}"
+
+
+def _chance(probability: float | None) -> str:
+    """A probability as a percentage that is 0 or 100 only if the probability is 0 or 1."""
+    if probability is None:
+        return "none: n = 1"
+    if 0 < probability < 0.005 or 0.995 <= probability < 1:
+        return "<1%" if probability < 0.5 else ">99%"
+    return f"{probability:.0%}"
 
 
 def _what_n_can_show(differences: Sequence[stats.Difference]) -> str:
@@ -216,17 +240,17 @@ def headline(run: Run) -> str:
     """Says in two sentences what the run found: the end of each norm, and which differences between
     them are shown.
     """
-    return " ".join([_ends(run), *filter(None, [_shown(run.differences)])])
+    return " ".join([_ends(run), *filter(None, [_shown(run.differences, _equivalent(run))])])
 
 
 def finding(run: Run) -> str:
     """Says what the run found, with n and intervals, and what it does not show: a sentence on the
-    ends of the norms, one for each pair, and one on what n seeds can show.
+    ends of the norms, one for each pair, one on what n seeds can show, and those of `further`.
     """
     sentences = [_ends(run), *filter(None, [_untuned(run.info.config)])] if run.summaries else []
     if len(run.summaries) > 1:
         sentences += compared(run.differences)
-    return " ".join(sentences or [_ends(run)])
+    return " ".join([*(sentences or [_ends(run)]), *further(run)])
 
 
 def _ends(run: Run) -> str:
@@ -253,8 +277,10 @@ def _ends(run: Run) -> str:
     return f"{compares}, {listed(ends)} test accuracy ({n}{left_out([run])}, {run.data})."
 
 
-def _shown(differences: Sequence[stats.Difference]) -> str:
-    """Says in a sentence which differences are shown and which are not, of those with a verdict."""
+def _shown(differences: Sequence[stats.Difference], equivalent: str) -> str:
+    """Says in a sentence which differences are shown and which are not, of those with a verdict;
+    and which norms are equivalent.
+    """
     judged = [pair for pair in differences if pair.sample.n > 1 and pair.adjusted_p is not None]
     if not judged:
         return _what_n_can_show(differences)
@@ -263,7 +289,80 @@ def _shown(differences: Sequence[stats.Difference]) -> str:
         counts = "/".join(map(str, sorted({pair.sample.n for pair in judged})))
         between = " or between ".join(others)
         parts.append(f"no difference between {between} norm is shown (n = {counts})")
-    return f"Paired by seed, {'; '.join(parts)}."
+    return f"Paired by seed, {'; '.join([*parts, *filter(None, [equivalent])])}."
+
+
+def further(run: Run) -> list[str]:
+    """Says more of the differences and of the spread over seeds: a sentence each on other images,
+    on equivalence, on the next seed, on the test set's noise, and on what n seeds could show.
+    """
+    pairs = [pair for pair in run.differences if pair.sample.n > 1]
+    alike = _equivalent(run) or f"no two norms are found to be equivalent within {MARGIN} points"
+    tested = any(pair.equivalence_p is not None for pair in pairs)
+    texts = [_over_images(pairs), f"By two one-sided tests {alike}." * tested, _next_seed(pairs)]
+    return [text for text in [*texts, _noise(run), _could_show(pairs)] if text]
+
+
+def _over_images(pairs: Sequence[stats.Difference]) -> str:
+    """The intervals over seeds and test images, in a sentence, of the pairs that have one."""
+    texts = [
+        f"{pair.first} minus {pair.second} norm is {points(pair.crossed.mean)} points "
+        f"({' to '.join(map(points, pair.crossed.interval))})"
+        for pair in pairs
+        if pair.crossed
+    ]
+    return f"Over other seeds and other test images, {listed(texts)}." if texts else ""
+
+
+def _equivalent(run: Run) -> str:
+    """Says which norms are equivalent, and if the margin was not fixed before the run."""
+    pairs = [
+        f"{pair.first} and {pair.second} norm (p {pair.equivalence_p:.2g} after Holm)"
+        for pair in run.differences
+        if pair.equivalent
+    ]
+    later = run.info.environment.started < stats.MARGIN_SINCE
+    margin = f"{MARGIN} points{', a margin fixed after the run' * later}"
+    return f"{listed(pairs)} are equivalent within {margin}" if pairs else ""
+
+
+def _next_seed(pairs: Sequence[stats.Difference]) -> str:
+    """The probability that one norm's net beats the other's under one more seed, in a sentence."""
+    texts = [
+        f"{_chance(pair.sample.next_above_zero)} that {pair.first} norm beats {pair.second} norm"
+        for pair in pairs
+    ]
+    return f"Under one more seed the probability is {listed(texts)}." if texts else ""
+
+
+def _noise(run: Run) -> str:
+    """How much of each norm's deviation over seeds the test set makes, in a sentence."""
+    if not (spreads := _spreads(run)):
+        return ""
+    seen = [f"{100 * one.seen:.2f} for {norm} norm" for norm, one in spreads.items()]
+    independent = [f"{100 * one.independent:.2f}" for one in spreads.values()]
+    left = [f"{100 * one.left:.2f}" if one.left else "nothing" for one in spreads.values()]
+    return (
+        f"The deviation over seeds is, in points, {listed(seen)}; if errors on the test images "
+        f"were independent, it would be {listed(independent)}, which leaves {listed(left)}."
+    )
+
+
+def _could_show(pairs: Sequence[stats.Difference]) -> str:
+    """The smallest difference of each pair that its n could show, in a sentence."""
+    texts = []
+    for pair in pairs:
+        effect = stats.smallest_effect(pair.sample.n, stats.LEVEL / len(stats.FAMILY))
+        if effect and pair.adjusted_p is not None:
+            smallest = f"{100 * effect * (pair.sample.deviation or 0):.2f}"
+            texts.append(f"{smallest} between {pair.first} and {pair.second} norm")
+    if not texts:
+        return ""
+    n = "/".join(map(str, sorted({pair.sample.n for pair in pairs})))
+    return (
+        f"With a probability of {stats.POWER:.0%} n = {n} would show a difference of, in points, "
+        f"{listed(texts)}, if differences vary as these do."
+    )
 
 
 def _untuned(config: Config) -> str:
@@ -384,6 +483,69 @@ def corruptions(run: Run) -> Table:
     return Table("Test accuracy on corrupted images", head, rows, note)
 
 
+def _spreads(run: Run) -> dict[str, stats.Spread]:
+    """What the deviation over seeds of each norm is made of, of the norms with several seeds; none
+    if predictions are missing.
+    """
+    try:
+        correct = {norm: np.array(list(nets.values())) for norm, nets in run.correct.items()}
+    except (UserError, OSError):  # the tables of predictions name it
+        return {}
+    spreads = {norm: stats.spread(right) for norm, right in correct.items()}
+    return {norm: spread for norm, spread in spreads.items() if spread}
+
+
+def spreads(run: Run) -> Table:
+    """How much of each norm's spread over seeds is the noise of the test set, in points."""
+    rows = []
+    for norm, spread in _spreads(run).items():
+        low, high = spread.interval
+        row = [norm, str(run.sample(norm).n), f"{100 * spread.seen:.2f}"]
+        row += [f"{100 * low:.2f} to {100 * high:.2f}", f"{100 * spread.independent:.2f}"]
+        rows.append([*row, f"{100 * spread.left:.2f}" if spread.left else "nothing"])
+    head = ["norm", "n", "deviation, points", "95% interval", "if errors were independent", "left"]
+    note = (
+        "Standard deviations of the last test accuracy over seeds. If the errors of a net on "
+        "different test images were independent, given how often each image is right, seeds would "
+        "still differ on so few images; what is left is between nets, on any images (Jordan, "
+        "arXiv 2304.01910). If the interval holds the third deviation, nothing may be left."
+    )
+    return Table("Spread over seeds", head, rows, note)
+
+
+def deviations(differences: Sequence[stats.Difference]) -> dict[str, float | None]:
+    """Returns the standard deviation of each pair's differences, by what it is called."""
+    return {f"{p.first} {MINUS} {p.second}": p.sample.deviation for p in differences}
+
+
+def seeds_needed(difference: float, deviations: Mapping[str, float | None]) -> Table:
+    """Returns how many seeds it takes to find a difference, from the deviation of each pair's
+    differences; both are fractions.
+    """
+    levels, rows = (stats.LEVEL, stats.LEVEL / len(stats.FAMILY)), []
+    for name, deviation in deviations.items():
+        row = [name, "none: n = 1" if deviation is None else f"{100 * deviation:.2f}"]
+        for level in levels:
+            if not deviation:
+                row += ["not known", "not known"]
+                continue
+            needed = stats.seeds_needed(difference / deviation, level)
+            row += [str(n or f"over {stats.MOST_SEEDS:,}") for n in needed]
+        rows.append(row)
+    head = ["difference", "deviation, points"]
+    for level in levels:
+        head += [f"t test, p < {level:.2g}", f"sign flips, p < {level:.2g}"]
+    note = (
+        f"The fewest seeds that find a difference of {100 * difference:g} points with a "
+        f"probability of {stats.POWER:.0%}, if paired differences are normally distributed with "
+        f"this deviation. Paired t test: noncentral t; exact sign flips: {stats.DRAWS:,} simulated "
+        f"runs, by {2 ** (stats.ALL_FLIPS - 1):,} random flips with over {stats.ALL_FLIPS} seeds, "
+        f"and the t test's with over {stats.ALIKE}. p < {levels[1]:.2g} is enough to be shown, "
+        f"whatever p the other comparisons of {listed(ALL)} norm have."
+    )
+    return Table("Seeds needed", head, rows, note)
+
+
 def classes(run: Run) -> Table:
     """The mean test accuracy of each class under each norm; "none" if it has no test images."""
     means = [run.class_accuracies(norm).mean(0) for norm in run.norms]
@@ -485,6 +647,7 @@ TABLES: list[Callable[[Run], Table]] = [
     evaluation,
     calibration,
     corruptions,
+    spreads,
     classes,
     parameters,
     facts,

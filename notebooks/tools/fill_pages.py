@@ -6,8 +6,9 @@ Writes what stands between `<!-- table NAME -->` and `<!-- end -->`. NAME is a r
 `results/`, that and "finding" or a table's name, "tuned and pixel", "tuning winners" or "tuning
 trials", the name of a sweep, or the name of a file that a benchmark or a script beside this one
 wrote; "answer", "learning rates" and "batch-size changes" are of `answer.py`, "mirror" is of other
-people's runs, "faults" is what the fault harness wrote. It also draws the pictures of several runs:
-the front page's, `results/answer.png`, accuracy against learning rate, and the two of the tunings.
+people's runs, "faults" is what the fault harness wrote, "seeds needed" is of the tuned run. It also
+draws the pictures of several runs: the front page's, `results/answer.png`, accuracy against
+learning rate, and the two of the tunings.
 """
 
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import end_to_end
+import interval_coverage
 import profile_step
 import running_averages
 from answer import RESULTS, Answer, runs_of
@@ -31,7 +33,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "notebooks" / "pages").glob("*.md")
 RUNS = ("original", "matched", "tuned", "tuned-pixel")
 SWEEPS, TUNINGS = ("batch-size",), ("tuning", "tuning-pixel")
 SHOWN = (tables.differences, tables.values, tables.evaluation, tables.calibration)
-SHOWN += (tables.corruptions,)
+SHOWN += (tables.corruptions, tables.spreads)
+DETECTED = 0.003
+"""The difference for which the pages say how many seeds it takes."""
 BENCHMARKS = ("speed", "scaling")
 MARKED = re.compile(r"(<!-- table (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -48,6 +52,8 @@ def texts() -> dict[str, str]:
         by_name[f"{name} beside others"] = beside_others(run, reference).markdown()
     apart = [Run(RunDirectory(RESULTS / name)) for name in ("tuned", "tuned-pixel")]
     by_name["tuned and pixel"] = tables.paired(differences(apart)).markdown()
+    deviations = tables.deviations(apart[0].differences)
+    by_name["seeds needed"] = tables.seeds_needed(DETECTED, deviations).markdown()
     by_name["mirror"] = mirror(reference).markdown()
     by_name["answer"] = Answer().sentences()
     by_name["learning rates"] = sweeps.every_trial(Answer().rates).markdown()
@@ -59,7 +65,7 @@ def texts() -> dict[str, str]:
     for name in BENCHMARKS:
         by_name[name] = speed(json.loads((RESULTS / f"{name}.json").read_text())).markdown()
     scripts = {"end-to-end": end_to_end, "profile": profile_step}
-    scripts["running-averages"] = running_averages
+    scripts |= {"running-averages": running_averages, "coverage": interval_coverage}
     for name, script in scripts.items():
         by_name[name] = script.table(json.loads((RESULTS / f"{name}.json").read_text())).markdown()
     lines = (RESULTS / "faults.jsonl").read_text().splitlines()

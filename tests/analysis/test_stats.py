@@ -2,10 +2,14 @@
 
 import dataclasses
 import itertools
+import json
 import math
+from pathlib import Path
 
+import interval_coverage
 import numpy as np
 import pytest
+from scipy import stats as scipy_stats
 
 from jaxnorm.analysis import stats
 from jaxnorm.config import UserError
@@ -246,3 +250,185 @@ def test_a_temperature_undoes_a_scale_and_is_of_the_other_half():
     tempered, other = (stats.tempered(logits, truth) for truth in (labels, even))
     np.testing.assert_array_equal(tempered[::2], other[::2])
     assert (tempered[1::2] != other[1::2]).any()
+
+
+def test_the_variance_over_seeds_and_images_by_hand():
+    """Two seeds, three images, a sum of 3, of squares 3: 3^2/6 = 3/2. Seeds (2, 1): 5/3 - 3/2 =
+    1/6, by 1. Images (1, 0, 2): 5/2 - 3/2 = 1, by 2. What is left of 3: 1/3, by 2. Mean squares
+    1/6, 1/2 and 1/6 add up to 1/2; the degrees of freedom are 1/4 by 1/36 + 1/8 + 1/72.
+    """
+    both = stats.crossed(np.array([[1, 0, 1], [0, 0, 1]], np.int8))
+    assert both == pytest.approx((1 / 2, (1 / 2) / 6, 3 / 2))
+    assert stats.crossed(np.array([[1, 0, 1]], np.int8)) is None
+    assert stats.crossed(np.array([[1], [0]], np.int8)) is None
+    for no_variance in ([[1, 0], [0, 1]], [[1, 1], [1, 1]]):
+        assert stats.crossed(np.array(no_variance, np.int8)) is None
+
+
+def test_the_variance_over_seeds_and_images_is_that_of_the_two_way_table():
+    """By residuals, of many more images than an int8 can count."""
+    rng = np.random.default_rng(0)
+    cells = (rng.integers(-1, 2, (6, 900)) * rng.integers(0, 2, 900)).astype(np.int8)
+    cells[:, :200] = 1
+    mean, by_seed, by_image = cells.mean(), cells.mean(1, keepdims=True), cells.mean(0)
+    seed, image = 900 * by_seed.var(ddof=1), 6 * by_image.var(ddof=1)
+    residual = ((cells - by_seed - by_image + mean) ** 2).sum() / (5 * 899)
+    total = seed + image - residual
+    freedom = total**2 / (seed**2 / 5 + image**2 / 899 + residual**2 / (5 * 899))
+    both = stats.crossed(cells)
+    assert both == pytest.approx((mean, total / 5400, freedom))
+    # The interval is where the t test of its ends has p = 5 %.
+    for end in both.interval:
+        ratio = abs(end - mean) / (total / 5400) ** 0.5
+        assert 2 * scipy_stats.t.sf(ratio, freedom) == pytest.approx(0.05)
+
+
+def test_equivalence_by_hand():
+    """One standard error is a tenth of a point: 0.1 points lie four of them below the margin."""
+    for mean in (0.001, -0.001):
+        p = stats.Crossed(mean, 1e-6, 10).equivalence_p
+        assert p == pytest.approx(0.0012592, rel=1e-4)  # t of 10 degrees of freedom below -4
+    assert stats.Crossed(stats.MARGIN, 1e-6, 10).equivalence_p == pytest.approx(0.5)
+    assert stats.Crossed(-0.2, 1e-6, 10).equivalence_p == pytest.approx(1)
+
+
+def test_differences_over_images_are_of_the_same_seeds_and_corrected_like_the_others():
+    rng = np.random.default_rng(0)
+    easy = rng.random(2_000) < 0.8
+    right = {
+        norm: {seed: easy ^ (rng.random(2_000) < flipped) for seed in range(1, 6)}
+        for norm, flipped in (("batch", 0.001), ("group", 0.001), ("layer", 0.3), ("rms", 0.001))
+    }
+    values = {n: {seed: float(r.mean()) for seed, r in of.items()} for n, of in right.items()}
+    shuffled = {norm: dict(sorted(of.items(), reverse=True)) for norm, of in right.items()}
+    pairs = stats.differences(values, 2_000, shuffled)
+    for pair in pairs:
+        cells = [
+            right[pair.first][seed].astype(int) - right[pair.second][seed] for seed in range(1, 6)
+        ]
+        assert pair.crossed == stats.crossed(np.array(cells, np.int8))
+        assert pair.crossed.mean == pytest.approx(pair.sample.mean)
+    family = [pair for pair in pairs if pair.adjusted_p is not None]
+    raw = [pair.crossed.equivalence_p for pair in family]
+    assert [pair.equivalence_p for pair in family] == stats.holm(raw)
+    assert [(p.first, p.second) for p in pairs if p.equivalent] == [("batch", "group")]
+    assert raw[0] < stats.LEVEL / 3
+    del right["layer"][3]
+    known = {(p.first, p.second) for p in stats.differences(values, 2_000, right) if p.crossed}
+    assert known == {("batch", "group"), ("batch", "rms"), ("group", "rms")}
+    assert not any(pair.crossed or pair.equivalent for pair in stats.differences(values, 2_000))
+
+
+def test_the_spread_over_seeds_by_hand():
+    """Accuracies 1 and 1/3: variance 2/9. Two of three images vary, each by 1/2: 1/9 of them. What
+    is left is 1/9 x 3/2. The quantiles of chi squared are 5.023886 and 0.000982069.
+    """
+    found = stats.spread(np.array([[1, 1, 1], [1, 0, 0]], bool))
+    interval = ((2 / 9 / 5.023886) ** 0.5, (2 / 9 / 0.000982069) ** 0.5)
+    assert found.interval == pytest.approx(interval, rel=1e-5)
+    deviations = ((2 / 9) ** 0.5, (1 / 9) ** 0.5, (1 / 6) ** 0.5)
+    assert (found.seen, found.independent, found.left) == pytest.approx(deviations)
+    nothing = stats.spread(np.array([[1, 0, 1], [1, 1, 0]], bool))
+    assert (nothing.seen, nothing.left) == (0, 0)
+    assert nothing.independent == pytest.approx((1 / 9) ** 0.5)
+    assert stats.spread(np.ones((1, 5), bool)) is None
+
+
+def test_the_probability_that_the_next_is_above_zero_by_hand():
+    """Of 0 and 2 the mean is 1, the deviation sqrt 2, that of the next sqrt 2 x sqrt 3/2; Student's
+    distribution with one degree of freedom is Cauchy's: 1/2 + atan(1 / sqrt 3) / pi.
+    """
+    assert stats.Sample((0.0, 2.0)).next_above_zero == pytest.approx(2 / 3)
+    assert stats.Sample((0.0, -2.0)).next_above_zero == pytest.approx(1 / 3)
+    assert [stats.Sample((x, x)).next_above_zero for x in (0.1, 0.0, -0.1)] == [1, 0.5, 0]
+    assert stats.Sample((0.1,)).next_above_zero is None
+
+
+def test_the_power_of_the_t_test_is_that_of_the_tables():
+    """Cohen's small, medium and large effects, two-sided at 5 %: the sample sizes of G*Power."""
+    assert [stats.seeds_needed(effect)[0] for effect in (0.2, 0.5, 0.8)] == [199, 34, 15]
+    assert stats.t_power(9, 0.0, 0.01) == pytest.approx(0.01)
+    ours, rng = stats.t_power(5, 0.7, 0.1), np.random.default_rng(0)
+    p = scipy_stats.ttest_1samp(rng.normal(0.7, 1, (20_000, 5)), 0, axis=1).pvalue
+    assert ours == pytest.approx((p < 0.1).mean(), abs=0.01)
+    assert stats.t_power(np.array([8, 1_000]), 30.0).min() == pytest.approx(1)  # and is a number
+
+
+def test_the_power_of_the_sign_flips_by_hand():
+    """With six pairs only equal signs give p < 0.05, with five nothing does."""
+    for effect in (0.0, 0.5, 1.5):
+        share = scipy_stats.norm.cdf(effect)
+        wanted = share**6 + (1 - share) ** 6
+        assert stats.sign_flip_power(6, effect) == pytest.approx(wanted, abs=0.03)
+    assert stats.sign_flip_power(5, 10.0) == 0
+    assert stats.sign_flip_power(8, 0.0) <= stats.LEVEL + 0.015
+    assert stats.seeds_needed(10.0) == (3, 6)
+    assert stats.seeds_needed(10.0, stats.LEVEL / 3) == (3, 7)
+    assert stats.seeds_needed(0.01) == (None, None)
+    assert stats.smallest_effect(6, stats.LEVEL / 3) is None
+    all_of_seven = scipy_stats.norm.ppf(0.8 ** (1 / 7))
+    assert stats.smallest_effect(7, stats.LEVEL / 3) == pytest.approx(all_of_seven, abs=0.05)
+
+
+def test_the_power_of_random_flips_is_near_that_of_all_and_of_the_t_test(monkeypatch):
+    some = stats.sign_flip_power(14, 0.8)
+    assert stats.sign_flip_power(100, 0.25) == pytest.approx(stats.t_power(100, 0.25), abs=0.03)
+    assert stats.sign_flip_power(101, 0.25) == stats.t_power(101, 0.25)
+    monkeypatch.setattr(stats, "ALL_FLIPS", 14)
+    assert stats.sign_flip_power(14, 0.8) == pytest.approx(some, abs=0.01)
+
+
+def test_the_power_of_the_sign_flips_is_that_of_the_test_of_whole_images():
+    """The same draws, as differences of thousands of images, by the test of the reports."""
+    draws = np.random.default_rng(0).standard_normal((7, stats.DRAWS)) + 1.2
+    ps = [stats.sign_flip_p((100 * one).round().astype(int).tolist()) for one in draws.T[:500]]
+    ours = stats.sign_flip_power(7, 1.2)
+    assert ours == pytest.approx(np.mean(np.array(ps) < 0.05), abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left", interval_coverage.LEFT)
+def test_what_each_interval_covers(left):
+    """In 2,000 made-up runs of eight seeds and 2,000 images (three deviations are 1.5 %): Student's
+    interval covers the difference on the same images, and on others less; that over seeds and
+    images covers both a little less often than 95 %, and norms that differ by the whole margin are
+    rarely called equivalent.
+    """
+    covers = interval_coverage.simulate(8, left, images=2_000)
+    assert covers["t, these images"] == pytest.approx(0.95, abs=0.015)
+    assert covers["bootstrap"] < covers["t"] - 0.02
+    assert 0.90 < covers["crossed"] < 0.965
+    assert covers["equivalent"] < 0.07
+
+
+@pytest.mark.slow
+def test_the_coverage_on_the_page_is_what_the_simulation_says():
+    path = Path(interval_coverage.__file__).parents[1] / "results" / "coverage.json"
+    (row,) = [
+        row
+        for row in json.loads(path.read_text())["rows"]
+        if (row["seeds"], row["left"]) == (4, interval_coverage.LEFT[0])
+    ]
+    again = interval_coverage.simulate(4, row["left"], draws=1_000)
+    for name, share in again.items():
+        assert share == pytest.approx(row[name], abs=0.03), name
+
+
+@pytest.mark.slow
+def test_the_spread_that_is_left_and_the_next_seed_are_what_is_simulated():
+    """Without the rounding up to 0, what is left is unbiased; the interval of what is seen covers
+    the deviation that other seeds would have; and the next value is above zero as often as said.
+    """
+    left, covered, accuracies = [], [], []
+    for correct, _ in interval_coverage.runs(8, 0.004, images=1_000, draws=2_000):
+        one = stats.spread(correct[0])
+        left.append((one.seen**2 - one.independent**2) * 1_000 / 999)
+        accuracies.append(one.seen**2)
+        covered.append(one.interval)
+    error = np.std(left) / 2_000**0.5
+    assert np.mean(left) == pytest.approx(0.004**2, abs=4 * error)
+    (low, high), truth = np.array(covered).T, np.mean(accuracies) ** 0.5
+    assert ((low < truth) & (truth < high)).mean() == pytest.approx(0.95, abs=0.02)
+    values = np.random.default_rng(0).normal(3, 2, (2_000, 6))
+    ps = [stats.Sample(tuple(v[:5] - v[5])).next_above_zero for v in values]
+    assert scipy_stats.kstest(ps, "uniform").pvalue > 0.001

@@ -106,6 +106,110 @@ def test_differences_by_hand(made_up):
     assert "no p-value under 0.25 exists" in table.note
 
 
+def test_differences_over_images_are_of_the_predictions(sweep):
+    run = Run(sweep())
+    right = [
+        np.array([(run.predictions[norm, seed].predicted == run.labels) for seed in (1, 2, 3)])
+        for norm in ("group", "layer")
+    ]
+    both = stats.crossed(right[0].astype(np.int8) - right[1])
+    row = cells(tables.differences(run), "group \N{MINUS SIGN} layer")
+    assert row["95% over seeds and images"] == " to ".join(map(tables.points, both.interval))
+    assert row["p, equivalent within 0.5"] == f"{both.equivalence_p:.3g}"
+    assert row["equivalence after Holm"] == "1"
+    # Mean 10/3 of deviation sqrt(7/3) sqrt(1 + 1/3): 1.890; t of 2 degrees of freedom: 90 %
+    assert row["next net above"] == "90%"
+    text = tables.finding(run)
+    low, high = map(tables.points, both.interval)
+    assert f"group minus layer norm is +15.15 points ({low} to {high})." in text
+    assert "and 90% that group norm beats layer norm." in text
+    assert "By two one-sided tests no two norms are found to be equivalent within 0.5" in text
+
+
+def test_without_predictions_the_differences_are_of_seeds_alone(sweep):
+    directory = sweep()
+    rewrite_net(directory, ("layer", 1), logits=None, labels=None)
+    run = Run(directory)
+    row = cells(tables.differences(run), "batch \N{MINUS SIGN} group")
+    assert row["95% over seeds and images"] == row["p, equivalent within 0.5"] == "not known"
+    assert row["equivalence after Holm"] == "not known"
+    assert not tables.spreads(run).rows
+    text = tables.finding(run)
+    assert "that batch norm beats group norm" in text
+    assert not [
+        word for word in ("other test images", "one-sided", "deviation over") if word in text
+    ]
+
+
+ALIKE = {"batch": tuple((5, 10 + seed % 4 * 3) for seed in range(8)), "group": ((5, 16),) * 8}
+
+
+@pytest.mark.parametrize(
+    ("started", "later"),
+    [("2026-11-28T23", ", a margin fixed after the run"), ("2027-01-01T00", "")],
+)
+def test_equivalence_says_if_its_margin_was_not_fixed_beforehand(
+    sweep, monkeypatch, started, later
+):
+    monkeypatch.setattr(stats, "MARGIN", 0.5)
+    directory = sweep(accuracies=ALIKE, seeds=8, norm="batch,group")
+    info = directory.info()
+    environment = dataclasses.replace(info.environment, started=started)
+    directory.write_json("run.json", dataclasses.replace(info, environment=environment))
+    run = Run(directory)
+    (p,) = [pair.equivalence_p for pair in run.differences if pair.equivalent]
+    told = f"batch and group norm (p {p:.2g} after Holm) are equivalent within 0.5 points{later}."
+    assert tables.headline(run).endswith(f"; {told}")
+    assert f" By two one-sided tests {told}" in tables.finding(run)
+
+
+def test_a_probability_is_0_or_100_percent_only_if_it_is():
+    texts = [tables._chance(p) for p in (None, 0.0, 0.004, 0.006, 0.994, 0.996, 1.0)]
+    assert texts == ["none: n = 1", "0%", "<1%", "1%", "99%", ">99%", "100%"]
+
+
+def test_the_spread_over_seeds_is_in_points(sweep):
+    run = Run(sweep())
+    table = tables.spreads(run)
+    # 16, 18, 14 of 22: deviation 2 of 22
+    spread = stats.spread(np.array(list(run.correct["batch"].values())))
+    batch = cells(table, "batch")
+    assert (batch["n"], batch["deviation, points"]) == ("3", "9.09")
+    assert batch["if errors were independent"] == f"{100 * spread.independent:.2f}"
+    lefts = [row[-1] for row in table.rows]
+    assert "nothing" in lefts  # 1.2 of 22 under layer norm, of which most images are wrong at times
+    text = tables.finding(run)
+    assert "The deviation over seeds is, in points, 9.09 for batch norm, " in text
+    assert text.split("which leaves ")[1].startswith(f"{lefts[0]}, {lefts[1]} and {lefts[2]}.")
+    assert not tables.spreads(Run(sweep("one", seeds=1))).rows
+
+
+def test_the_finding_says_what_so_many_seeds_would_show(sweep):
+    assert "n = 3 would show" not in tables.finding(Run(sweep()))
+    text = tables.finding(Run(sweep("eight", accuracies=ALIKE, seeds=8, norm="batch,group")))
+    # -6, -3, 0, 3 of 22, twice: their squares about the mean add up to 90, the variance is 90/7
+    smallest = 100 * stats.smallest_effect(8, stats.LEVEL / 3) * (90 / 7) ** 0.5 / 22
+    assert f"n = 8 would show a difference of, in points, {smallest:.2f} between batch" in text
+
+
+def test_the_seeds_needed_by_the_deviation_of_each_pair(sweep):
+    differences = Run(sweep()).differences
+    found = tables.deviations([*differences])
+    assert list(found.values()) == [pair.sample.deviation for pair in differences]
+    minus = "\N{MINUS SIGN}"
+    assert list(found) == [f"batch {minus} group", f"batch {minus} layer", f"group {minus} layer"]
+    table = tables.seeds_needed(0.005, {"a": 0.01, "b": None, "c": 0.0, "d": 0.99})
+    assert table.head[2:] == [
+        *("t test, p < 0.05", "sign flips, p < 0.05"),
+        *("t test, p < 0.017", "sign flips, p < 0.017"),
+    ]
+    assert cells(table, "a")["t test, p < 0.05"] == "34"
+    assert [row[1] for row in table.rows] == ["1.00", "none: n = 1", "0.00", "99.00"]
+    assert table.rows[1][2:] == table.rows[2][2:] == ["not known"] * 4
+    assert table.rows[3][2:] == ["over 1,000"] * 4
+    assert "find a difference of 0.5 points with a probability of 80%" in table.note
+
+
 def test_values_hold_every_net(made_up):
     table = tables.values(made_up)
     assert table.rows[1] == ["2", "81.82% / 81.82%", "72.73% / 72.73%", "50.00% / 50.00%"]
@@ -145,7 +249,7 @@ def test_the_finding_names_the_differences_that_are_shown(sweep):
     assert second.startswith("layer norm is above batch norm by 22.7 points (22.7 to 22.7, n = 7,")
     assert second.endswith("; no difference between batch and group norm is shown (n = 7).")
     assert "No difference between batch and group norm is shown" in text
-    assert text.endswith("enough to show a difference, which takes a p-value under 0.05.")
+    assert "enough to show a difference, which takes a p-value under 0.05." in text
 
 
 @pytest.mark.parametrize("seeds", [2, 3])
@@ -164,9 +268,12 @@ def test_norms_outside_of_the_family_have_intervals_and_no_verdict(sweep):
     assert "batch norm minus pixel norm is +20.45 points (95% interval +18.42 to +22.49" in text
     assert "is above" not in text
     assert "shown" not in text
-    assert text.endswith("other comparisons have intervals and no verdict.")
+    assert "other comparisons have intervals and no verdict." in text
     table = tables.differences(run)
-    assert table.rows[0][-2:] == ["0.00781", "no verdict"]
+    row = cells(table, "batch \N{MINUS SIGN} pixel")
+    assert [row["p, exact sign flips"], row["p after Holm"]] == ["0.00781", "no verdict"]
+    assert row["equivalence after Holm"] == "no verdict"
+    assert "equivalent" not in text
     assert table.note.endswith("other comparisons have intervals and no verdict.")
 
 
