@@ -41,7 +41,7 @@ def pytest_addoption(parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """The rooms that compile nets come first, so that both processes end together."""
+    """Puts the rooms that compile nets first, so that both processes end together."""
     items.sort(key=lambda item: item.path.parent.name not in ("model", "runs", "training"))
 
 
@@ -65,7 +65,7 @@ def scratch(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def inside(scratch, monkeypatch) -> Path:
-    """A working directory of one's own."""
+    """A working directory for one test."""
     monkeypatch.chdir(scratch)
     return scratch
 
@@ -112,28 +112,23 @@ def tiny_run(tiny, tmp_path_factory):
     """A finished run of all three norms of the study on `tiny`, two epochs; the processes of one
     session share it, and the first that needs it makes it.
     """
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    with (shared / "tiny.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return _tiny_run(tiny, shared / "tiny run")
-
-
-def _tiny_run(tiny, path):
     from helpers import run
 
     from jaxnorm.analysis import results
     from jaxnorm.analysis.results import Run
-    from jaxnorm.config import Config
+    from jaxnorm.config import study
     from jaxnorm.storage.directory import RunDirectory
 
-    if (path / "examples.npz").exists():
-        return RunDirectory(path)
-    directory = run(
-        Config(arch="three-layers", dataset="tiny", epochs=2, batch_size=16, seed=3), tiny, path
-    )
-    results.save_examples(Run(directory), tiny)
-    return directory
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with (shared / "tiny.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (shared / "tiny run" / "examples.npz").exists():
+            return RunDirectory(shared / "tiny run")
+        config = study(arch="three-layers", dataset="tiny", epochs=2, batch_size=16, seed=3)
+        directory = run(config, tiny, shared / "tiny run")
+        results.save_examples(Run(directory), tiny)
+        return directory
 
 
 ACCURACIES = {
@@ -173,15 +168,14 @@ def _writer_of_sweeps(tiny, scratch):
     from jaxnorm.storage.net import NetFolder, Saved
     from jaxnorm.training.experiment import Experiment
 
-    def net_of(config, norm, seed, rights, now):
+    def net_of(norm, seed, rights, now):
         rng = np.random.default_rng([seed, len(norm), ord(norm[0])])
         losses = rng.uniform(0.1, 2, 5 * len(rights)).astype(np.float32)
         logits = rng.normal(size=(22, 4)).astype(np.float32)
         wrong = rng.permutation(22) >= rights[-1]
         logits[np.arange(22), (tiny.test_labels + wrong) % 4] = 5
-        last = -float(
-            Predictions.of(logits, tiny.test_labels).log_probabilities[:, 0].astype(float).mean()
-        )
+        log_probabilities = Predictions.of(logits, tiny.test_labels).log_probabilities[:, 0]
+        last = -float(log_probabilities.astype(float).mean())
         epochs = []
         for epoch, correct in enumerate(rights, 1):
             train = (1.5 / epoch, (correct - 1) / 22)
@@ -200,7 +194,7 @@ def _writer_of_sweeps(tiny, scratch):
         for norm, seed in config.nets:
             rights = accuracies[norm]
             folder = NetFolder(directory, NetId(norm, seed))
-            saved, probes = net_of(config, norm, seed, rights[seed - config.seed], info.environment)
+            saved, probes = net_of(norm, seed, rights[seed - config.seed], info.environment)
             if len(saved.epochs) < config.epochs:
                 folder.commit(saved)
                 continue

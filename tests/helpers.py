@@ -42,9 +42,24 @@ class Evil:
         return os.mkdir, (str(self.path),)
 
 
-def call(*arguments) -> int:
-    """The command `jaxnorm.run` in this process; its exit code."""
-    return cli.run(run_command.app, [str(argument) for argument in arguments])
+def call(*arguments, app=run_command.app) -> int:
+    """A command in this process; its exit code."""
+    return cli.run(app, [str(argument) for argument in arguments])
+
+
+def error_of(capsys, after_output=False) -> str:
+    """What a command that failed printed: one line on standard error, and else nothing."""
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert after_output or not printed.out
+    return printed.err
+
+
+def write_npz(path, dataset, **changes):
+    """Writes a dataset as a file of the user's own, some of its arrays changed."""
+    names = ("train_images", "train_labels", "test_images", "test_labels", "class_names")
+    np.savez(path, **{**{name: getattr(dataset, name) for name in names}, **changes})
 
 
 def program_of(norm, dataset, arch="three-layers", dropout=0.1, **fields):

@@ -1,7 +1,10 @@
 """Nets of few layers, which compile in a fraction of the time, as entries of `ARCHS`.
 
-`python nets.py FLAGS` is `python -m jaxnorm.run FLAGS` that knows them.
+`python nets.py FLAGS` is `python -m jaxnorm.run FLAGS` that knows them; with FIGURES=together in
+the environment a report draws no other figure, which takes a tenth of the time of all.
 """
+
+import os
 
 from jaxnorm import cli, run
 from jaxnorm.model.cnn import ARCHS, Layer
@@ -24,4 +27,8 @@ ARCHS["every-kind"] = lambda norm: EVERY_KIND
 callbacks.Bar.SECONDS = 3_600.0  # how long a test takes must not decide what is printed
 
 if __name__ == "__main__":
+    if "FIGURES" in os.environ:
+        from jaxnorm.analysis import figures
+
+        figures.FIGURES = (getattr(figures, os.environ["FIGURES"]),)
     cli.leave(cli.run(run.app))

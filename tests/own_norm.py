@@ -1,4 +1,4 @@
-"""A norm of a user's own, for tests: batch norm's statistics kept under a name of its own."""
+"""Norms of a user's own, for tests: right ones, and then wrong ones."""
 
 import flax.linen as nn
 import jax
@@ -23,7 +23,7 @@ class OwnNorm(nn.Module):
 
 
 class WrappedNorm(nn.Module):
-    """Flax's batch norm inside, whose averages lie a level deeper, with another momentum."""
+    """Flax's batch norm inside, whose averages lie a level deeper."""
 
     use_running_average: bool = False
 
@@ -33,25 +33,7 @@ class WrappedNorm(nn.Module):
 
 
 class InheritedNorm(nn.BatchNorm):
-    """Flax's batch norm with its own field `use_running_average`, and a default of our own."""
-
     momentum: float = 0.5
-
-
-class FlatNorm(nn.Module):
-    """Returns another shape, which no norm may, as none of the following may do what it does."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x.reshape(x.shape[0], -1)
-
-
-class NoisyNorm(nn.Module):
-    """Asks for a random key in evaluation too, where there is none."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.Dropout(0.1, deterministic=False)(x)
 
 
 class DroppingNorm(nn.Module):
@@ -62,14 +44,6 @@ class DroppingNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         return nn.Dropout(0.1, deterministic=self.use_running_average)(x)
-
-
-class SteepNorm(nn.Module):
-    """Has finite values, and the gradient of a root at zero."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x + jnp.sqrt(0 * x)
 
 
 class PairNorm(nn.Module):
@@ -85,126 +59,6 @@ class PairNorm(nn.Module):
         return (x - x.mean(-1, keepdims=True)) @ kernel * scale + bias
 
 
-class TwiceTheChannels(nn.Module):
-    """The convolution after it would take any number of them."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return jnp.concatenate([x, x], -1)
-
-
-class HalfTheRows(nn.Module):
-    """The mean after it would take any number of them."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x[:, ::2]
-
-
-class HalfPrecision(nn.Module):
-    """Its output has another dtype."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x.astype(jnp.bfloat16)
-
-
-class DropsTheBatch(nn.Module):
-    """Of one image it does not."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x.mean(0, keepdims=True)
-
-
-class StateOfTheBatch(nn.Module):
-    """Its state is as long as the batch."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        means = self.variable("stats", "means", jnp.zeros, x.shape[:1])
-        if self.is_mutable_collection("stats"):
-            means.value = x.mean((1, 2, 3))
-        return x
-
-
-class Sows(nn.Module):
-    """Its state grows with each step."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        self.sow("stats", "largest", x.max())
-        return x
-
-
-class IntegerParameter(nn.Module):
-    """It has no gradient."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x * self.param("scale", lambda key: jnp.ones((), jnp.int32))
-
-
-class KeyAsState(nn.Module):
-    """A checkpoint holds arrays of numbers alone."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        self.variable("noise", "key", lambda: jax.random.key(0))
-        return x
-
-
-class OneImage(nn.Module):
-    """Takes no more than one."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x.reshape(1, *x.shape[1:])
-
-
-class NoGradient(nn.Module):
-    """Stops at a condition, through which JAX differentiates forward alone."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return jax.lax.while_loop(lambda x: (x > 1).any(), lambda x: x / 2, x)
-
-
-class TrainField(nn.Module):
-    """Nothing sets the field."""
-
-    train: bool = True
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.BatchNorm(not self.train)(x)
-
-
-class DeterministicArgument(nn.Module):
-    """Nothing gives the argument."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool = False) -> jax.Array:
-        return nn.Dropout(0.1, deterministic=deterministic)(x)
-
-
-class RunningArgument(nn.Module):
-    """Nothing gives this argument either; Flax's own batch norm has a field of the same name."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array, use_running_average: bool = False) -> jax.Array:
-        return x
-
-
-class SowsAside(nn.Module):
-    """Sows for those who look, which no net keeps."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        self.sow("intermediates", "largest", x.max())
-        return x
-
-
 class Counts(nn.Module):
     """Its state is a whole number."""
 
@@ -215,4 +69,92 @@ class Counts(nn.Module):
         count = self.variable("steps", "count", lambda: jnp.zeros((), jnp.int32))
         if not self.use_running_average and not self.is_initializing():
             count.value += 1
+        return x
+
+
+class Stateless(nn.Module):
+    """A norm of one expression."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.of(x)
+
+
+class SowsAside(Stateless):  # for those who look, which no net keeps
+    def of(self, x):
+        self.sow("intermediates", "largest", x.max())
+        return x
+
+
+class FlatNorm(Stateless):
+    def of(self, x):
+        return x.reshape(x.shape[0], -1)
+
+
+class HalfPrecision(Stateless):
+    def of(self, x):
+        return x.astype(jnp.bfloat16)
+
+
+class DropsTheBatch(Stateless):  # of one image it does not
+    def of(self, x):
+        return x.mean(0, keepdims=True)
+
+
+class OneImage(Stateless):
+    def of(self, x):
+        return x.reshape(1, *x.shape[1:])
+
+
+class NoisyNorm(Stateless):  # in evaluation too, without a key
+    def of(self, x):
+        return nn.Dropout(0.1, deterministic=False)(x)
+
+
+class SteepNorm(Stateless):  # finite values, and the gradient of a root at zero
+    def of(self, x):
+        return x + jnp.sqrt(0 * x)
+
+
+class NoGradient(Stateless):  # through a condition JAX differentiates forward alone
+    def of(self, x):
+        return jax.lax.while_loop(lambda x: (x > 1).any(), lambda x: x / 2, x)
+
+
+class IntegerParameter(Stateless):
+    def of(self, x):
+        return x * self.param("scale", lambda key: jnp.ones((), jnp.int32))
+
+
+class KeyAsState(Stateless):
+    def of(self, x):
+        self.variable("noise", "key", lambda: jax.random.key(0))
+        return x
+
+
+class Sows(Stateless):  # a state that grows with each step
+    def of(self, x):
+        self.sow("stats", "largest", x.max())
+        return x
+
+
+class StateOfTheBatch(Stateless):
+    def of(self, x):
+        means = self.variable("stats", "means", jnp.zeros, x.shape[:1])
+        if self.is_mutable_collection("stats"):
+            means.value = x.mean((1, 2, 3))
+        return x
+
+
+class TrainField(nn.Module):  # nothing sets it
+    train: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.BatchNorm(not self.train)(x)
+
+
+class RunningArgument(nn.Module):  # nothing gives it; Flax's own batch norm has such a field
+    @nn.compact
+    def __call__(self, x: jax.Array, use_running_average: bool = False) -> jax.Array:
         return x

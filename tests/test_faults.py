@@ -9,6 +9,7 @@ child runs on one core of its own, so that tries can run side by side.
 
 import dataclasses
 import fcntl
+import io
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from pathlib import Path
 import nets
 import numpy as np
 import pytest
-from helpers import difference
+from helpers import SMALL, difference
 
 from jaxnorm.config import UserError
 from jaxnorm.data import cifar10 as archive
@@ -31,6 +33,7 @@ from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.net import NetFolder
 from jaxnorm.storage.sweep import Sweep
 
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 PATIENCE = 300
 """Seconds after which a child is called hung."""
 TRIES = {"SIGKILL": 50, "SIGTERM": 20, "SIGINT": 5, "full disk": 10, "flipped byte": 18}
@@ -43,21 +46,14 @@ FILES += ("lost.json", "run.json", "sweep.json", "compiled code")
 REFUSED = ("run.json", "sweep.json")
 
 
-def tries(kind):
-    """The tries of a kind; the first is in the slow suite, but for Ctrl-C, which is as SIGTERM."""
-    return pytest.mark.parametrize(
-        "number",
-        [
-            pytest.param(
-                number,
-                marks=[
-                    pytest.mark.faults,
-                    *([pytest.mark.slow] * (number == 0 and kind != "SIGINT")),
-                ],
-            )
-            for number in range(TRIES[kind])
-        ],
-    )
+def tries(*kinds):
+    """The tries of kinds; the first is in the slow suite, except for Ctrl-C, like SIGTERM."""
+    values = []
+    for kind in kinds:
+        for number in range(TRIES[kind]):
+            slow = [pytest.mark.slow] * (number == 0 and kind != "SIGINT")
+            values.append(pytest.param(kind, number, marks=[pytest.mark.faults, *slow]))
+    return pytest.mark.parametrize(("kind", "number"), values)
 
 
 @dataclass(frozen=True)
@@ -77,13 +73,8 @@ class Reference:
 
     def start(self, *arguments: object, **environment: str) -> subprocess.Popen:
         """Starts it with these arguments."""
-        return subprocess.Popen(
-            [*self.command, *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**self.environment, **environment},
-        )
+        command = [*self.command, *map(str, arguments)]
+        return subprocess.Popen(command, **PIPES, env={**self.environment, **environment})
 
     def finish(self, *arguments: object) -> str:
         """Runs it to its end, and returns what it printed."""
@@ -108,20 +99,15 @@ class Reference:
 def reference(request, tmp_path_factory, worker_id):
     """The unbroken run, which the processes of one session share."""
     whole = request.config.option.markexpr == "faults"
-    settings = ["--norm", "batch", "--seeds", "2"]
-    if not whole:
-        settings = ["--norm", "layer", "--arch", "three-layers"]
+    settings = ["--norm", "batch", "--seeds", "2"] if whole else list(SMALL[6:])
     arguments = [*settings, "--dataset", "digits", "--epochs", "2"]
-    shared = tmp_path_factory.getbasetemp()
+    shared, cores = tmp_path_factory.getbasetemp(), sorted(os.sched_getaffinity(0))
     shared = shared.parent if worker_id != "master" else shared
-    cores = sorted(os.sched_getaffinity(0))
-    core = (
-        cores[int(worker_id.removeprefix("gw") or 0) % len(cores)]
-        if "gw" in worker_id
-        else cores[0]
-    )
+    core = cores[int(worker_id[2:]) % len(cores)] if "gw" in worker_id else cores[0]
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    path = shared / "unbroken"
+    if not whole:
+        environment["FIGURES"] = "together"
+    path, times = shared / "unbroken", shared / "seconds.json"
     with (shared / "unbroken.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         first = Reference(RunDirectory(path), arguments, {}, environment, core)
@@ -136,9 +122,8 @@ def reference(request, tmp_path_factory, worker_id):
                 start = time.monotonic()
             process.communicate(timeout=PATIENCE)
             seconds["report"] = time.monotonic() - start
-            (shared / "seconds.json").write_text(json.dumps(seconds))
-    seconds = json.loads((shared / "seconds.json").read_text())
-    return Reference(RunDirectory(path), arguments, seconds, environment, core)
+            times.write_text(json.dumps(seconds))
+    return dataclasses.replace(first, seconds=json.loads(times.read_text()))
 
 
 def nets_of(arguments):
@@ -185,7 +170,7 @@ def kill(reference, number, path, kind):
     """Starts a run and kills it at a moment drawn by the try's number; returns where, the exit code
     and what it said.
 
-    Machines drift, so the moment may lie elsewhere than was meant: see `stopped_politely`.
+    Machines drift, so the moment may lie elsewhere than was meant: see the test of signals.
     """
     draw = random.Random(f"{kind} {number}")
     nets = nets_of(reference.arguments)
@@ -235,37 +220,23 @@ def check(reference, record, kind, where, number, path):
     return complete, kept
 
 
-@tries("SIGKILL")
-def test_sigkill_loses_no_complete_epoch(reference, record, scratch, number):
-    where, code, _ = kill(reference, number, scratch / "run", "SIGKILL")
-    assert code in (-9, 0)  # 0: it had ended
-    complete, kept = check(reference, record, "SIGKILL", where, number, scratch / "run")
-    assert kept == complete
-
-
-def stopped_politely(reference, record, path, number, kind, code):
+@tries("SIGKILL", "SIGTERM", "SIGINT")
+def test_a_signal_loses_no_complete_epoch_and_all_but_a_kill_say_how_to_resume(
+    reference, record, scratch, kind, number
+):
+    path, code = scratch / "run", {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130}[kind]
     where, got, error = kill(reference, number, path, kind)
     # Before the command listens and after it is done, a signal ends Python as any program.
     begun = (path / "run.json").exists()
     idle = not begun or (path / "report.html").exists()
     plainly = got == -getattr(signal, kind) and idle and not error
-    assert got in (code, 0) or plainly, (got, error)
-    if got == code:
+    assert got in (code, 0) or plainly, (got, error)  # 0: it had ended
+    if got == code and kind != "SIGKILL":
         assert error.startswith("error: ")
         assert error.count("\n") == 1
         assert not begun or "--resume" in error or "jaxnorm.report" in error
     complete, kept = check(reference, record, kind, where, number, path)
     assert kept == complete
-
-
-@tries("SIGTERM")
-def test_sigterm_says_how_to_resume(reference, record, scratch, number):
-    stopped_politely(reference, record, scratch / "run", number, "SIGTERM", 143)
-
-
-@tries("SIGINT")
-def test_ctrl_c_says_how_to_resume(reference, record, scratch, number):
-    stopped_politely(reference, record, scratch / "run", number, "SIGINT", 130)
 
 
 def can_mount():
@@ -290,23 +261,18 @@ cp -r "$disk/run" "$disk.kept" 2> /dev/null || true
 
 @tries("full disk")
 def test_a_full_disk_is_one_error_and_resumes_when_there_is_room(
-    reference, record, scratch, number
+    reference, record, scratch, kind, number
 ):
     if not can_mount():
         pytest.skip("needs unshare -rm, to mount a small disk of its own")
-    files = [file for file in reference.directory.path.rglob("*") if file.is_file()]
-    needed = sum(-(-file.stat().st_size // 4096) * 4096 for file in files)
+    sizes = [f.stat().st_size for f in reference.directory.path.rglob("*") if f.is_file()]
+    needed = sum(-(-size // 4096) * 4096 for size in sizes)
     size = int(random.Random(f"disk {number}").uniform(16_384, 0.9 * needed))
     disk = scratch / "disk"
     disk.mkdir()
     command = [*reference.command, *reference.arguments]
-    done = subprocess.run(
-        ["unshare", "-rm", "bash", "-c", FULL, "full", str(size), str(disk), *command],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        env=reference.environment,
-    )
+    alone = ["unshare", "-rm", "bash", "-c", FULL, "full", str(size), str(disk)]
+    done = subprocess.run([*alone, *command], **PIPES, timeout=PATIENCE, env=reference.environment)
     assert done.returncode == 0, done.stderr
     error = (scratch / "disk.error").read_text()
     assert (scratch / "disk.code").read_text() == "1\n", error
@@ -317,7 +283,7 @@ def test_a_full_disk_is_one_error_and_resumes_when_there_is_room(
         (scratch / "disk.kept").rename(scratch / "run")
     ended = REACHED["measuring"](scratch / "run", nets_of(command))
     where = "report" if ended else "training"
-    complete, kept = check(reference, record, "full disk", where, number, scratch / "run")
+    complete, kept = check(reference, record, kind, where, number, scratch / "run")
     assert kept == complete
 
 
@@ -357,7 +323,7 @@ def damage(run, where, draw, sweep):
 
 
 @tries("flipped byte")
-def test_whatever_file_is_damaged_nothing_whole_is_lost(reference, record, scratch, number):
+def test_whatever_file_is_damaged_nothing_whole_is_lost(reference, record, scratch, kind, number):
     """A record of all is refused; one of a net is made again, or left if nothing needs it."""
     where, draw = FILES[number % len(FILES)], random.Random(f"flip {number}")
     if where == "compiled code":
@@ -386,7 +352,7 @@ def test_whatever_file_is_damaged_nothing_whole_is_lost(reference, record, scrat
         shutil.copy(reference.directory.path / file.relative_to(run.path), file)
     kept = kept_of(printed, complete)
     different = difference(run, reference.directory)
-    record("flipped byte", where, number, complete, kept, not different)
+    record(kind, where, number, complete, kept, not different)
     assert different == ""
     assert kept == complete - (where == "newest state")
 
@@ -418,9 +384,6 @@ print(loaded.fingerprint)
 @pytest.fixture(scope="module")
 def pictures(request, tmp_path_factory):
     """An archive of flat images, in the full harness as many as the official one has."""
-    import io
-    import tarfile
-
     per_file = 10_000 if request.config.option.markexpr == "faults" else 500
     path = tmp_path_factory.mktemp("pictures") / "archive.tar.gz"
     rng = np.random.default_rng(1)
@@ -444,18 +407,13 @@ def imported(pictures, tmp_path_factory):
 
 
 def importing(directory, pictures):
-    path, per_file = pictures
-    return subprocess.Popen(
-        [sys.executable, "-c", IMPORT, str(directory / "tfds"), str(path), str(per_file)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "XDG_CACHE_HOME": str(directory / "cache")},
-    )
+    command = [sys.executable, "-c", IMPORT, *map(str, (directory / "tfds", *pictures))]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(directory / "cache")}
+    return subprocess.Popen(command, **PIPES, env=environment)
 
 
 @tries("interrupted import")
-def test_an_interrupted_import_is_done_again(pictures, imported, record, scratch, number):
+def test_an_interrupted_import_is_done_again(pictures, imported, record, scratch, kind, number):
     printed, seconds, _ = imported
     process = importing(scratch, pictures)
     time.sleep(random.Random(f"import {number}").uniform(0, seconds))
@@ -464,14 +422,14 @@ def test_an_interrupted_import_is_done_again(pictures, imported, record, scratch
     again = importing(scratch, pictures)
     output, error = again.communicate(timeout=PATIENCE)
     same = again.returncode == 0 and output == printed
-    record("interrupted import", "import", number, 0, 0, same)
+    record(kind, "import", number, 0, 0, same)
     assert same, error
     assert not (scratch / "tfds" / archive._SCRATCH).exists()
 
 
 @tries("flipped image")
 def test_decoded_images_that_are_damaged_are_decoded_again(
-    pictures, imported, record, scratch, number
+    pictures, imported, record, scratch, kind, number
 ):
     printed, _, directory = imported
     for name in ("tfds", "cache"):

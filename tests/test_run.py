@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from helpers import SMALL, call, difference, epochs_of, losses_of
+from helpers import SMALL, call, difference, epochs_of, error_of, losses_of
 
 import jaxnorm
 from jaxnorm import cli, job, report, run
@@ -54,13 +54,10 @@ def test_help_names_every_setting_and_loads_no_jax():
 def test_every_setting_has_a_flag_and_its_own_default():
     """None or () stand for the recipe's, or for one value."""
     flags = {field.name: field.default for field in dataclasses.fields(run.Settings)}
-    assert flags.keys() == {field.name for field in dataclasses.fields(Config)} - {
-        "usual_batch",
-        "untuned",
-    }
-    recipes = {*OF_RECIPE, *OF_NORMS}
-    assert {name for name, default in flags.items() if default in (None, ())} == recipes
+    settings = {field.name for field in dataclasses.fields(Config)}
+    assert flags.keys() == settings - {"usual_batch", "untuned"}
     given = {name: default for name, default in flags.items() if default not in (None, ())}
+    assert flags.keys() - given.keys() == {*OF_RECIPE, *OF_NORMS}
     assert given == {name: getattr(Config(), name) for name in given}
 
 
@@ -81,59 +78,27 @@ def test_a_terminal_that_knows_no_signs_shows_others(monkeypatch):
     assert "30?30?4" in terminal.read()
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("--norm", "weight"),
-        ("--norm", "weight", "--arch", "matched"),
-        ("--norm", "json:loads", "--arch", "matched"),
-        ("--norm", "nowhere:Norm", "--arch", "matched"),
-        ("--arch", "resnet"),
-        ("--dataset", "none.npz"),
-        ("--seed", "2147483648"),
-        ("--dropout", "0.99999999999"),
-        ("--norm", "rms"),
-        ("--epochs", "0"),
-        ("--epochs", "-1"),
-        ("--epochs", "many"),
-        ("--epochs", "1.5"),
-        ("--batch-size", "16", "32.5"),
-        ("--mesh", "2"),
-        ("--batch-size", "1438"),
-        ("--norm", "group", "--groups", "3"),
-        ("--learning-rate", "nan"),
-        ("--seeds", "0"),
-        ("--validation", "1437"),
-        ("--validation", "1420"),
-        ("--archive", "no.tar.gz", "--dataset", "cifar10"),
-        ("--archive", "no.tar.gz"),
-        ("--dataset", "cifar11"),
-        ("--out", "used"),
-        ("--out", "used/file"),
-        ("--out", "used/file/in"),
-        ("--out", "/proc/nowhere"),
-        ("--out", "gs://bucket/run"),
-        ("--out", "~nosuchuser/run"),
-        ("--resume", "s3://bucket/run"),
-        ("--data-dir", "~nosuchuser/tfds"),
-        ("--archive", "gs://bucket/cifar-10-binary.tar.gz"),
-        ("--bogus",),
-        ("stray",),
-        ("--summary", "--norm", "group", "--groups", "5"),
-    ],
-    ids=" ".join,
-)
-def test_a_mistake_is_one_line_exit_code_2_and_leaves_nothing(inside, arguments, capsys):
+MISTAKES = """
+--norm weight; --norm weight --arch matched; --norm json:loads --arch matched; --norm rms
+--norm nowhere:Norm --arch matched; --norm group --groups 3; --summary --norm group --groups 5
+--arch resnet; --dataset none.npz; --dataset cifar11; --epochs 0; --epochs many; --epochs 1.5
+--batch-size 16 32.5; --batch-size 1438; --mesh 2; --learning-rate nan; --dropout 0.99999999999
+--validation 1437; --validation 1420; --archive no.tar.gz --dataset cifar10; --archive no.tar.gz
+--archive gs://bucket/cifar-10-binary.tar.gz; --out used; --out used/file; --out used/file/in
+--out /proc/nowhere; --out gs://bucket/run; --out ~nosuchuser/run; --resume s3://bucket/run
+--data-dir ~nosuchuser/tfds; --bogus; stray
+"""
+
+
+@pytest.mark.parametrize("line", MISTAKES.replace(";", "\n").split("\n")[1:-1], ids=str.strip)
+def test_a_mistake_is_one_line_exit_code_2_and_leaves_nothing(inside, line, capsys):
+    arguments = line.split()
     (inside / "used").mkdir()
     (inside / "used" / "file").write_text("x")
     before = sorted(inside.rglob("*"))
     extra = () if "--dataset" in arguments or "--summary" in arguments else ("--dataset", "digits")
     assert call(*arguments, *extra) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    assert "JAX" not in captured.err
-    assert not captured.out
+    assert "JAX" not in error_of(capsys)
     assert sorted(inside.rglob("*")) == before
 
 
@@ -150,19 +115,15 @@ def test_a_mistake_is_one_line_exit_code_2_and_leaves_nothing(inside, arguments,
 )
 def test_what_is_no_flag_is_told_where_the_flags_are(arguments, wrong, capsys):
     assert call(*arguments) == 2
-    error = capsys.readouterr().err
-    assert wrong in error
-    assert error.endswith("; --help lists what each flag takes\n")
+    assert f"{wrong} --help lists what each flag takes\n" in error_of(capsys)
 
 
-def test_a_read_only_directory_is_refused(inside, capsys, monkeypatch):
-    monkeypatch.setattr("os.access", lambda path, mode: False)
-    assert call("--dataset", "digits", "--out", "new/run") == 2
+def test_a_read_only_directory_or_one_that_is_gone_is_said(inside, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda path, mode: False)
+        assert call("--dataset", "digits", "--out", "new/run") == 2
     assert "writable" in capsys.readouterr().err
     assert list(inside.iterdir()) == []
-
-
-def test_a_working_directory_that_is_gone_is_said(inside, monkeypatch, capsys):
     (inside / "gone").mkdir()
     monkeypatch.chdir(inside / "gone")
     (inside / "gone").rmdir()
@@ -179,7 +140,7 @@ def test_the_home_folder_is_meant_by_a_tilde_in_every_path(
     assert f"--out {path} is already used" in capsys.readouterr().err
     assert call("--resume=~/made", "--summary") == 0
     monkeypatch.setattr(figures, "FIGURES", ())
-    assert cli.run(report.app, ["~/made", "~/made", "--out", "~/page.html"]) == 0
+    assert call("~/made", "~/made", "--out", "~/page.html", app=report.app) == 0
     assert (inside / "page.html").exists()
     with pytest.raises(UserError, match="has no checkpoint of layer norm, seed 1"):
         runner.load_model("~/made", "layer", 1)
@@ -199,9 +160,7 @@ def test_a_variable_that_jax_does_not_take_is_named(inside, monkeypatch, capsys)
 
     monkeypatch.setattr(job, "start", refuse)
     assert call("--dataset", "digits") == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: JAX does not take the environment: Invalid value")
-    assert error.count("\n") == 1
+    assert "error: JAX does not take the environment: Invalid value" in error_of(capsys)
 
 
 def test_runs_that_begin_in_one_second_have_folders_of_their_own(
@@ -223,64 +182,63 @@ def test_runs_that_begin_in_one_second_have_folders_of_their_own(
     assert made == [name, f"{name}-2", f"{name}-3"]
 
 
-EVERY_FIGURE = figures.FIGURES
-
-
-def test_a_run_prints_a_line_an_epoch_and_the_table(inside, tiny_by_name, capsys, monkeypatch):
-    monkeypatch.setattr(figures, "FIGURES", EVERY_FIGURE)
+def test_a_run_prints_a_line_an_epoch_and_the_table_and_a_quiet_one_the_table(
+    inside, tiny_by_name, capsys
+):
     assert call(*SMALL, "--out", "a run") == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert lines[0] == "tiny: 70 training and 22 test images, from drawn"
-    assert lines[1].startswith("   layer  epoch  1/1  train loss ")
-    for part in ("train loss", "test loss", "accuracy", "%", " s"):
-        assert part in lines[1]
+    assert re.match("   layer  epoch  1/1  train loss .*test loss .*accuracy.*%.* s", lines[1])
     assert "132" in lines[3]
     assert lines[4].startswith("tiny; three-layers nets, 1 epoch, batch 35, seed 1, n = 1; cpu")
-    assert lines[5].startswith("the report is a run/report.html; 13 figures")
+    assert lines[5].startswith("the report is a run/report.html; 2 figures")
     assert captured.err == ""
     (epoch,) = epochs_of(RunDirectory("a run"))
     assert f"{epoch.test_accuracy:.2%}" in lines[3]
     assert epoch.validation_loss is None
     assert call(*SMALL, "--out", "a run") == 2
+    error_of(capsys)
+    assert call(*SMALL, "--quiet") == 0
+    assert capsys.readouterr() == ("\n".join([*lines[2:5], ""]), "")
+    (made,) = (inside / "runs").iterdir()
+    assert made.name.endswith("-three-layers-layer-tiny")
 
 
 def test_several_seeds_say_which_and_how_long_it_takes(inside, tiny_by_name, capsys):
     flags = (*SMALL, "--skip-self-check", "--seeds", "2", "--validation", "35", "--tensorboard")
     assert call(*flags, "--out", "x") == 0
     captured = capsys.readouterr().out
-    lines = captured.splitlines()
-    assert lines[1].startswith("   layer  seed 1  epoch  1/1  train loss ")
-    assert "validation accuracy" in lines[1]
-    assert lines[1].endswith(" min left") or lines[1].endswith("under a minute left")
-    assert lines[2].startswith("   layer  seed 2  epoch  1/1")
-    assert lines[2].endswith("under a minute left")  # of measuring it, and of the report
+    first, second = captured.splitlines()[1:3]
+    assert first.startswith("   layer  seed 1  epoch  1/1  train loss ")
+    assert "validation accuracy" in first
+    assert first.endswith((" min left", "under a minute left"))
+    assert second.startswith("   layer  seed 2  epoch  1/1")
+    assert second.endswith("under a minute left")  # of measuring it, and of the report
     assert "n = 2 seeds (1 to 2), mean \N{PLUS-MINUS SIGN} standard deviation" in captured
     names = {path.name for path in (inside / "x" / "tensorboard").iterdir()}
     assert names == {"layer-1", "layer-2"}
-    assert (inside / "x" / "report.html").exists()
 
 
 def test_the_time_left_in_words():
-    assert callbacks._time_left(20) == ", under a minute left"
-    assert callbacks._time_left(150) == ", about 2 min left"
-    assert callbacks._time_left(3660) == ", about 1 h 1 min left"
+    words = [callbacks._time_left(seconds) for seconds in (20, 150, 3660)]
+    assert words == [", under a minute left", ", about 2 min left", ", about 1 h 1 min left"]
 
 
-def test_without_the_tensorboard_extra_nothing_is_begun(inside, tiny_by_name, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("tensorboardX", "pip install"),
+        ("matplotlib", "Matplotlib, which draws the report, does not start"),
+    ],
+)
+def test_without_what_it_will_need_nothing_is_begun(
+    inside, tiny_by_name, capsys, monkeypatch, module, message
+):
+    monkeypatch.setitem(sys.modules, module, None)
     assert call(*SMALL, "--tensorboard") == 2
-    assert "pip install" in capsys.readouterr().err
+    assert message in error_of(capsys)
     assert list(inside.iterdir()) == []
-
-
-def test_quiet_prints_the_table_alone(inside, tiny_by_name, capsys):
-    assert call(*SMALL, "--quiet") == 0
-    captured = capsys.readouterr()
-    assert len(captured.out.splitlines()) == 3  # head, norm, conditions
-    assert captured.err == ""
-    (made,) = (inside / "runs").iterdir()
-    assert made.name.endswith("-three-layers-layer-tiny")
 
 
 def test_without_probes_a_run_is_whole_and_stays_so(inside, tiny_by_name, capsys):
@@ -295,94 +253,56 @@ def test_without_probes_a_run_is_whole_and_stays_so(inside, tiny_by_name, capsys
 
 
 def test_a_loss_that_turns_nan_is_exit_code_1(inside, tiny_by_name, capsys):
-    assert call(*SMALL, "--learning-rate", "1e30", "--out", "x") == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: the training loss of layer norm, seed 1, is")
-    assert "epoch" in error
-    assert "step" in error
-    assert error.count("\n") == 1
+    assert call(*SMALL, "--learning-rate", "1e30", "--skip-self-check", "--out", "x") == 1
+    error = error_of(capsys, after_output=True)
+    assert re.match("error: the training loss of layer norm, seed 1, is .* epoch .* step", error)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("--norm", "weight"),
-        ("--norm", "group", "--groups", "3"),
-        ("--mesh", "2"),
-        ("--mesh", "seed=99"),
-    ],
-    ids=" ".join,
-)
+@pytest.mark.parametrize("line", ["--norm weight", "--groups 3", "--mesh 2", "--mesh seed=99"])
 def test_what_is_wrong_whatever_the_data_is_is_said_before_a_download(
-    inside, arguments, monkeypatch, capsys
+    inside, line, monkeypatch, capsys
 ):
     monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("loaded"))
-    assert call(*arguments) == 2
-    assert f"error: {' '.join(arguments[-2:])}" in capsys.readouterr().err
+    assert call(*line.split()) == 2
+    assert f"error: {line}" in capsys.readouterr().err
+
+
+WHILE_TRAINING = "resume it with: python -m jaxnorm.run --resume 'a run'\n"
+AFTERWARDS = "the nets are trained and safe in a run: python -m jaxnorm.report 'a run' makes it\n"
+FULL = OSError(28, "No space left on device", "x")
+FAILED = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB")
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "text"),
+    ("way_on", "error", "code", "text"),
     [
-        (signals.Stopped(2), 130, "interrupted"),
-        (signals.Stopped(15), 143, "terminated"),
-        (OSError(28, "No space left on device", "x"), 1, "x: No space left on device"),
-        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB"), 1, "the device failed: RESOURCE"),
+        (WHILE_TRAINING, signals.Stopped(2), 130, "interrupted"),
+        (WHILE_TRAINING, signals.Stopped(15), 143, "terminated"),
+        (WHILE_TRAINING, FULL, 1, "x: No space left on device"),
+        (WHILE_TRAINING, FAILED, 1, "the device failed: RESOURCE"),
+        (AFTERWARDS, signals.Stopped(15), 143, "terminated"),
+        (AFTERWARDS, FULL, 1, "No space left on device"),
+        (AFTERWARDS, UserError("examples.npz is damaged"), 1, "(examples.npz is damaged)"),
+        (AFTERWARDS, RuntimeError("no latex"), 1, "RuntimeError: no latex"),
     ],
 )
-def test_what_happens_to_a_run_has_its_exit_code(
-    inside, tiny_by_name, monkeypatch, capsys, error, code, text
+def test_what_ends_a_run_has_its_exit_code_and_a_way_on(
+    inside, tiny_by_name, monkeypatch, capsys, way_on, error, code, text
 ):
-    def stop(*_, **__):
+    """A report that fails after training looks like no lost run."""
+
+    def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(runner, "run", stop)
-    assert call(*SMALL, "--out", "x") == code
-    printed = capsys.readouterr().err
-    assert text in printed
-    assert "resume it with: python -m jaxnorm.run --resume x" in printed
-    assert printed.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "text"),
-    [
-        (RuntimeError("latex could not be found"), 1, "RuntimeError: latex could not be found"),
-        (UserError("examples.npz is damaged"), 1, "(examples.npz is damaged)"),
-        (OSError(28, "No space left on device"), 1, "No space left on device"),
-        (signals.Stopped(15), 143, "terminated"),
-    ],
-)
-def test_a_report_that_fails_after_training_looks_like_no_lost_run(
-    inside, tiny_by_name, monkeypatch, capsys, error, code, text
-):
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(runner, "run", lambda sweep, *_: True)
-    monkeypatch.setattr(Sweep, "ended", lambda *_: True)
+    monkeypatch.setattr(runner, "run", fail if way_on == WHILE_TRAINING else lambda sweep, *_: True)
+    monkeypatch.setattr(Sweep, "ended", lambda *_: way_on == AFTERWARDS)
     monkeypatch.setattr(results, "save_examples", fail)
     assert call(*SMALL, "--skip-self-check", "--out", "a run") == code
-    printed = capsys.readouterr().err
+    printed = error_of(capsys, after_output=True)
     assert text in printed
-    way_on = "the nets are trained and safe in a run: python -m jaxnorm.report 'a run' makes it\n"
     assert printed.endswith(way_on)
-    assert "--resume" not in printed
-    assert printed.count("\n") == 1
-
-
-def test_how_to_report_a_sweep_makes_its_table(inside):
-    hint = job._how_to_report(Sweep("s", product(study, {}, {"batch_size": (35, 70)})))
-    assert hint.endswith("python -m jaxnorm.run --resume s makes it")
-
-
-def test_where_matplotlib_does_not_start_nothing_is_trained(
-    inside, tiny_by_name, monkeypatch, capsys
-):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert call(*SMALL) == 2
-    assert "Matplotlib, which draws the report, does not start" in capsys.readouterr().err
-    assert list(inside.iterdir()) == []
+    sweep = Sweep("s", product(study, {}, {"batch_size": (35, 70)}))
+    assert job._how_to_report(sweep).endswith("python -m jaxnorm.run --resume s makes it")
 
 
 def test_a_wrong_operator_stops_it_unless_the_check_is_skipped(
@@ -393,9 +313,8 @@ def test_a_wrong_operator_stops_it_unless_the_check_is_skipped(
     monkeypatch.setattr(convolution, "_kernel_gradient", lambda *arguments: -original(*arguments))
     wrong = (*SMALL, "--momentum", "0.913", "--out", "x")
     assert call(*wrong) == 1
-    printed = capsys.readouterr().err
-    assert printed.startswith("error: one training step of layer norm")
-    assert printed.count("\n") == 1
+    error = error_of(capsys, after_output=True)
+    assert error.startswith("error: one training step of layer norm")
     assert not (inside / "x").exists()
     assert call(*wrong, "--skip-self-check", "--quiet") == 0
     assert RunDirectory("x").info().environment.self_check == "skipped (--skip-self-check)"
@@ -413,12 +332,12 @@ def test_what_a_recipe_turns_on_a_flag_turns_off(monkeypatch):
 
 def test_settings_become_flags_in_errors_and_what_looks_like_one_stays():
     text = Text(Setting("batch_size", 71), " is larger: give ", Setting("out"), ", or size=123; ")
-    text = Text(*text.parts, Setting("allow_large", True), " trains 'seed=4,batch=2'")
-    assert text == "batch_size=71 is larger: give out=, or size=123; allow_large=True trains " + (
-        "'seed=4,batch=2'"
+    text = Text(*text.parts, Setting("allow_large", True), " trains 'seed=4'")
+    assert text == (
+        "batch_size=71 is larger: give out=, or size=123; allow_large=True trains 'seed=4'"
     )
-    wanted = "--batch-size 71 is larger: give --out, or size=123; --allow-large trains "
-    assert cli.as_flags(text) == cli.as_flags(UserError(*text.parts)) == wanted + "'seed=4,batch=2'"
+    wanted = "--batch-size 71 is larger: give --out, or size=123; --allow-large trains 'seed=4'"
+    assert cli.as_flags(text) == cli.as_flags(UserError(*text.parts)) == wanted
     assert cli.as_flags(ValueError("size=123")) == "size=123"
 
 
@@ -458,18 +377,19 @@ def test_the_bar_shows_what_is_done_on_a_terminal_alone(capsys, monkeypatch):
 def test_digits_from_the_shell_without_tensorflow_or_network_cold_and_warm(inside, monkeypatch):
     """A process of its own, as a user has it, twice: the second loads what the first compiled."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(inside / "cache"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)  # JAX sets it in this process
     code = (
         "import sys; from jaxnorm import cli, run; used = []; "
         "network = ('socket.connect', 'socket.getaddrinfo', 'socket.sendto'); "
         "sys.addaudithook(lambda event, _: event in network and used.append(event)); "
-        "code = cli.run(run.app, sys.argv[1:]); "
+        "import nets; code = cli.run(run.app, sys.argv[1:]); "
         "sys.exit(4 if used else 3 if 'tensorflow' in sys.modules else code)"
     )
     compiled = []
     for name in ("cold", "warm"):
-        arguments = ["--norm", "batch", "--dataset", "digits", "--epochs", "2", "--out", name]
+        arguments = ["--dataset", "digits", "--epochs", "1", *SMALL[4:], "--out", name]
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True)
         assert done.returncode == 0, done.stderr
         progress = re.compile(r"[a-z ,0-9:]+ \(\d+ s\)")  # every five seconds, no warning
@@ -478,15 +398,12 @@ def test_digits_from_the_shell_without_tensorflow_or_network_cold_and_warm(insid
     assert compiled[0]
     assert compiled[0] == compiled[1]
     cold, warm = (RunDirectory(inside / name) for name in ("cold", "warm"))
-    first, second = epochs_of(cold)
-    assert second.train_loss < first.train_loss
-    assert second.test_accuracy > 0.5
-    assert losses_of(cold, ("batch", 1)).shape == (90,)
+    assert losses_of(cold, ("layer", 1)).shape == (42,)
     assert difference(cold, warm) == ""
 
 
 @pytest.mark.slow
-def test_layer_norm_reads_digits_under_every_seed():
+def test_layer_norm_reads_digits_under_two_seeds():
     """The newcomer's table: the norm whose last epoch jumps most, with the digits' own settings."""
-    fits = jaxnorm.fit(study(norm="layer", dataset="digits", seeds=3), data.load("digits"))
+    fits = jaxnorm.fit(study(norm="layer", dataset="digits", seeds=2), data.load("digits"))
     assert min(fit.epochs[-1].test_accuracy for fit in fits.values()) > 0.95

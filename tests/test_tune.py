@@ -1,20 +1,19 @@
 """The command that tunes: the same drawn trials for each norm, judged on held-out images."""
 
+from functools import partial
+
+import helpers
 import numpy as np
 import pytest
+from helpers import error_of
 
-from jaxnorm import cli, tune
+from jaxnorm import tune
 from jaxnorm.analysis import sweeps
 from jaxnorm.analysis.results import Run
-from jaxnorm.data import datasets
 from jaxnorm.storage.sweep import Sweep
 from jaxnorm.tune import Trials
 
-
-def call(*arguments) -> int:
-    return cli.run(tune.app, [str(argument) for argument in arguments])
-
-
+call = partial(helpers.call, app=tune.app)
 FLAGS = ("--dataset", "tiny", "--arch", "three-layers", "--epochs", "1", "--batch-size", "25")
 FLAGS += ("--norm", "batch,layer", "--validation", "20", "--trials", "3")
 FLAGS += ("--skip-self-check", "--quiet")
@@ -28,9 +27,8 @@ def test_trials_are_drawn_by_the_seed_one_in_each_part_of_the_range():
 
 
 def test_every_norm_has_the_same_trials_and_the_best_on_held_out_images_wins(
-    scratch, tiny, monkeypatch, capsys
+    scratch, tiny_by_name, capsys
 ):
-    monkeypatch.setitem(datasets.SOURCES, "tiny", lambda: tiny)
     out = scratch / "t"
     assert call(*FLAGS, "--highest", "0.1", "--out", out) == 0
     runs = [Run(directory) for directory in Sweep.open(out).directories]
@@ -61,8 +59,7 @@ def test_summary_prints_the_layer_tables_and_trains_nothing(scratch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "count"),
-    [((), 5_000), (("--dataset", "digits"), 144), (("--validation", "7"), 7)],
+    ("flags", "count"), [((), 5_000), (("--dataset", "digits"), 144), (("--validation", "7"), 7)]
 )
 def test_a_tenth_of_the_training_images_is_held_out(flags, count, monkeypatch):
     begun = []
@@ -80,15 +77,9 @@ def test_a_tenth_of_the_training_images_is_held_out(flags, count, monkeypatch):
         (("--learning-rate", "0.1"), "--learning-rate"),
         (("--weight-decay", "0", "0.001"), "--weight-decay 0.0 0.001: a tuning takes one value"),
         (("--resume", "t", "--trials=12"), "--trials conflicts with --resume"),
-        (
-            ("--trials", "50", "--lowest", "0.1", "--highest", "0.101"),
-            "--trials 50 has 2 different learning rates of three digits between --lowest 0.1",
-        ),
-        (("--trials", "1000"), "different learning rates of three digits"),
+        (("--trials", "1000"), "--trials 1000 has 847 different learning rates of three digits"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, capsys):
     assert call(*arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert message in error_of(capsys)

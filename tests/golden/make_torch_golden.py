@@ -8,6 +8,7 @@ seeds, so only results are stored. Dropout is off: its masks are each library's 
 Made with PyTorch 2.13.0 (CPU), float64 rounded to float32.
 """
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -17,64 +18,29 @@ STEPS, BATCH, KEPT = 3, 12, 256
 SEEDS = {"residual-batch": 13, "standardized-batch": 29}
 MEAN, DEVIATION = np.array([0.4914, 0.4822, 0.4465]), np.array([0.2470, 0.2435, 0.2616])
 
-WIDE = {
-    "C1": (3, 16),
-    "C2": (16, 32),
-    "c3": (32, 8),
-    "C4": (8, 16),
-    "C5": (16, 32),
-    "C6": (32, 64),
-    "c7": (64, 8),
-    "C8": (8, 16),
-    "C9": (16, 32),
-    "C10": (32, 32),
-    "c11": (32, 10),
-}
-NARROW = {
-    "C1": (3, 4),
-    "C2": (4, 4),
-    "c3": (4, 4),
-    "C4": (4, 8),
-    "C5": (8, 16),
-    "C6": (16, 16),
-    "c7": (16, 8),
-    "C8": (8, 16),
-    "C9": (16, 16),
-    "C10": (16, 32),
-    "c11": (32, 10),
-}
-RESIDUAL = {
-    "C1": (3, 16),
-    "C2": (16, 16),
-    "C3": (16, 16),
-    "C4": (16, 32),
-    "C5": (32, 32),
-    "C6": (32, 32),
-    "C7": (32, 64),
-    "c8": (128, 10),
-}
-PAD_BATCH = {"C1": 1, "C2": 1, "c3": 1, "C8": 1, "C9": 1, "C10": 1}
-PAD_OTHER = {"C4": 1, "C5": 1, "C6": 1, "C8": 1, "C9": 1}
-SIDES = {
-    "C1": 30,
-    "C2": 28,
-    "C4": 14,
-    "C5": 14,
-    "C6": 14,
-    "C8": 7,
-    "C9": 7,
-    "C10": 5,
-}  # of the group and layer nets' outputs
+
+def chain(names: str, *channels: int) -> dict[str, tuple[int, int]]:
+    """Layers and their channels in and out: each takes what the one before it gives."""
+    return dict(zip(names.split(), itertools.pairwise(channels), strict=True))
+
+
+STUDY = "C1 C2 c3 C4 C5 C6 c7 C8 C9 C10 c11"
+WIDE = chain(STUDY, 3, 16, 32, 8, 16, 32, 64, 8, 16, 32, 32, 10)
+NARROW = chain(STUDY, 3, 4, 4, 4, 8, 16, 16, 8, 16, 16, 32, 10)
+RESIDUAL = chain("C1 C2 C3 C4 C5 C6 C7", 3, 16, 16, 16, 32, 32, 32, 64) | {"c8": (128, 10)}
+PAD_BATCH = dict.fromkeys(("C1", "C2", "c3", "C8", "C9", "C10"), 1)
+PAD_OTHER = dict.fromkeys(("C4", "C5", "C6", "C8", "C9"), 1)
+PAD_ALL = dict.fromkeys(RESIDUAL, 1) | {"c8": 0}
+SIDES = {"C1": 30, "C2": 28, "C4": 14, "C5": 14, "C6": 14, "C8": 7, "C9": 7, "C10": 5}
+"""Of the group and layer nets' outputs."""
 NETS = {
     "original-batch": (WIDE, PAD_BATCH),
     "original-group": (WIDE, PAD_OTHER),
     "original-layer": (NARROW, PAD_OTHER),
-} | {f"matched-{norm}": (WIDE, PAD_OTHER) for norm in ("batch", "group", "layer")}
-NETS |= {
-    f"residual-{norm}": (RESIDUAL, {f"C{i}": 1 for i in range(1, 8)})
-    for norm in ("batch", "group", "layer", "pixel")
+    **{f"matched-{norm}": (WIDE, PAD_OTHER) for norm in ("batch", "group", "layer")},
+    **{f"residual-{norm}": (RESIDUAL, PAD_ALL) for norm in ("batch", "group", "layer", "pixel")},
+    **{f"standardized-{norm}": (RESIDUAL, PAD_ALL) for norm in ("batch", "group", "layer")},
 }
-NETS |= {f"standardized-{norm}": NETS[f"residual-{norm}"] for norm in ("batch", "group", "layer")}
 """The last three are the tuned recipe's: residual nets whose kernels are standardized."""
 
 
@@ -107,9 +73,8 @@ def draw_batches(net: str) -> tuple[np.ndarray, np.ndarray]:
     """
     rng = np.random.default_rng(SEEDS.get(net, 12))
     coarse = rng.integers(0, 256, (STEPS + 1, BATCH, 8, 8, 3)).repeat(4, 2).repeat(4, 3)
-    return np.clip(coarse + rng.integers(-20, 21, (*coarse.shape[:2], 32, 32, 3)), 0, 255).astype(
-        np.uint8
-    ), rng.integers(0, 10, (STEPS + 1, BATCH))
+    noisy = coarse + rng.integers(-20, 21, (*coarse.shape[:2], 32, 32, 3))
+    return np.clip(noisy, 0, 255).astype(np.uint8), rng.integers(0, 10, (STEPS + 1, BATCH))
 
 
 def sample(values: np.ndarray) -> np.ndarray:
@@ -139,20 +104,14 @@ def make(net: str) -> dict[str, np.ndarray]:
     class TorchNet(nn.Module):
         def __init__(self):
             super().__init__()
-            self.convs = nn.ModuleDict(
-                {
-                    layer: (Standardized if net.startswith("standardized") else nn.Conv2d)(
-                        *io,
-                        1 if layer.startswith("c") else 3,
-                        padding=padding.get(layer, 0),
-                        bias=False,
-                    )
-                    for layer, io in channels.items()
-                }
-            )
-            self.norms = nn.ModuleDict(
-                {layer: self.norm(layer, channels[layer][1]) for layer in normed(net)}
-            )
+            conv = Standardized if net.startswith("standardized") else nn.Conv2d
+            self.convs, self.norms = nn.ModuleDict(), nn.ModuleDict()
+            for layer, io in channels.items():
+                pad = padding.get(layer, 0)
+                side = 1 if layer.startswith("c") else 3
+                self.convs[layer] = conv(*io, side, padding=pad, bias=False)
+                if layer in normed(net):
+                    self.norms[layer] = self.norm(layer, io[1])
 
         def norm(self, layer, width):
             kind = net.partition("-")[2]
@@ -162,11 +121,9 @@ def make(net: str) -> dict[str, np.ndarray]:
                 return nn.GroupNorm(4, width)
             if kind == "pixel":
                 return nn.LayerNorm(width)
-            return (
-                nn.LayerNorm([width, SIDES[layer], SIDES[layer]])
-                if net == "original-layer"
-                else nn.GroupNorm(1, width)
-            )
+            if net == "original-layer":
+                return nn.LayerNorm([width, SIDES[layer], SIDES[layer]])
+            return nn.GroupNorm(1, width)
 
         def normalized(self, layer, x):
             x = self.convs[layer](x)
@@ -186,10 +143,8 @@ def make(net: str) -> dict[str, np.ndarray]:
                 x = self.block("C4", nn.functional.max_pool2d(x, 2, 2))
                 x = nn.functional.max_pool2d(self.residual_block("C5", "C6", x), 2, 2)
                 x = self.block("C7", x)
-                x = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
-                return nn.functional.log_softmax(
-                    self.convs["c8"](x[..., None, None]).flatten(1), -1
-                )
+                x = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)[..., None, None]
+                return nn.functional.log_softmax(self.convs["c8"](x).flatten(1), -1)
             x = self.block("C2", self.block("C1", x))
             x = nn.functional.max_pool2d(torch.relu(self.convs["c3"](x)), 2, 2)
             x = self.block("C6", self.block("C5", self.block("C4", x)))
@@ -211,10 +166,8 @@ def make(net: str) -> dict[str, np.ndarray]:
     for layer in channels:
         named[f"{layer}/kernel"] = model.convs[layer].weight
         if layer in normed(net):
-            named[f"{layer}_norm/scale"], named[f"{layer}_norm/bias"] = (
-                model.norms[layer].weight,
-                model.norms[layer].bias,
-            )
+            named[f"{layer}_norm/scale"] = model.norms[layer].weight
+            named[f"{layer}_norm/bias"] = model.norms[layer].bias
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(to_torch(drawn[name]))
@@ -231,28 +184,22 @@ def make(net: str) -> dict[str, np.ndarray]:
         losses.append(loss.item())
         if step == 0:
             results["log_probabilities"] = outputs.detach().numpy().astype(np.float32)
-            results |= {
-                f"gradient/{name}": sample(to_flax(parameter.grad))
-                for name, parameter in named.items()
-            }
+            for name, parameter in named.items():
+                results[f"gradient/{name}"] = sample(to_flax(parameter.grad))
         optimizer.step()
     results["losses"] = np.array(losses, np.float32)
-    results |= {
-        f"parameter/{name}": sample(to_flax(parameter)) for name, parameter in named.items()
-    }
-    if net.endswith("batch"):
-        for layer in normed(net):
-            results[f"mean/{layer}_norm"] = (
-                model.norms[layer].running_mean.numpy().astype(np.float32)
-            )
-            results[f"var/{layer}_norm"] = model.norms[layer].running_var.numpy().astype(np.float32)
+    for name, parameter in named.items():
+        results[f"parameter/{name}"] = sample(to_flax(parameter))
+    for layer in normed(net) if net.endswith("batch") else ():
+        norm = model.norms[layer]
+        for name, average in (("mean", norm.running_mean), ("var", norm.running_var)):
+            results[f"{name}/{layer}_norm"] = average.numpy().astype(np.float32)
     model.eval()
     results["evaluated"] = model(inputs[STEPS]).detach().numpy().astype(np.float32)
     return {f"{net}:{name}": value for name, value in results.items()}
 
 
 if __name__ == "__main__":
-    np.savez_compressed(
-        GOLDEN, **{name: value for net in NETS for name, value in make(net).items()}
-    )
+    arrays = {name: value for net in NETS for name, value in make(net).items()}
+    np.savez_compressed(GOLDEN, **arrays)
     print(f"wrote {GOLDEN.name}: {GOLDEN.stat().st_size:,} bytes")

@@ -42,23 +42,19 @@ def fingerprints(scratch, monkeypatch):
     return of
 
 
-def test_a_change_of_the_class_or_of_a_base_changes_the_source(fingerprints):
-    source, program = fingerprints(MINE)
-    assert fingerprints(MINE) == (source, program)
-    for change in (("* self", "*  self"), ("return 2.0", "return 2.5")):
-        assert fingerprints(MINE.replace(*change))[0] != source
-
-
-def test_what_the_class_calls_changes_the_program_alone(fingerprints):
-    source, program = fingerprints(MINE)
-    changed = fingerprints(MINE.replace("x + 1.0", "x + 1.25"))
-    assert changed[0] == source
-    assert changed[1] != program
-
-
-def test_what_else_is_in_the_file_changes_nothing(fingerprints):
-    wanted = fingerprints(MINE)
-    assert fingerprints(MINE.replace("class Other", "\n\n# Another.\nclass Another")) == wanted
+@pytest.mark.parametrize(
+    ("change", "source", "program"),
+    [
+        (("* self", "*  self"), False, True),
+        (("return 2.0", "return 2.5"), False, False),  # of a base
+        (("x + 1.0", "x + 1.25"), True, False),  # of a function that it calls
+        (("class Other", "\n\n# Another.\nclass Another"), True, True),
+    ],
+)
+def test_source_and_program_change_with_what_they_are_of(fingerprints, change, source, program):
+    before = fingerprints(MINE)
+    after = fingerprints(MINE.replace(*change))
+    assert [a == b for a, b in zip(before, after, strict=True)] == [source, program]
 
 
 def test_a_class_of_a_notebook_is_known_by_its_methods(fingerprints, monkeypatch):

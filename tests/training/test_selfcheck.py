@@ -38,12 +38,15 @@ def test_a_right_installation_passes(tiny, monkeypatch, changes, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "precision"), [(study, "bfloat16"), (tuned, "float32")])
-def test_the_residual_net_passes_on_digits(recipe, precision):
+@pytest.mark.parametrize(
+    ("recipe", "arch", "precision"),
+    [(study, "every-kind", "bfloat16"), (tuned, "residual", "float32")],
+)
+def test_a_residual_net_passes_on_digits(recipe, arch, precision):
     """Its last batch has 29 images, over which XLA rounds a maximum's input in two ways; and the
     variances behind standardized kernels are near the initial averages.
     """
-    config = recipe(norm="batch", arch="residual", dataset="digits", precision=precision)
+    config = recipe(norm="batch", arch=arch, dataset="digits", precision=precision)
     selfcheck.self_check(Experiment([config], load("digits")))
 
 
