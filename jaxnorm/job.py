@@ -65,7 +65,7 @@ def start(requested: list[Config], options: "Options", tunes: bool = False) -> i
     unverified = any(info and info.dataset.verified is False for info in infos)
     dataset = _load(configs[0], options, unverified)
     before = [info.environment.mesh if info else None for info in infos]
-    experiment = Experiment(configs, dataset, mesh, before)
+    experiment = Experiment(configs, dataset, mesh, before, measures=options.probes)
     if not resumes and share.count == 1:
         out = _made(out, options, requested[0])
     sweep = Sweep(out, configs)
@@ -73,7 +73,7 @@ def start(requested: list[Config], options: "Options", tunes: bool = False) -> i
         counts = len(dataset.train_labels), len(dataset.test_labels)
         images = "{:,} training and {:,} test images".format(*counts)
         print(f"{dataset.caption}: {images}, from {dataset.source}")
-    nets, share = share.of(sweep.nets), share._replace(measures=options.probes)
+    nets = share.of(sweep.nets)
     checked = "skipped (--skip-self-check)" if options.skip_self_check else "not made"
     if not options.skip_self_check and not all(map(sweep.ended, nets)):
         checked = check_arithmetic(experiment, out, options.quiet, options.recheck)

@@ -78,10 +78,9 @@ def test_a_new_norm_is_a_class_and_its_row(own_data, scratch, capsys, monkeypatc
         cli.run(run.app, ["--help"])"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert " pair: pairs, for a test." in done.stdout
-    path, _ = own_data
-    flags = ("--norm", "layer,pair", "--arch", NET, "--dataset", path, "--batch-size", "35")
+    flags = ("--norm", "layer,pair", "--arch", NET, "--dataset", own_data, "--batch-size", "35")
     flags += ("--epochs", "1", "--skip-self-check")
-    assert call(run.app, *flags, "--out", scratch / "run") == 0
+    assert call(*flags, "--out", scratch / "run") == 0
     assert "pair  epoch  1/1" in capsys.readouterr().out
     finished = Run(RunDirectory(scratch / "run"))
     for table in (tables.results, tables.classes, tables.parameters):

@@ -27,13 +27,10 @@ _SLURM = ("ID", "COUNT", "MIN", "MAX", "STEP")
 
 
 class Share(NamedTuple):
-    """A process's share of the work: the nets whose place is `index`, modulo `count`; and whether
-    it measures them inside.
-    """
+    """A process's share of the nets: those whose place is `index`, modulo `count`."""
 
     index: int = 0
     count: int = 1
-    measures: bool = True
 
     def of(self, nets: Sequence[SweptNet]) -> Sequence[SweptNet]:
         """Returns the nets of this share."""

@@ -64,7 +64,7 @@ def run(
             free = [net for net in group.nets if locks.enter_context(sweep.net(net).locked())]
             held = set(group.nets) - set(free)  # by another process, which trains them to the end
             nets = [net for net in nets if net not in held]
-            _train(sweep, group, free, now, callbacks, share.measures)
+            _train(sweep, group, free, now, callbacks)
     if not any(map(sweep.trained, sweep.nets)) and all(map(sweep.ended, sweep.nets)):
         lost = sweep.net(sweep.nets[0]).lost()
         raise ArithmeticError(lost.reason if lost else "every net diverged")
@@ -84,7 +84,6 @@ def _train(
     nets: Sequence[SweptNet],
     now: Environment,
     callbacks: Sequence[Callback],
-    measures: bool,
 ) -> None:
     """Trains these nets of a group, which are locked.
 
@@ -104,7 +103,7 @@ def _train(
         if loaded is not None and len(loaded.epochs) > last:
             raise UserError(f"{folder.path} has more epochs than the {last} of its run.json")
         if loaded is not None and len(loaded.epochs) == last:
-            _finish(folder, group, loaded, callbacks, measures)
+            _finish(folder, group, loaded, callbacks)
         elif (0 if loaded is None else len(loaded.epochs)) == group.start:
             saved[net] = loaded
     if not saved:
@@ -124,7 +123,7 @@ def _train(
             callback.on_epoch(experiment.configs[trained.run], trained.record)
     for net, at in saved.items():
         if at is not None and len(at.epochs) == last:
-            _finish(sweep.net(net), group, at, callbacks, measures)
+            _finish(sweep.net(net), group, at, callbacks)
 
 
 def _after(
@@ -151,7 +150,6 @@ def _finish(
     group: Group,
     saved: Saved,
     callbacks: Sequence[Callback],
-    measures: bool,
 ) -> None:
     """Measures a net after its last epoch, if that is asked for, and writes its result."""
 
@@ -160,7 +158,7 @@ def _finish(
             callback.on_measuring(done, total)
 
     measured: dict[str, Any] | None = None
-    if measures:
+    if group.experiment.measures:
         data, mesh = group.experiment.dataset, group.mesh
         inside = probes.measure(group.program, saved, data, folder.net.seed, mesh, progress)
         measured = {"epoch": np.array(len(saved.epochs), np.int32), **inside}

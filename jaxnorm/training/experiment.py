@@ -132,8 +132,8 @@ def check(config: Config, dataset: Dataset) -> dict[str, int]:
 @dataclass(frozen=True, eq=False)
 class Experiment:
     """The runs of a command, their data, and the mesh that was asked for (None: one is chosen for
-    each group; that of the run `before`, for each run that resumes, is kept if it can be). It is
-    made once, checked, and travels alone.
+    each group; that of the run `before`, for each run that resumes, is kept if it can be). It says
+    whether a run `measures` its nets inside. It is made once, checked, and travels alone.
 
     Raises `UserError` for what can be known to fail before training starts.
     """
@@ -142,6 +142,7 @@ class Experiment:
     dataset: Dataset
     mesh: MeshShape | None = None
     before: Sequence[str | None] = ()
+    measures: bool = True
 
     def __post_init__(self) -> None:
         for config in self.configs:

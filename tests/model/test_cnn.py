@@ -222,10 +222,12 @@ def test_one_seed_gives_the_same_kernels_and_masks_under_every_norm(monkeypatch)
         params = variables["params"].items()
         return {name: leaves["kernel"] for name, leaves in params if "kernel" in leaves}, masks
 
-    nets = {norm: CNN(norm, "every-kind") for norm in NORMS}
-    both = {norm: jax.jit(partial(drawn, net), **SOON)() for norm, net in nets.items()}
+    def of(norm, arch):
+        return jax.jit(partial(drawn, CNN(norm, arch)), **SOON)()
+
     for norm in NORMS:
-        chex.assert_trees_all_equal(both[norm], both["batch"])
-    kernels, masks = both["batch"]
+        chex.assert_trees_all_equal(of(norm, "three-layers"), of("batch", "three-layers"))
+    kernels, masks = of("batch", "every-kind")
+    chex.assert_trees_all_equal(of("layer", "every-kind"), (kernels, masks))
     assert (len(kernels), len(masks)) == (5, 3)
     assert not any(np.array_equal(mask, masks[1]) for mask in masks[2:])

@@ -7,9 +7,8 @@ import pytest
 from close import assert_gradients_close
 from helpers import init, program_of
 
-from jaxnorm.config import ALL, Config
+from jaxnorm.config import ALL, NORMS, Config
 from jaxnorm.data.datasets import load
-from jaxnorm.model.layers import BUILT_IN
 from jaxnorm.training import selfcheck
 from jaxnorm.training import step as train
 from jaxnorm.training.experiment import Experiment
@@ -18,7 +17,7 @@ from jaxnorm.training.fit import fit
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("norm", BUILT_IN)
+@pytest.mark.parametrize("norm", NORMS)
 def test_a_step_is_that_of_a_cpu(tiny, norm):
     """The loss, running averages and gradients of plain float32, on 32 images."""
     program, results = program_of(norm, tiny, "every-kind"), []

@@ -88,11 +88,11 @@ def test_rows_for_nets_come_first_and_then_devices_share_what_they_divide_into_e
 
 @pytest.mark.parametrize(
     ("shape", "shared"),
-    [(ONE, [False, False]), (MeshShape(2), [False, False]), (MeshShape(1, 2), [True, False])],
+    [(ONE, [False, False]), (MeshShape(2), [False, False]), (MeshShape(1, 2), [True, True])],
 )
 def test_devices_of_a_batch_axis_share_each_batch_that_they_divide(tiny, shape, shared):
-    """They add up their gradients, which those that train nets of their own do not; the ragged
-    batch, of 67 - 64 = 3 images, is trained whole on each.
+    """They add up their gradients, which those that train nets of their own do not; also of the
+    ragged batch, of 67 - 64 = 3 images, which is filled up.
     """
     config = Config("layer", "three-layers", "tiny", 1, 16, validation=3)
     group = next(Experiment([config], tiny, shape).groups())

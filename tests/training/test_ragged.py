@@ -8,13 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from close import assert_gradients_close
-from helpers import SOON, init, program_of, train_chunk
 
 from jaxnorm.model import layers
-from jaxnorm.training import step as train
-from jaxnorm.training.epoch import Chunk, epoch_keys
-from jaxnorm.training.mesh import ONE, MeshShape
 
 EIGHT = """
 import dataclasses, os, sys
@@ -36,31 +31,6 @@ for norm in ("batch", "layer"):
         for a, b in zip(*map(jax.tree.leaves, (other.state.norm_state, one.state.norm_state))):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 """
-
-
-@pytest.mark.parametrize("norm", ["batch", "layer"])
-def test_only_the_images_that_count_are_trained_on(tiny, norm):
-    """Of 32 images 20 count, and then 10, so that the second of two devices has none: the bits
-    depend on no other image, and are those of a batch of as many within rounding.
-    """
-    images, labels = jnp.asarray(tiny.train_images), jnp.asarray(tiny.train_labels)
-    program, key = program_of(norm, tiny, "every-kind"), train.derive_key(1, "dropout", 1, 0)
-    initial, keys = init(program, tiny, 1), epoch_keys(1, 1)[None]
-    step = jax.jit(train.train_step, static_argnums=0, **SOON)
-    for count, mesh in ((20, ONE), (20, MeshShape(batch=2)), (10, MeshShape(batch=2))):
-        results = []
-        for filler in (np.arange(count, 32), np.zeros(32 - count, int) + 69):
-            rows = np.concatenate([np.arange(count), filler]).astype(np.int32)[None, None]
-            chunk = Chunk(jnp.asarray(rows), count, 0, 0, 1)
-            results.append(train_chunk(program, initial, images, labels, chunk, keys, mesh=mesh))
-        chex.assert_trees_all_equal(*results)
-        state, losses, correct = results[0]
-        wanted, loss, hits = step(program, initial, images[:count], labels[:count], key, 0.01)
-        np.testing.assert_allclose(losses, [loss], rtol=1e-6)
-        assert correct == hits
-        chex.assert_trees_all_close(state.norm_state, wanted.norm_state, rtol=1e-6, atol=1e-6)
-        traces = (each.opt_state[1][0].trace for each in (state, wanted))
-        assert_gradients_close(*traces)
 
 
 @pytest.mark.parametrize("kind", [layers.BatchNorm, layers.plain.BatchNorm])

@@ -100,7 +100,7 @@ def test_a_step_in_micro_batches_or_shared_by_devices_is_the_plain_step(tiny, ar
         wanted, wanted_loss, wanted_correct = plain_step(plain, initial, images, labels, key, 0.01)
         for mesh in agree:
             state, losses, correct = train_chunk(
-                micro, initial, *arrays, Chunk(rows, None, 0, 0, 1), keys, mesh=mesh
+                micro, initial, *arrays, Chunk(rows, 32, 0, 0, 1), keys, mesh=mesh
             )
             np.testing.assert_allclose(losses[0], wanted_loss, rtol=1e-5)
             assert correct == wanted_correct
@@ -113,6 +113,32 @@ def test_a_step_in_micro_batches_or_shared_by_devices_is_the_plain_step(tiny, ar
         if min(agree.values()):
             break
     assert min(agree.values()) > 0
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_only_the_images_that_count_are_trained_on(tiny, arrays, norm):
+    """Of 32 images 20 count, and then 10, so that the second of two devices has none: the bits
+    depend on no other image, and are those of a batch of as many within rounding. The programs are
+    those of the full batches above.
+    """
+    images, labels = arrays
+    program, key = program_of(norm, tiny, "every-kind"), train.derive_key(1, "dropout", 1, 1)
+    initial, keys = init(program, tiny, 1), epoch_keys(1, 1)[None]
+    step = jax.jit(train.train_step, static_argnums=0, **SOON)
+    for count, mesh in ((20, ONE), (20, MeshShape(batch=2)), (10, MeshShape(batch=2))):
+        results = []
+        for filler in (np.arange(count, 32), np.zeros(32 - count, int) + 63):
+            rows = np.concatenate([np.arange(32), np.arange(count), filler]).astype(np.int32)
+            chunk = Chunk(jnp.asarray(rows).reshape(1, 2, 32), count, 0, 1, 2)
+            results.append(train_chunk(program, initial, images, labels, chunk, keys, mesh=mesh))
+        chex.assert_trees_all_equal(*results)
+        state, losses, correct = results[0]
+        wanted, loss, hits = step(program, initial, images[:count], labels[:count], key, 0.01)
+        np.testing.assert_allclose(losses[1], loss, rtol=1e-6)
+        assert correct == hits
+        chex.assert_trees_all_close(state.norm_state, wanted.norm_state, rtol=1e-6, atol=1e-6)
+        traces = (each.opt_state[1][0].trace for each in (state, wanted))
+        assert_gradients_close(*traces)
 
 
 @pytest.mark.parametrize(("norm", "whole"), [("batch", 128), ("group", 8)])
