@@ -158,7 +158,7 @@ def _check_settings(configs: Sequence[Config], options: "Options") -> MeshShape 
     mesh = None if options.mesh is None else MeshShape.parse(options.mesh)
     for config in configs:
         mesh_for(configs, config, mesh)
-    summary.check_nets(dataclasses.replace(configs[0], allow_large=True), num_classes=10)
+        summary.check_nets(dataclasses.replace(config, allow_large=True), num_classes=10)
     return mesh
 
 
@@ -168,16 +168,17 @@ def check_arithmetic(experiment: Experiment, out: Path, quiet: bool, recheck: bo
     """
     folder = cache.default_cache_dir()
     passes = cache.private_directory(folder / "self-check") if folder else None
-    if recheck:
-        passes = None
     try:
         with contextlib.closing(callbacks.Bar(quiet)) as bar:
-            made = selfcheck.self_check(experiment, bar.at, passes)
+            checked, nets = selfcheck.self_check(experiment, bar.at, passes, recheck)
     except BaseException:  # a signal too
         with contextlib.suppress(OSError):
             out.rmdir()  # if it is new, and so empty
         raise
-    return "passed" if made else "passed before, by the same programs on this machine"
+    before = "before, by the same programs on this machine"
+    if not checked:
+        return f"passed {before}"
+    return "passed" if checked == nets else f"passed; {nets - checked} of {nets} nets {before}"
 
 
 @contextlib.contextmanager

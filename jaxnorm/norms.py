@@ -166,7 +166,7 @@ class FilterResponseNorm(nn.Module):
     channel of each image, the threshold f32[C] a parameter. No state.
 
     Singh and Krishnan, "Filter Response Normalization Layer", 2020, arXiv 1911.09737. The epsilon
-    is the paper's for maps of several pixels, where it is not learned.
+    is the paper's for maps of several pixels, for which it is not learned.
     """
 
     epsilon: float = 1e-6

@@ -51,12 +51,15 @@ def main(
     from jaxnorm.analysis.tables import printable
     from jaxnorm.storage.sweep import Sweep
 
-    if detect is not None and out is None:
+    if detect is not None:
+        if out is not None:
+            raise UserError(
+                Setting("detect"), " writes no report, and so takes no ", Setting("out")
+            )
         _print_seeds_needed(runs, detect, deviation)
         return 0
-    if detect is not None or deviation is not None:
-        takes = (Setting("deviation"), " needs ", Setting("detect"), " POINTS, which takes no ")
-        raise UserError(*takes, Setting("out"))
+    if deviation is not None:
+        raise UserError(Setting("deviation"), " needs ", Setting("detect"), " POINTS")
     if not runs:
         raise UserError("no run directory was given: python -m jaxnorm.report RUN [RUN ...]")
     if out and out.is_dir():

@@ -17,7 +17,7 @@ from jaxnorm.config import NetId, UserError
 from jaxnorm.model.cnn import CNN
 from jaxnorm.runs import environment, runner
 from jaxnorm.storage.net import NetFolder
-from jaxnorm.storage.sweep import Sweep, name_of
+from jaxnorm.storage.sweep import Sweep
 from jaxnorm.training import epoch as epochs
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training.experiment import Experiment
@@ -88,7 +88,7 @@ class StopAfter(Callback):
         self.together.append(seeds)
 
     def on_epoch(self, config, epoch):
-        self.heard.append((name_of(config), epoch.epoch))
+        self.heard.append((config, epoch.epoch))
         self.left -= 1
         if not self.left:
             raise Stopped

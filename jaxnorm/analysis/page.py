@@ -80,6 +80,7 @@ def write_first(part: RunPart) -> None:
     pending = "the figures are being drawn: load this page again in a few seconds; if they do not "
     pending += f"come, python -m jaxnorm.report {path} draws them"
     first = replace(part, missing=[tables.printable(pending), *part.missing])
+    part.run.directory.write_text("report.md", markdown(first))
     part.run.directory.write_text("report.html", html([first]))
 
 

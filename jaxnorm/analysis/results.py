@@ -223,7 +223,7 @@ class Run:
         measured = {norm for norm, seed in self.finished if self.net(norm, seed).measured()}
         return [
             f"{self.net(norm, self.seeds(norm)[0]).path / 'probes.npz'} is missing, as are those "
-            "of its other seeds"
+            "of its other seeds: nothing was measured (--no-probes), or it is lost"
             for norm in self.norms
             if norm not in measured
         ]
@@ -345,10 +345,12 @@ def left_out(runs: Sequence[Run]) -> str:
 
 def differences(runs: Sequence[Run]) -> list[stats.Difference]:
     """The last test accuracies of every two norms of runs that share data and all other settings,
-    compared by seed; over test images too, where a run has its predictions.
+    compared by seed; over test images too, if the run of each has its predictions.
     """
     correct: dict[str, dict[int, np.ndarray]] = {}
     for run in runs:
+        for norm in run.summaries:  # of a run before it
+            correct.pop(norm, None)
         with contextlib.suppress(UserError, OSError):  # tables of predictions say what is wrong
             correct |= run.correct
     last = {

@@ -158,8 +158,9 @@ def crossed(
         (MS_seed + MS_image - MS_residual) / (S N)
 
     with the mean squares of the two-way table without replication, and its degrees of freedom are
-    Satterthwaite's (1946): (sum)^2 / (MS_seed^2 / f_seed + MS_image^2 / f_image + ...). None for
-    one seed or image, or if the estimate of the variance is not positive.
+    Satterthwaite's (1946): (sum)^2 / (MS_seed^2 / f_seed + MS_image^2 / f_image + ...), and at
+    least 1, under which an interval says nothing: the estimate is often lower for two seeds. None
+    for one seed or image, or if the estimate of the variance is not positive.
     """
     (seeds, images), size = cells.shape, cells.size
     if min(seeds, images) < 2:
@@ -175,7 +176,7 @@ def crossed(
     if total < 1e-12:
         return None
     freedom = total**2 / float((squares**2 / freedoms).sum())
-    return Crossed(float(by_seed.sum() / size), total / size, freedom)
+    return Crossed(float(by_seed.sum() / size), total / size, max(freedom, 1.0))
 
 
 class Spread(NamedTuple):

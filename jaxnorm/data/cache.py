@@ -60,13 +60,17 @@ def private_directory(path: Path) -> Path | None:
     return path
 
 
+_OF_CODE = ("flags", "model", "Features", "CPU ")
+"""How the lines of /proc/cpuinfo begin that compiled code depends on, on x86 and on ARM."""
+
+
 def machine_name() -> str:
     """Returns a short name for what compiled code depends on: the processor, and how many cores we
     have.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        features = sorted({line for line in lines if line.startswith(("flags", "model"))})
+        features = sorted({line for line in lines if line.startswith(_OF_CODE)})
     except OSError:
         features = [platform.processor()]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

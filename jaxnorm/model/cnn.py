@@ -29,11 +29,10 @@ class Layer(NamedTuple):
     """A row of a layer table.
 
     kind: "block" is a 3x3 convolution, norm, dropout and ReLU, and no ReLU after a norm that
-    activates; "residual" a block that adds, before
-    dropout, what the block before it was given; "squeeze" a 1x1 convolution and ReLU; "pool" 2x2
-    max pooling, stride 2; "mean" the average of the top-left `window` x `window` pixels;
-    "mean-max" the average of all pixels and their maximum; "head" a 1x1 convolution to the classes.
-    No convolution has a bias.
+    activates; "residual" a block that adds, before dropout, what the block before it was given;
+    "squeeze" a 1x1 convolution and ReLU; "pool" 2x2 max pooling, stride 2; "mean" the average of
+    the top-left `window` x `window` pixels; "mean-max" the average of all pixels and their maximum;
+    "head" a 1x1 convolution to the classes. No convolution has a bias.
     """
 
     name: str
@@ -146,10 +145,13 @@ class CNN(nn.Module):
         """Returns logits f32[N, num_classes] of f32[N, 32, 32, 3].
 
         `first_image` is the number in its batch of the first image here, which decides its dropout
-        mask. Images that the `mask` leaves out take no part in the statistics of a batch.
+        mask. Images that the `mask` leaves out take no part in the statistics of a batch; raises
+        `ValueError` for one if the norm takes none.
         """
         chex.assert_shape(images, (None, 32, 32, 3))
         chex.assert_type(images, jnp.float32)
+        if mask is not None and not layers.takes_masks(self.norm):
+            raise ValueError(f"{self.norm} norm takes no mask: give it whole batches")
         L = layers if self.fast else layers.plain
         key = self.make_rng("dropout") if train and self.dropout else None
         dtype = jnp.bfloat16 if self.precision == "bfloat16" else jnp.float32

@@ -37,6 +37,8 @@ class UnbiasedBatchNorm(nn.BatchNorm):
         """
         if self.use_running_average or self.is_initializing():
             return super().__call__(x, mask=mask)
+        if mask is not None and self.axis_name is not None:
+            raise ValueError("devices that share a batch would divide by their own counts: no mask")
         old = self.get_variable("batch_stats", "var")
         outputs = super().__call__(x, mask=mask)
         kept = self.momentum * old

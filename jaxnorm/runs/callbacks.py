@@ -16,7 +16,7 @@ from jaxnorm.config import Config, Setting, SweptNet, UserError, differing, valu
 from jaxnorm.records import Epoch
 from jaxnorm.runs import signals
 from jaxnorm.runs.remaining import Remaining
-from jaxnorm.storage.sweep import Sweep, name_of
+from jaxnorm.storage.sweep import Sweep, names_of
 from jaxnorm.training.fit import Callback
 
 
@@ -156,6 +156,7 @@ class Terminal(Callback):
         self.bar.close()
         line = "".join(c if c.isprintable() else " " for c in self.shown(text))
         print(f"warning: {line}", file=sys.stderr)
+        self.bar.show(self.what or "preparing the nets")
 
     def on_epoch(self, config: Config, epoch: Any) -> None:
         """Prints the epoch's line in the bar's place."""
@@ -181,7 +182,7 @@ def _time_left(seconds: float) -> str:
 
 
 def _epoch_line(epoch: Any, config: Config, swept: Sequence[str]) -> str:
-    parts = [f"{epoch.norm:>8}"]
+    parts = [f"{epoch.norm:>{max(8, *map(len, config.norms))}}"]
     for name in swept:
         value = config.rate(epoch.norm) if name == "learning_rate" else getattr(config, name)
         parts.append(f"{name.replace('_', ' ')} {value_text(value):<6}")
@@ -228,7 +229,8 @@ class TensorBoard(Callback):
                     self.on_epoch(config, epoch)
 
     def _name(self, config: Config, epoch: Epoch) -> str:
-        of_run = f"{name_of(config)}-" if len(self.sweep.configs) > 1 else ""
+        configs = self.sweep.configs
+        of_run = f"{names_of(configs)[configs.index(config)]}-" if len(configs) > 1 else ""
         return f"{of_run}{epoch.norm}-{epoch.seed}"
 
     def on_epoch(self, config: Config, epoch: Epoch) -> None:

@@ -15,6 +15,7 @@ from jaxnorm.config import (
     NetId,
     SweptNet,
     UserError,
+    differing,
     local_path,
     swept_nets,
     typed,
@@ -39,19 +40,24 @@ class SweepInfo:
             raise UserError("it holds no runs")
         first = {name: getattr(self.runs[0], name) for name in SWEPT}
         same = all(dataclasses.replace(run, **first) == self.runs[0] for run in self.runs)
-        if not same or len({name_of(run) for run in self.runs}) < len(self.runs):
+        if not same or len(set(names_of(self.runs))) < len(self.runs):
             raise UserError("these are not the runs of one sweep")
 
 
-def name_of(config: Config) -> str:
-    """The folder of a run of a sweep: its settings of `SWEPT` that are not zero, nor a norm's own
-    at its default.
+def names_of(configs: Sequence[Config]) -> list[str]:
+    """Returns the folder of each run of a sweep: its batch size, learning rate and weight decay,
+    unless that is 0, and each setting of the norms that differs between the runs.
     """
-    usual = {name: getattr(Config, name) for name in OF_NORMS}
-    changed = [name for name in SWEPT if getattr(config, name) != usual.get(name)]
-    values = {_SHORT.get(name, name): getattr(config, name) for name in changed}
-    values["rate"] = config.rate_text
-    return "-".join(f"{name}-{value_text(value)}" for name, value in values.items() if value)
+    shown = [name for name in SWEPT if name not in OF_NORMS or name in differing(configs)]
+    names = []
+    for config in configs:
+        values = {name: getattr(config, name) for name in shown}
+        values["learning_rate"] = config.rate_text
+        if not config.weight_decay:
+            del values["weight_decay"]
+        parts = (f"{_SHORT.get(name, name)}-{value_text(v)}" for name, v in values.items())
+        names.append("-".join(parts))
+    return names
 
 
 def folder_of(path: Path | str) -> Path:
@@ -69,8 +75,8 @@ class Sweep:
         self.folder, self.configs = RunDirectory(path), list(configs)
         self.directories = [self.folder]
         if len(configs) > 1:
-            names = map(name_of, configs)
-            self.directories = [RunDirectory(self.folder.path_of(name)) for name in names]
+            names = map(self.folder.path_of, names_of(configs))
+            self.directories = [RunDirectory(path) for path in names]
 
     @classmethod
     def open(cls, path: Path | str) -> "Sweep":
@@ -115,7 +121,7 @@ class Sweep:
         if self.folder.path_of(_FILE).exists():
             info = self.folder.read_json(_FILE, SweepInfo)
             command = info.command
-            if list(map(name_of, info.runs)) != list(map(name_of, self.configs)):
+            if names_of(info.runs) != names_of(self.configs):
                 raise UserError(f"{self.folder.path} is a sweep of other runs")
         return SweepInfo(command, self.configs)
 

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from jaxnorm.config import NORMS
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.training import mesh as meshes
 from jaxnorm.training.epoch import evaluate_nets
@@ -142,11 +143,14 @@ def corrupt(
 
 def similarity(
     activations: np.ndarray,  # f32[N, H, W, C]
+    relu: bool = True,
 ) -> float:
-    """Returns the mean cosine between what ReLU leaves of the activations of two different images,
-    over those of which it leaves any; 1 if there are no two such images, for then no two differ.
+    """Returns the mean cosine between what ReLU, if one follows, leaves of the activations of two
+    different images, over those of which anything is left; 1 if there are no two such images, for
+    then no two differ.
     """
-    flat = np.maximum(activations, 0).reshape(len(activations), -1)
+    left = np.maximum(activations, 0) if relu else activations
+    flat = left.reshape(len(activations), -1)
     lengths = np.linalg.norm(flat, axis=1, keepdims=True)
     alive = lengths[:, 0] > 0
     units, count = flat[alive] / lengths[alive], int(alive.sum())
@@ -177,8 +181,8 @@ def measure(
     - corruptions: names of the five of `corrupt`; corrupted_accuracy: f32[5], on the same images.
 
     The first `LOOKED_AT` training images and `TESTED` test images are looked at. Evaluation is that
-    of training, compiled already if `mesh` is the one that the net was trained on. `progress` is
-    called with how many of three parts are done.
+    of training, compiled already if `mesh` is the one that the net was trained on, alone.
+    `progress` is called with how many of three parts are done.
     """
     progress(0, 3)
     state = jax.device_put(jax.device_get(net.state))  # `jnp.asarray` compiles for each shape
@@ -229,7 +233,9 @@ def _of_layers(
         [(values.mean(), values.std()) for values in side]
         for side in zip(*(seen[name] for name in layers), strict=True)
     )
-    similarities = [[similarity(outputs[n][1]) for n in layers] for outputs in (seen_before, seen)]
+    name = program.model.norm
+    relu = not (name in NORMS and NORMS[name].activates)
+    similarities = [[similarity(of[n][1], relu) for n in layers] for of in (seen_before, seen)]
     return {
         "layers": np.array(layers),
         "before": np.array(before, np.float32),

@@ -13,6 +13,7 @@ import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as waiting
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ TRIES = 3
 EVALUATED = 100
 """Test images whose logits are compared."""
 _ROWS = 40_000
+_VARIABLES = ("XLA_", "DNNL_", "ONEDNN_", "TF_XLA_", "TF_ENABLE_")
+"""How the variables begin that compiled code can depend on."""
 _ONCE: Any = {"xla_backend_optimization_level": 0}
 """For the plain step, which runs once: it takes neither the time nor the rewrites of the program
 that it checks.
@@ -128,7 +131,8 @@ class _Check:
     def name(self) -> str:
         """The name of a pass: the SHA-256 of all that it depends on."""
         depends = [jax.__version__, jaxlib.version.__version__, cache.machine_name()]
-        depends += [os.environ.get("XLA_FLAGS"), _ONCE, ALLOWED, TRIES, _ROWS]
+        depends += [sorted(item for item in os.environ.items() if item[0].startswith(_VARIABLES))]
+        depends += [Path(__file__).read_bytes()]
         depends += [str(self.group.mesh), jax.local_device_count()]
         depends += [lowered.as_text() for lowered in self.lowered]
         return hashlib.sha256(repr(depends).encode()).hexdigest()
@@ -139,13 +143,14 @@ def self_check(
     experiment: Experiment,
     progress: Progress = lambda what, done, total: None,
     passes: Path | None = None,
-) -> bool:
+    recheck: bool = False,
+) -> tuple[int, int]:
     """Checks, before anything is trained, that this installation computes the nets of a sweep
     rightly, by the programs that will train them. Raises `WrongNumbers`.
 
-    On a CPU a pass is noted in the folder `passes`, and programs that passed there before are not
-    checked again; accelerators, whose compilers tune themselves, are. Returns whether something was
-    checked.
+    On a CPU a pass is noted in the folder `passes`, and the programs of a net that passed before
+    are not checked again, unless to `recheck` is asked for; accelerators, whose compilers tune
+    themselves, always are. Returns how many nets were checked, and of how many.
     """
     checks: dict[tuple, _Check] = {}
     for group in experiment.groups():
@@ -153,9 +158,9 @@ def self_check(
         checks.setdefault(key, _Check(replace(group, nets=group.nets[:1])))
     if jax.default_backend() != "cpu":
         passes = None
-    left = [check for check in checks.values() if passes is None or not _passed(passes, check)]
+    left = [check for check in checks.values() if recheck or not _passed(passes, check)]
     if not left:
-        return False
+        return 0, len(checks)
     done = itertools.count()
 
     def tick(what: str) -> None:
@@ -163,6 +168,10 @@ def self_check(
         progress(f"checking the arithmetic: {what}", next(done), 5 * len(left))
 
     tick("compiling")
+    if passes is not None:
+        for check in left:
+            with contextlib.suppress(OSError):
+                passes.joinpath(check.name).unlink(missing_ok=True)
     pool = ThreadPoolExecutor(max(2, jax.local_device_count()))
     try:
         compiling = [[pool.submit(low.compile) for low in check.lowered] for check in left]
@@ -171,6 +180,8 @@ def self_check(
         for number, (check, compiled) in enumerate(zip(left, compiling, strict=True)):
             if number:
                 tick("compiling")
+            while waiting(compiled, timeout=0.5).not_done:
+                progress("checking the arithmetic: compiling", 5 * number, 5 * len(left))
             for program in compiled:
                 program.result()
             _check_group(check, replace(check.group, experiment=noisy), tick)
@@ -178,11 +189,13 @@ def self_check(
                 _note(passes, check)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    return True
+    return len(left), len(checks)
 
 
-def _passed(passes: Path, check: _Check) -> bool:
+def _passed(passes: Path | None, check: _Check) -> bool:
     """Returns whether a pass is noted; a note that is damaged, or another's, is none."""
+    if passes is None:
+        return False
     try:
         return (passes / check.name).read_text() == f"passed {check.name}\n"
     except (OSError, ValueError):

@@ -151,8 +151,8 @@ def train_step(
 
     Returns the new state, the loss f32[] before it, and the number of correct predictions i32[].
     With `axis`, the images are this device's part of a batch that all devices along that mesh axis
-    share. With `count`, only the first so many images of the batch are trained on, so that a ragged
-    batch, filled up, takes the program of a full one; a norm of the user's own takes none.
+    share. With `count`, only the first `count` images of the batch are trained on, so that a ragged
+    batch, filled up, takes the program of a full one; see `layers.takes_masks` for which norms.
     """
     chex.assert_equal_shape_prefix([images, labels], 1)
     net, here = program.model.clone(axis_name=axis), labels.shape[0]
@@ -174,6 +174,8 @@ def train_step(
             rngs={"dropout": key},
             mutable=list(state.norm_state),
         )
+        if mask is not None:  # else an infinite derivative times zero would be no number
+            logits = jnp.where(mask[:, None], logits, 0)
         losses = cross_entropy(logits, labels, program.label_smoothing)
         correct = logits.argmax(-1) == labels
         if mask is not None:

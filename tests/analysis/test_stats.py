@@ -255,10 +255,13 @@ def test_a_temperature_undoes_a_scale_and_is_of_the_other_half():
 def test_the_variance_over_seeds_and_images_by_hand():
     """Two seeds, three images, a sum of 3, of squares 3: 3^2/6 = 3/2. Seeds (2, 1): 5/3 - 3/2 =
     1/6, by 1. Images (1, 0, 2): 5/2 - 3/2 = 1, by 2. What is left of 3: 1/3, by 2. Mean squares
-    1/6, 1/2 and 1/6 add up to 1/2; the degrees of freedom are 1/4 by 1/36 + 1/8 + 1/72.
+    1/6, 1/2 and 1/6 add up to 1/2; the degrees of freedom are 1/4 by 1/36 + 1/8 + 1/72. Of a sole
+    1 all three are 1/6, and 1/36 by 1/36 + 1/72 + 1/72, 1/2, is raised to 1.
     """
     both = stats.crossed(np.array([[1, 0, 1], [0, 0, 1]], np.int8))
     assert both == pytest.approx((1 / 2, (1 / 2) / 6, 3 / 2))
+    one = stats.crossed(np.array([[0, 0, 0], [0, 0, 1]], np.int8))
+    assert one == pytest.approx((1 / 6, (1 / 6) / 6, 1))
     assert stats.crossed(np.array([[1, 0, 1]], np.int8)) is None
     assert stats.crossed(np.array([[1], [0]], np.int8)) is None
     for no_variance in ([[1, 0], [0, 1]], [[1, 1], [1, 1]]):

@@ -7,7 +7,7 @@ from helpers import refusal
 
 from jaxnorm.config import Config, product, study
 from jaxnorm.runs.callbacks import TensorBoard
-from jaxnorm.storage.sweep import Sweep, SweepInfo, name_of
+from jaxnorm.storage.sweep import Sweep, SweepInfo, names_of
 
 BASE = {"norm": "layer", "dataset": "tiny", "epochs": 2}
 NAMES = [f"batch-{size}-rate-{rate}" for size in (35, 70) for rate in ("0.01", "0.002")]
@@ -18,8 +18,11 @@ def configs():
 
 
 def test_every_combination_is_a_run():
-    assert [name_of(config) for config in configs()] == NAMES
-    assert name_of(Config(groups=8, alpha=0.5)) == "batch-128-rate-0.01-groups-8"
+    assert names_of(configs()) == NAMES
+    of_norms = product(study, {"groups": 8}, {"norm_momentum": (0.0, 0.9)})
+    wanted = [f"batch-128-rate-0.01-norm_momentum-{momentum}" for momentum in ("0", "0.9")]
+    assert names_of(of_norms) == wanted
+    assert names_of([Config(groups=8, alpha=0.25)]) == ["batch-128-rate-0.01"]
     assert {config.epochs for config in configs()} == {2}
     (default,) = product(study, {"dataset": "digits"}, {})
     assert default == study(dataset="digits")

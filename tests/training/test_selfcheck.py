@@ -117,11 +117,11 @@ def test_a_pass_is_noted_and_no_other_note_is_believed(tiny, monkeypatch, tmp_pa
     monkeypatch.setattr(selfcheck, "_check_group", lambda *arguments: checked.append(arguments))
     other = dataclasses.replace(EVEN, momentum=0.85)
 
-    def check(config=EVEN, passes=tmp_path):
-        made = selfcheck.self_check(Experiment([config], tiny), passes=passes)
-        assert made == bool(checked)
+    def check(config=EVEN, passes=tmp_path, **options):
+        made = selfcheck.self_check(Experiment([config], tiny), passes=passes, **options)
+        assert made == (len(checked), 1)
         checked.clear()
-        return made
+        return made[0]
 
     assert check()
     (note,) = tmp_path.iterdir()
@@ -134,6 +134,13 @@ def test_a_pass_is_noted_and_no_other_note_is_believed(tiny, monkeypatch, tmp_pa
         note.write_text(text)
         assert check()
         assert note.read_text() == whole
+    assert check(recheck=True)
+    assert note.read_text() == whole
+    with monkeypatch.context() as patch:
+        patch.setattr(selfcheck, "_check_group", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            check(recheck=True)
+    assert check()
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
     assert check()
 
