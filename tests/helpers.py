@@ -167,17 +167,17 @@ def predict_logits(program, state, images, mesh=ONE):
     return meshes.fetch(epochs.predict_logits(program, mesh, states, images))[0]
 
 
-def run(config, dataset, path, callbacks=(), mesh=None, **about):
+def run(config, dataset, path, callbacks=(), mesh=None, measures=True):
     """Trains a run, or resumes it; returns its directory."""
     sweep = Sweep(path, [config])
-    train(sweep, dataset, callbacks, mesh, **about)
+    train(sweep, dataset, callbacks, mesh, measures)
     return sweep.folder
 
 
-def train(sweep, dataset, callbacks=(), mesh=None, **about):
-    """Trains the runs of a sweep, or resumes them."""
-    experiment = Experiment(sweep.configs, dataset, mesh)
-    runner.run(sweep, experiment, environment.environment("python -m x"), callbacks, **about)
+def train(sweep, dataset, callbacks=(), mesh=None, measures=False):
+    """Trains the runs of a sweep, or resumes them; to measure nets inside compiles two programs."""
+    experiment = Experiment(sweep.configs, dataset, mesh, measures=measures)
+    runner.run(sweep, experiment, environment.environment("python -m x"), callbacks)
 
 
 def epochs_of(directory):

@@ -34,7 +34,7 @@ def stored():
         return {name: file[name] for name in file.files}
 
 
-FIRST = ("original-layer", "standardized-group")
+FIRST = ("standardized-group",)
 OPTIMIZED = ("original-layer", "standardized-batch")
 """Compiled as in training; the others without optimization, in half of the time."""
 CASES = [

@@ -125,7 +125,7 @@ def test_fit_is_the_run_without_the_disk_and_repeats_bit_for_bit(tiny_run, tiny,
 def test_a_run_whose_batches_were_shared_by_devices_is_a_run_like_any_other(tiny, scratch):
     config = Config("batch", "three-layers", "tiny", 1, 70)
     assert meshes.choose(1, config.batch_size).batch == 2
-    directory = run(config, tiny, scratch / "run")
+    directory = run(config, tiny, scratch / "run", measures=False)
     logits = logits_of(directory, ("batch", 1))
     assert losses_of(directory, ("batch", 1)).shape == (1,)
     probabilities = runner.load_model(directory.path, "batch", 1)(tiny.test_images)
@@ -176,7 +176,7 @@ def test_seeds_that_train_in_one_program_are_the_seeds_alone(tiny, scratch, monk
     alone = jaxnorm.fit(config, tiny, mesh=ONE)
     monkeypatch.setattr(epochs, "nets_at_once", lambda program, batch_size: 2)
     diary = Diary()
-    directory = run(config, tiny, scratch / "run", [diary], ONE)
+    directory = run(config, tiny, scratch / "run", [diary], ONE, measures=False)
     # the second in a program of two places
     started = [heard for heard in diary.heard if isinstance(heard, tuple) and heard[0] == norm]
     assert started == [(norm, [3, 4], 2), (norm, [5], 2)]
@@ -273,7 +273,7 @@ def test_a_sweep_stopped_twice_trains_nothing_twice(tiny, scratch):
     assert all((config, epoch) in heard for config in configs for epoch in (1, 2))
     assert len(lines) == 8
     # Alone, the two devices do not share its batches of 35: they cannot be halved.
-    alone = run(configs[1], tiny, scratch / "alone")
+    alone = run(configs[1], tiny, scratch / "alone", measures=False)
     assert difference(sweep.directories[1], alone) == ""
     losses = [losses_of(directory, ("layer", 1)) for directory in sweep.directories]
     assert losses[0][0] == losses[1][0]
@@ -294,7 +294,7 @@ def test_bfloat16_trains_near_float32_and_is_recorded(tiny, scratch):
     config = Config("layer", "three-layers", "tiny", 1, 35)
     low = dataclasses.replace(config, precision="bfloat16")
     self_check(Experiment([low], tiny, ONE))
-    directory = run(low, tiny, scratch / "run", mesh=ONE)
+    directory = run(low, tiny, scratch / "run", mesh=ONE, measures=False)
     assert directory.info().config.precision == "bfloat16"
     losses = losses_of(directory, ("layer", 1))
     wanted = jaxnorm.fit(config, tiny, mesh=ONE)["layer", 1].step_losses

@@ -153,9 +153,10 @@ def test_a_norm_of_ones_own_is_evaluated_on_large_batches():
     ("norm", "arch", "batch", "rate"),
     [
         ("batch", "every-kind", 32, 0.005),
-        *(pytest.param(norm, "matched", 10, 0.001, marks=pytest.mark.slow) for norm in ALL),
+        *((norm, "matched", 10, 0.001) for norm in ALL),
     ],
 )
+@pytest.mark.slow
 def test_a_tiny_set_is_learned(tiny, norm, arch, batch, rate):
     """To 99 % with dropout on, and the test images, which it has not seen, to 95 %: in the median
     of the last ten epochs, as rounding decides which epochs jump.

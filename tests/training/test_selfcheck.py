@@ -27,8 +27,13 @@ EVEN = dataclasses.replace(CONFIG, norm="layer", batch_size=35)
     [
         ({"norm": "batch"}, MeshShape(batch=2)),
         ({"norm": "layer", "seeds": 2, "validation": 6}, ONE),
-        ({"norm": "renorm,frn"}, MeshShape(batch=2)),
-        ({"norm": "ghost,evonorm-s0", "batch_size": 14, "ghost_size": 7}, MeshShape(batch=2)),
+        *(
+            pytest.param(changes, MeshShape(batch=2), marks=pytest.mark.slow)
+            for changes in (
+                {"norm": "renorm,frn"},
+                {"norm": "ghost,evonorm-s0", "batch_size": 14, "ghost_size": 7},
+            )
+        ),
     ],
 )
 def test_a_right_installation_passes(tiny, monkeypatch, changes, mesh):
