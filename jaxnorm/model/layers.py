@@ -100,7 +100,7 @@ class BatchNorm(UnbiasedBatchNorm):
         mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
         variance = self.variable("batch_stats", "var", jnp.ones, channels)
         over = norm.Over(True, channels, epsilon=self.epsilon, axis=self.axis_name)
-        of_images = None if mask is None else mask.ravel().astype(jnp.float32)
+        of_images = None if mask is None else mask.ravel()
         outputs, statistics = _normalize(self, x, over, of_images)
         unbiased = statistics.variance[0] * _unbiased(self, x, channels, mask)
         kept = self.momentum

@@ -43,7 +43,7 @@ def normalize(
     scale: jax.Array,  # f32[C]
     bias: jax.Array,  # f32[C]
     over: Over,
-    mask: jax.Array | None = None,  # f32[N], 1 for each image that counts, else 0
+    mask: jax.Array | None = None,  # bool[N], False for each image that does not count
 ) -> tuple[jax.Array, Statistics]:  # f32[N, H, W, C]
     """Subtracts the mean, divides by sqrt(variance + epsilon), scales and shifts: batch, group,
     layer, instance and RMS norm, by the elements that they average `over`.
@@ -101,7 +101,9 @@ def _quartered(values: jax.Array) -> jax.Array:
 def _pool(sums: jax.Array, over: Over, mask: jax.Array | None = None) -> jax.Array:
     """Sums f32[N, C] over what shares a statistic: f32[1 or N, groups]."""
     if over.batch:
-        sums = xla.over_images(sums if mask is None else sums * mask[:, None])[None]
+        # By a choice and no product, which XLA would round with the sum, once or twice.
+        sums = sums if mask is None else jnp.where(mask[:, None], sums, 0)
+        sums = xla.over_images(sums)[None]
         if over.axis is not None:
             sums = lax.psum(sums, over.axis)
     if over.groups == sums.shape[1]:
@@ -124,20 +126,29 @@ def _count(inputs: jax.Array, over: Over, mask: jax.Array | None) -> int | jax.A
     return images * (height * width * channels // over.groups)
 
 
+def _mean(sums: jax.Array, inputs: jax.Array, over: Over, mask: jax.Array | None) -> jax.Array:
+    """Divides the sums f32[N, C] by how many elements share a statistic: f32[1 or N, groups]."""
+    pooled, count = _pool(sums, over, mask), _count(inputs, over, mask)
+    if mask is None:
+        return pooled / count
+    # XLA divides in some programs and multiplies by the reciprocal in others, where it then rounds
+    # the product and the addition behind it once: so here it multiplies, and stores the product.
+    return xla.stored(pooled * (1 / count))
+
+
 def _statistics(inputs: jax.Array, over: Over, mask: jax.Array | None) -> Statistics:
-    count = _count(inputs, over, mask)
     if over.centered:
-        mean = _pool(_by_channel(over, inputs)[0], over, mask) / count
+        mean = _mean(_by_channel(over, inputs)[0], inputs, over, mask)
     else:
         mean = jnp.zeros((1 if over.batch else inputs.shape[0], over.groups), inputs.dtype)
     centered = inputs - _spread(mean, inputs)
     squares = jnp.square(centered)
     if not (over.centered and _in_cache(over)):
-        return Statistics(mean, _pool(_by_channel(over, squares)[0], over, mask) / count)
+        return Statistics(mean, _mean(_by_channel(over, squares)[0], inputs, over, mask))
     # What rounding left of the mean comes at no cost, and corrects the variance; and the mean too
     # if values would be off by more than a thousandth of a deviation.
     sums = _by_channel(over, centered, squares)  # of micro-batches, which have no mask
-    rest, variance = (_pool(part, over) / count for part in sums)
+    rest, variance = (_mean(part, inputs, over, None) for part in sums)
     mean = jnp.where(jnp.square(rest) > 1e-6 * variance, mean + rest, mean)
     return Statistics(mean, jnp.maximum(variance - jnp.square(rest), 0))
 
@@ -167,24 +178,22 @@ def _normalize_backward(over: Over, saved, gradients):
     # With x the centered input, r = 1 / sqrt(variance + epsilon) and g = gradient * scale:
     # to_inputs = r * (g - mean(g) - x * r^2 * mean(g x)). Two sums over all elements serve
     # everything.
-    count = _count(inputs, over, mask)
     factor = lax.rsqrt(statistics.variance + over.epsilon)
     centered = inputs - _spread(statistics.mean, inputs)
     to_bias, to_scale = _by_channel(over, gradient, gradient * centered)
-    mean_gradient = _pool(to_bias * scale[None], over) / count * factor
+    mean_gradient = _mean(to_bias * scale[None], inputs, over, mask) * factor
     if not over.centered:
         mean_gradient = jnp.zeros_like(mean_gradient)
-    mean_product = _pool(to_scale * scale[None], over) / count * factor**3
+    mean_product = _mean(to_scale * scale[None], inputs, over, mask) * factor**3
     to_inputs = (
         gradient * (_spread(factor, inputs) * scale[None, None, None])
         - centered * _spread(mean_product, inputs)
         - _spread(mean_gradient, inputs)
     )
-    no_gradient = None
     if mask is not None:  # the mean's terms reach masked images too
-        to_inputs, no_gradient = to_inputs * mask[:, None, None, None], jnp.zeros_like(mask)
+        to_inputs = jnp.where(mask[:, None, None, None], to_inputs, 0)
     to_scale = to_scale * _spread(factor, inputs)[:, 0, 0, :]
-    return to_inputs, xla.over_images(to_scale), xla.over_images(to_bias), no_gradient
+    return to_inputs, xla.over_images(to_scale), xla.over_images(to_bias), None
 
 
 _normalize.defvjp(_normalize_forward, _normalize_backward)
