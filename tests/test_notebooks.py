@@ -10,7 +10,9 @@ import pytest
 from nbconvert.preprocessors import ExecutePreprocessor
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
-NAMES = ("compare_norms", "explore_norms", "own_norm")
+NAMES = ("compare_norms", "explore_norms", "norms", "own_norm")
+PICTURES = {"norms": 4, "own_norm": 1}
+"""How many at least, if not six."""
 
 
 TINY = [("import jaxnorm\n", "import jaxnorm, nets\n"), ('arch="matched"', 'arch="three-layers"')]
@@ -22,6 +24,10 @@ SHORTER = {
     "own_norm": [
         ("EPOCHS, SEEDS = 4, 2", "EPOCHS, SEEDS = 1, 1"),
         ("epochs=EPOCHS,", "epochs=EPOCHS, batch_size=479,"),
+    ],
+    "norms": [
+        ("EPOCHS = 3", "EPOCHS = 1"),
+        ("epochs=EPOCHS)", "epochs=EPOCHS, batch_size=479)"),
     ],
     "explore_norms": [
         ("EPOCHS, SIZES = 3, (4, 16, 64, 128)", "EPOCHS, SIZES = 1, (479,)"),
@@ -48,7 +54,7 @@ def test_it_runs_from_a_clean_kernel(name, tmp_path, monkeypatch):
     ExecutePreprocessor(**options).preprocess(notebook, {"metadata": {"path": str(tmp_path)}})
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     pictures = ["image/png" in output.get("data", {}) for output in outputs]
-    assert sum(pictures) >= (1 if name == "own_norm" else 6)
+    assert sum(pictures) >= PICTURES.get(name, 6)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -22,6 +22,8 @@ _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _PALETTE += ("#117733", "#882255", "#332288", "#999933", "#661100", "#777777", "#44AA99")
 _MARKERS = "os^Dv*XP<>phd8H"
 _FIRST = ("batch", "group", "layer", "pixel", "instance", "rms", "none")
+TOGETHER = len(_FIRST)
+"""The most norms of which two lines each are told apart in one panel."""
 Named = Iterator[tuple[str, Figure]]
 
 
@@ -120,9 +122,14 @@ def legend(axes: Axes, *entries: list, ncols: int = 1, fontsize: int = 9) -> Non
 
 
 def log_scale(axes: Axes) -> None:
-    """Makes the axis upwards logarithmic, unless no value is positive, as in a dead net."""
-    if any((np.asarray(line.get_ydata()) > 0).any() for line in axes.lines):
+    """Makes the axis upwards logarithmic, unless no value is positive, as in dead nets; the label
+    of a line that then has no place says so.
+    """
+    dead = [line for line in axes.lines if not (np.asarray(line.get_ydata()) > 0).any()]
+    if len(dead) < len(axes.lines):
         axes.set_yscale("log")
+        for line in dead:
+            line.set_label(f"{line.get_label()}: 0")
 
 
 def plot_marked(

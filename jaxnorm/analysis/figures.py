@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from jaxnorm.analysis import inside, stats
 from jaxnorm.analysis.drawing import (
+    TOGETHER,
     Look,
     Named,
     label_of,
@@ -159,16 +160,20 @@ def _step_losses(axes: Axes, run: Run, norm: str) -> None:
 
 
 def together(run: Run) -> Named:
-    """Draws all norms on one loss graph and one accuracy graph."""
+    """Draws all norms on one loss graph and one accuracy graph; many on two panels of each."""
+    many = len(run.norms) > TOGETHER
     for what in ("loss", "accuracy"):
         note = _seeds_note(run, run.norms, "; mean and range of {} seeds")
-        figure = new_figure(run.caption, f"{what.capitalize()} of every norm{note}", 8, 5)
-        axes = figure.subplots()
+        title = f"{what.capitalize()} of every norm{note}"
+        figure = new_figure(run.caption, title, *((7, 8) if many else (8, 5)))
+        panels = figure.subplots(1 + many, sharex=True, sharey=True, squeeze=False)[:, 0]
         for norm in run.norms:
-            _line(axes, run, f"test_{what}", norm, "test")
-            _line(axes, run, f"train_{what}", norm, "train")
-        _by_epoch(axes, what)
-        legend(axes, ncols=2)
+            for place, when in enumerate(("test", "train")):
+                _line(panels[place * many], run, f"{when}_{what}", norm, "" if many else when)
+        for axes, when in zip(panels, ("test", "train"), strict=False):
+            _by_epoch(axes, f"{when} {what}" if many else what)
+            axes.label_outer()
+        legend(panels[0], ncols=2)
         yield what, figure
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from jaxnorm.analysis.drawing import (
+    TOGETHER,
     Named,
     label_of,
     legend,
@@ -89,24 +90,29 @@ def depth(run: Run) -> Named:
     measured = {norm: list(nets.values()) for norm, nets in run.probes(DEPTH).items()}
     if not measured:
         return
-    look_of = looks(run.info.config.norms)
+    look_of, many = looks(run.info.config.norms), len(measured) > TOGETHER
     solid = all(look_of[norm].line == "-" for norm in measured)
-    title = f"Over depth, before training ({'dashed' if solid else 'shorter dashes'}) and after it"
-    figure = new_figure(_caption(run, measured), title, 10, 4.4)
-    left, right = figure.subplots(1, 2)
+    how = "above" if many else "dashed" if solid else "shorter dashes"
+    title = f"Over depth, before training ({how}) and after it"
+    figure = new_figure(_caption(run, measured), title, 10, 8 if many else 4.4)
+    panels = figure.subplots(1 + many, 2, sharex="col", sharey="col", squeeze=False)
     for norm, nets in measured.items():
-        for when, before in (("initial_gradients", True), ("gradients", False)):
-            values = np.mean([net[when] for net in nets], axis=0)
-            plot_marked(left, nets[0]["kernels"], values, look_of[norm], before)
-        values = np.mean([net["similarities"] for net in nets], axis=0)
-        for row, before in zip(values, (True, False), strict=True):
-            plot_marked(right, nets[0]["layers"], row, look_of[norm], before)
-    left.set(xlabel="layer, input to output", ylabel="norm of the gradient")
-    log_scale(left)
-    right.set(xlabel="layer, input to output", ylabel="cosine between two images")
-    for axes in (left, right):
+        look = look_of[norm]
+        for row, when in enumerate(("initial_gradients", "gradients")):
+            (left, right), second = panels[row * many], not (many or row)
+            gradients = np.mean([net[when] for net in nets], axis=0)
+            plot_marked(left, nets[0]["kernels"], gradients, look, second)
+            cosines = np.mean([net["similarities"][row] for net in nets], axis=0)
+            plot_marked(right, nets[0]["layers"], cosines, look, second)
+    for left, right in panels:
+        left.set_ylabel("norm of the gradient")
+        right.set_ylabel("cosine between two images")
+        log_scale(left)
+    for axes in panels.flat:
         axes.grid(alpha=0.3)
-    legend(right, *_once(right))
+    for axes in panels[-1]:
+        axes.set_xlabel("layer, input to output")
+    legend(panels[0, 1], *_once(panels[0, 1]))
     yield "depth", figure
 
 

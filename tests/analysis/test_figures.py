@@ -104,6 +104,28 @@ def test_the_norms_stand_together_on_one_graph_each_told_apart(made_up):
         assert len({line.get_marker() for line in lines}) == 3
 
 
+def test_many_norms_have_two_panels_each_so_that_no_norm_has_two_lines_in_one(sweep):
+    norms = [*NORMS, "pixel", "instance", "rms", "none", "ghost"]
+    rows = {norm: ((number, number + 5),) for number, norm in enumerate(norms, 5)}
+    run = Run(sweep(accuracies=rows, norm=",".join(norms), seeds=1))
+    for (_, figure), what in zip(figures.together(run), ("loss", "accuracy"), strict=True):
+        assert [axes.get_ylabel() for axes in figure.axes] == [f"test {what}", f"train {what}"]
+        for axes, when in zip(figure.axes, ("test", "train"), strict=True):
+            for line, norm in zip(axes.lines, norms, strict=True):
+                wanted = [getattr(epoch, f"{when}_{what}") for epoch in run.epochs[norm, 1]]
+                np.testing.assert_array_equal(line.get_ydata(), wanted)
+        words = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        assert words == norms
+    ((_, figure),) = inside.depth(run)
+    panels = np.reshape(figure.axes, (2, 2))
+    measured = probes_of(run.directory, ("ghost", 1))
+    for row, when in enumerate(("initial_gradients", "gradients")):
+        assert [len(axes.lines) for axes in panels[row]] == [len(norms)] * 2
+        np.testing.assert_allclose(panels[row, 0].lines[-1].get_ydata(), measured[when])
+        cosines = panels[row, 1].lines[-1].get_ydata()
+        np.testing.assert_allclose(cosines, measured["similarities"][row])
+
+
 def test_the_seeds_figure_shows_every_value_and_every_paired_difference(made_up, sweep):
     ((_, figure),) = figures.seeds(made_up)
     left, right = figure.axes
@@ -193,6 +215,14 @@ def test_gradients_of_dead_nets_are_drawn(sweep):
     for name in ("gradients", "depth"):
         assert drawn[name].axes[0].get_yscale() == "linear"
         assert figures.png(drawn[name], 20)
+
+
+def test_a_line_of_zeros_has_no_place_on_a_logarithmic_axis_and_the_legend_says_so(sweep):
+    run = Run(sweep(norm="batch,layer", seeds=1))
+    rewrite_net(run.directory, ("layer", 1), "probes", gradients=np.zeros(3, np.float32))
+    axes = dict(inside.inside(run))["gradients"].axes[0]
+    assert axes.get_yscale() == "log"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["batch", "layer: 0"]
 
 
 def test_names_are_no_formulas(sweep, tiny, monkeypatch):
