@@ -255,7 +255,10 @@ def test_a_new_setting_of_a_sweep_is_one_entry(tiny_by_name, scratch, monkeypatc
     assert head.split()[:4] == ["batch", "learning", "rate", "dropout"]
     assert (scratch / "s" / "dropout.png").exists()
     losses = []
-    for name, dropout in (("batch-35-rate-0.01", 0.0), ("batch-35-rate-0.01-dropout-0.5", 0.5)):
+    for name, dropout in (
+        ("batch-35-rate-0.01-dropout-0", 0),
+        ("batch-35-rate-0.01-dropout-0.5", 0.5),
+    ):
         directory = RunDirectory(scratch / "s" / name)
         assert directory.info().config.dropout == dropout
         losses.append(losses_of(directory, ("layer", 1)))

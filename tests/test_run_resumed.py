@@ -52,7 +52,7 @@ def test_resume_takes_the_runs_settings_and_refuses_others(inside, tiny_by_name,
 def test_nothing_is_checked_where_every_net_is_finished(inside, tiny_by_name, monkeypatch, capsys):
     assert call(*SMALL, "--skip-self-check", "--out", "x") == 0
     checked = []
-    monkeypatch.setattr(selfcheck, "self_check", lambda configs, *_: checked.append(configs))
+    monkeypatch.setattr(selfcheck, "self_check", lambda *_: checked.append(1) or (1, 1))
     assert call("--resume", "x") == 0
     assert not checked
     assert "resuming after 1 of 1 epochs" in capsys.readouterr().out
