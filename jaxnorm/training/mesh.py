@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -132,7 +131,7 @@ def place(shape: MeshShape, arrays: Any, by_net: bool = False) -> Any:
     axis, a multiple of `shape.seed`) on its own row of devices.
     """
     if shape.devices == 1:
-        return jax.tree.map(jnp.asarray, arrays)
+        return jax.device_put(arrays)  # `jnp.asarray` compiles a program for each shape
     return jax.device_put(arrays, NamedSharding(shape.mesh, P(SEED) if by_net else P()))
 
 
