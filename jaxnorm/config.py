@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 Schedule = Literal["constant", "one-cycle"]
+Optimizer = Literal["sgd", "adamw", "muon"]
 Augment = Literal["none", "crop-flip"]
 Recipe = Literal["study", "tuned"]
 ALL = ("batch", "group", "layer")
@@ -27,6 +28,8 @@ TUNED_RATES = {"batch": 0.123, "group": 0.134, "layer": 0.134, "pixel": 0.134}
 """The learning rates that a fair tuning of the tuned recipe found (notebooks/pages/tuned.md)."""
 OTHER_RATE = 0.1
 """The learning rate of the tuned recipe for a norm that was not tuned."""
+USUAL_RATES = {"adamw": 1e-3, "muon": 0.07}
+"""The learning rates of the recipes for other optimizers than theirs."""
 OF_NORMS = ("groups", "ghost_size", "alpha", "norm_momentum")
 """The settings of norms."""
 SWEPT = ("batch_size", "learning_rate", "weight_decay", *OF_NORMS)
@@ -223,9 +226,14 @@ class Config:
         The number of passes over the training set.
     batch_size
         The number of images in a batch. The recipes take 128, and 32 for digits.
+    optimizer
+        The optimizer: "sgd", with momentum; "adamw"; or "muon", which moves each kernel along its
+        orthogonalized momentum, and scales and biases by SGD.
     learning_rate
-        The learning rate of SGD, or the highest of a schedule; one for all norms, or one for each.
-        The tuned recipe has one for each.
+        The learning rate, or the highest of a schedule; one for all norms, or one for each. The
+        tuned recipe has one for each. Under muon it is the length of a step of a kernel, as a share
+        of the kernel's own length, over the square root of its rank; twice as much is the rate of
+        SGD for scales and biases.
     linear_scaling
         Multiply the learning rate by the batch size over the one that it is for, which is 128, and
         32 for digits (Goyal et al., "Accurate, Large Minibatch SGD", 2017).
@@ -238,11 +246,14 @@ class Config:
     warmup
         The share of the training in which the one-cycle learning rate goes up.
     momentum
-        The momentum of SGD: the share of the last step that is made again.
+        The momentum of SGD: the share of the last step that is made again. Moments of other
+        optimizers are fixed: AdamW's at 0.9 and 0.999, Muon's of kernels at 0.6.
     nesterov
         Use Nesterov's momentum.
     weight_decay
-        L2 penalty: adds weight_decay * kernel to the gradient of a kernel; norms are not decayed.
+        Under sgd an L2 penalty: adds weight_decay * kernel to the gradient of a kernel. Under adamw
+        and muon decoupled: takes learning_rate * weight_decay * kernel off a kernel at each step.
+        Norms are not decayed.
     dropout
         The probability with which an activation is dropped.
     augment
@@ -291,6 +302,7 @@ class Config:
     linear_scaling: bool = False
     recipe: Recipe = "study"
     schedule: Schedule = "constant"
+    optimizer: Optimizer = "sgd"
     warmup: Annotated[float, Field(gt=0, lt=1)] = 0.25
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
@@ -397,17 +409,18 @@ def study(**changes: Any) -> Config:
     rate of 0.01, dropout 0.1, no augmentation.
 
     For digits the batch is 32 and the rate 0.05 on a one-cycle schedule, because at a constant rate
-    the accuracy of a late epoch can jump by points.
+    the accuracy of a late epoch can jump by points. Other optimizers have their `USUAL_RATES`.
     """
     digits = {**_DIGITS, "schedule": "one-cycle"} if changes.get("dataset") == "digits" else {}
-    return Config(**{**digits, **changes})
+    return Config(**{**digits, **_usual_rate(changes), **changes})
 
 
 def tuned(**changes: Any) -> Config:
     """Returns settings that treat every norm well, with these changes: a residual net with
     standardized kernels, a one-cycle schedule, crops and flips, and the learning rate that a fair
     tuning found for each norm (`notebooks/pages/tuned.md`). Norms that were not tuned train at
-    `OTHER_RATE`, and `untuned` names them.
+    `OTHER_RATE`, and all norms under another optimizer at its one of `USUAL_RATES`; `untuned` names
+    them.
     """
     norms = norms_of(changes.get("norm", "all"))
     values: dict[str, Any] = {
@@ -424,16 +437,25 @@ def tuned(**changes: Any) -> Config:
     }
     if changes.get("dataset") == "digits":
         values |= _DIGITS
+    values |= (usual := _usual_rate(changes))
     if not isinstance(values["learning_rate"], dict) or "learning_rate" in changes:
         values["untuned"] = ()  # one rate for all, or the user's own
+    if usual and "learning_rate" not in changes:
+        values["untuned"] = norms
     return Config(**{**values, **changes})
+
+
+def _usual_rate(changes: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the learning rate of an optimizer that no recipe takes; empty for SGD."""
+    name = changes.get("optimizer")
+    return {"learning_rate": USUAL_RATES[name]} if name in USUAL_RATES else {}
 
 
 _DIGITS = {"batch_size": 32, "usual_batch": 32, "learning_rate": 0.05}
 RECIPES: dict[str, Callable[..., Config]] = {"study": study, "tuned": tuned}
 """What `--recipe` chooses from."""
-OF_RECIPE = ("arch", "batch_size", "learning_rate", "schedule", "nesterov", "weight_decay")
-OF_RECIPE += ("dropout", "augment", "weight_standardization")
+OF_RECIPE = ("arch", "batch_size", "learning_rate", "schedule", "optimizer", "nesterov")
+OF_RECIPE += ("weight_decay", "dropout", "augment", "weight_standardization")
 """The settings whose default depends on the recipe."""
 
 

@@ -14,6 +14,7 @@ from jaxnorm.config import (
     SWEPT,
     Augment,
     Config,
+    Optimizer,
     Precision,
     Recipe,
     Schedule,
@@ -120,6 +121,7 @@ class Settings:
     linear_scaling: bool = Config.linear_scaling
     recipe: Recipe = Config.recipe
     schedule: Schedule | None = None
+    optimizer: Optimizer | None = None
     warmup: float = Config.warmup
     momentum: float = Config.momentum
     nesterov: Annotated[bool | None, _MAY_BE_UNDONE] = None

@@ -15,6 +15,7 @@ from jaxnorm.config import (
     OTHER_RATE,
     RECIPES,
     TUNED_RATES,
+    USUAL_RATES,
     Config,
     UserError,
     from_json,
@@ -59,6 +60,7 @@ WRONG = {
     "test_split": ["", "../x"],
     "recipe": ["best"],
     "schedule": ["step"],
+    "optimizer": ["lion"],
     "warmup": [0.0],
     "weight_decay": [-1e-4],
     "augment": ["mixup"],
@@ -196,7 +198,12 @@ def test_norms_of_which_a_recipe_tuned_no_rate_are_recorded():
     norm = "batch,instance,rms,mine:Norm"
     assert tuned(norm=norm).untuned == ("instance", "rms", "mine:Norm")
     assert tuned(norm=norm).rate("rms") == OTHER_RATE
-    for config in (tuned(), tuned(norm=norm, learning_rate=0.1), study(norm=norm)):
+    under_muon = tuned(norm=norm, optimizer="muon")
+    assert under_muon.untuned == tuple(norm.split(","))
+    assert under_muon.learning_rate == study(optimizer="muon").learning_rate == USUAL_RATES["muon"]
+    asked = tuned(norm=norm, optimizer="adamw", learning_rate=0.1)
+    assert asked.learning_rate == 0.1
+    for config in (tuned(), tuned(norm=norm, learning_rate=0.1), study(norm=norm), asked):
         assert config.untuned == ()
     with pytest.raises(UserError, match=r"call tuned\(\) instead"):
         Config(recipe="tuned")

@@ -110,7 +110,7 @@ def test_a_mistake_is_one_line_exit_code_2_and_leaves_nothing(inside, line, caps
         (("--lr", "0.1"), "there is no flag --lr (did you mean --learning-rate?);"),
         (("--epoch=3",), "there is no flag --epoch (did you mean --epochs?);"),
         (("--random_seed", "3"), "there is no flag --random_seed (did you mean --seed?);"),
-        (("--optimizer", "adam"), "there is no flag --optimizer;"),
+        (("--scheduler", "cosine"), "there is no flag --scheduler (did you mean --schedule?);"),
     ],
 )
 def test_what_is_no_flag_is_told_where_the_flags_are(arguments, wrong, capsys):

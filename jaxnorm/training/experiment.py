@@ -37,6 +37,7 @@ def program_of(
     steps = None if train_count is None else config.epochs * config.steps(train_count)
     return Program(
         model=net_of(config, norm, num_classes, steps),
+        optimizer=config.optimizer,
         momentum=config.momentum,
         nesterov=config.nesterov,
         augments=config.augment != "none",

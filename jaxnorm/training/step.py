@@ -5,6 +5,7 @@ epoch 7 of a resumed run sees the images in the same order, under the same dropo
 of an unbroken one; and none of it depends on the norm.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +18,13 @@ import numpy as np
 import optax
 from jax import lax
 
+from jaxnorm.config import Optimizer
 from jaxnorm.model.cnn import CNN
 from jaxnorm.model.summary import micro_batch
 
 _PURPOSES = {"init": 0, "order": 1, "dropout": 2, "augment": 3}
+MUON_MOMENTUM = 0.6
+"""The share of its old value that Muon's moment of a kernel's gradients keeps at a step."""
 _KERNEL = jax.tree_util.DictKey("kernel")
 Purpose = Literal["init", "order", "dropout", "augment"]
 
@@ -33,21 +37,53 @@ class Program:
     """
 
     model: CNN
+    optimizer: Optimizer = "sgd"
     momentum: float = 0.9
     nesterov: bool = False
     augments: bool = False
     label_smoothing: float = 0.0
 
-    def optimizer(
+    def transformation(
         self, learning_rate: float | jax.Array, weight_decay: float | jax.Array = 0.0
     ) -> optax.GradientTransformation:
-        """Returns SGD with momentum, which first adds `weight_decay` * kernel to the gradient of
-        each kernel; its state is one array for each parameter.
-        """
-        return optax.chain(
-            optax.add_decayed_weights(jnp.asarray(weight_decay), mask=_is_kernel),
-            optax.sgd(learning_rate, self.momentum, self.nesterov),
+        """Returns the optimizer as Optax's; see `Config` for what its settings mean."""
+        decay = optax.add_decayed_weights(jnp.asarray(weight_decay), mask=_is_kernel)
+        match self.optimizer:
+            case "sgd":
+                return optax.chain(decay, optax.sgd(learning_rate, self.momentum, self.nesterov))
+            case "adamw":
+                step = optax.scale_by_learning_rate(learning_rate)
+                return optax.chain(optax.scale_by_adam(), decay, step)
+        orthogonal = optax.contrib.scale_by_muon(
+            beta=MUON_MOMENTUM,
+            weight_dimension_numbers=partial(jax.tree.map, lambda _: _MATRIX),
         )
+        as_long = optax.stateless(_as_long_as_the_kernel)
+        step = optax.scale_by_learning_rate(learning_rate)
+        return optax.partition(
+            {
+                True: optax.chain(orthogonal, as_long, decay, step),
+                False: optax.sgd(2 * learning_rate, self.momentum, self.nesterov),
+            },
+            _is_kernel,
+        )
+
+
+_MATRIX = optax.contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=(3,))
+"""A kernel f32[h, w, in, out] as a matrix f32[h * w * in, out]; without it Muon takes kernels for
+stacks of matrices.
+"""
+
+
+def _as_long_as_the_kernel(updates: Any, kernels: Any) -> Any:
+    """Scales orthogonal updates, each as long as the root of its rank, to the kernels' lengths."""
+    return jax.tree.map(
+        lambda update, kernel: (
+            update * jnp.linalg.norm(kernel.ravel()) / math.sqrt(kernel.shape[-1])
+        ),
+        updates,
+        kernels,
+    )
 
 
 def _is_kernel(params: Any) -> Any:
@@ -115,7 +151,9 @@ def init_state(
     """
     variables = dict(program.model.init(derive_key(seed, "init"), jnp.zeros((1, 32, 32, 3))))
     params = variables.pop("params")
-    return TrainState(params, variables, program.optimizer(0.0).init(params), jnp.asarray(standard))
+    return TrainState(
+        params, variables, program.transformation(0.0).init(params), jnp.asarray(standard)
+    )
 
 
 def crop_and_flip(
@@ -147,7 +185,7 @@ def train_step(
     axis: str | None = None,
     count: int | jax.Array | None = None,
 ) -> tuple[TrainState, jax.Array, jax.Array]:
-    """Makes one step of SGD on the mean cross-entropy of a batch.
+    """Makes one step of the optimizer on the mean cross-entropy of a batch.
 
     Returns the new state, the loss f32[] before it, and the number of correct predictions i32[].
     With `axis`, the images are this device's part of a batch that all devices along that mesh axis
@@ -201,7 +239,7 @@ def train_step(
         total = lax.fori_loop(0, -(-trained_on // size), add_micro_batch, zeros)
 
     loss, correct, gradients = total if axis is None else lax.psum(total, axis)
-    optimizer = program.optimizer(learning_rate, weight_decay)
+    optimizer = program.transformation(learning_rate, weight_decay)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     return TrainState(params, norm_state, opt_state, state.standard), loss, correct

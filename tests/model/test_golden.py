@@ -56,7 +56,7 @@ def initial_state(program, params):
     norm_state = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jnp.full(leaf.shape, float(path[-1].key == "var")), shapes.norm_state
     )
-    return train.TrainState(params, norm_state, program.optimizer(0.0).init(params), standard)
+    return train.TrainState(params, norm_state, program.transformation(0.0).init(params), standard)
 
 
 @pytest.mark.parametrize(("net", "fast"), CASES)

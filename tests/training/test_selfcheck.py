@@ -30,7 +30,8 @@ EVEN = dataclasses.replace(CONFIG, norm="layer", batch_size=35)
         *(
             pytest.param(changes, MeshShape(batch=2), marks=pytest.mark.slow)
             for changes in (
-                {"norm": "renorm,frn"},
+                {"norm": "renorm", "optimizer": "muon"},
+                {"norm": "frn", "optimizer": "adamw"},
                 {"norm": "ghost,evonorm-s0", "batch_size": 14, "ghost_size": 7},
             )
         ),

@@ -191,6 +191,62 @@ def test_a_step_is_pytorchs_sgd_on_the_mean_cross_entropy(tiny, arrays, recipe):
         chex.assert_trees_all_close(state.params, params, atol=2e-6)
 
 
+def adam(moments, gradient, t, kernel, rate, decay):
+    """A step by hand (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019)."""
+    for i, (beta, value) in enumerate(((0.9, gradient), (0.999, gradient**2))):
+        moments[i] = beta * moments[i] + (1 - beta) * value
+    first, second = moments[0] / (1 - 0.9**t), moments[1] / (1 - 0.999**t)
+    return rate * (first / (np.sqrt(second) + 1e-8) + decay * kernel)
+
+
+def muon(moments, gradient, t, kernel, rate, decay):
+    """A step by hand (Jordan et al., "Muon", 2024), as long as the kernel over the root of its
+    rank.
+    """
+    moments[0] = 0.6 * moments[0] + 0.4 * gradient
+    ahead = 0.6 * moments[0] / (1 - 0.6 ** (t + 1)) + 0.4 * gradient / (1 - 0.6**t)
+    x = ahead.reshape(-1, ahead.shape[-1])
+    x /= np.linalg.norm(x)
+    for _ in range(5):
+        gram = x.T @ x
+        x = x @ (3.4445 * np.eye(len(gram)) - 4.7750 * gram + 2.0315 * gram @ gram)
+    length = np.linalg.norm(kernel) / np.sqrt(kernel.shape[-1])
+    return rate * (x.reshape(kernel.shape) * length + decay * kernel)
+
+
+def sgd(moments, gradient, t, value, rate, decay):
+    """A step of scales and biases beside Muon, at twice its rate."""
+    moments[0] = 0.9 * moments[0] + gradient
+    return 2 * rate * (gradient + 0.9 * moments[0])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_another_optimizer_is_that_of_its_paper(tiny, arrays, optimizer):
+    config = tuned(norm="group", arch="three-layers", optimizer=optimizer)
+    program = experiment.program_of(config, "group", 4)
+    state, key = init(program, tiny, 1), jax.random.key(0)
+    images, labels = arrays[0][:8], arrays[1][:8]
+
+    def objective(params):
+        logits = program.model.apply({"params": params}, train.standardize(state, images))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    step = jax.jit(train.train_step, static_argnums=0, **SOON)
+    gradient = jax.jit(jax.grad(objective), **SOON)
+    moments = jax.tree.map(lambda _: [0.0, 0.0], state.params)
+    for t in (1, 2, 3):
+        before, gradients = jax.device_get((state.params, gradient(state.params)))
+        state, *_ = step(program, state, images, labels, key, 0.03, 0.02)
+        for layer, name in ((x, y) for x in before for y in before[x]):
+            of, kernel = moments[layer][name], name == "kernel"
+            value, slope = (np.float64(side[layer][name]) for side in (before, gradients))
+            rule = adam if optimizer == "adamw" else muon if kernel else sgd
+            moved = rule(of, slope, t, value, 0.03, 0.02 * kernel)
+            found = value - np.float64(state.params[layer][name])
+            error = np.linalg.norm(found - moved) / np.linalg.norm(moved)
+            assert error < 2e-3, f"step {t}, {layer} {name}: {error:.2e}"
+
+
 GOLDEN = {"loss": 1.475290, "gradient": 4.855595, "mean": 0.524395}
 
 
