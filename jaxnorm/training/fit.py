@@ -212,12 +212,14 @@ def train(
 def warn_of_untuned(config: Config, callbacks: Sequence[Callback]) -> None:
     """Warns if norms train at a learning rate that was not tuned, beside others whose was."""
     if config.untuned:
+        norms, other = config.untuned, config.optimizer != Config.optimizer
+        tuned = "" if other else f" as those of {', '.join(TUNED_RATES)} were"
+        flag = f" --optimizer {config.optimizer}" if other else ""
         text = (
-            f"the {config.recipe} recipe has no learning rate for "
-            f"{' and '.join(config.untuned)} norm: {config.rate(config.untuned[0]):g} is taken, "
-            f"which was not tuned as those of {', '.join(TUNED_RATES)} were; "
-            f"python -m jaxnorm.tune --recipe {config.recipe} --norm {','.join(config.untuned)} "
-            "finds a good one"
+            f"the {config.recipe} recipe has no {config.optimizer} learning rate for "
+            f"{' and '.join(norms)} norm: {config.rate(norms[0]):g} is taken, which was not tuned"
+            f"{tuned}; python -m jaxnorm.tune --recipe {config.recipe}{flag} --norm "
+            f"{','.join(norms)} finds a good one"
         )
         for callback in callbacks:
             callback.on_warning(text)

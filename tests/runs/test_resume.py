@@ -12,7 +12,7 @@ import pytest
 from helpers import StopAfter, Stopped, difference, refusal, run, train
 
 from jaxnorm.analysis.results import Run
-from jaxnorm.config import Config, NetId, product, study
+from jaxnorm.config import USUAL_RATES, Config, NetId, product, study
 from jaxnorm.records import to_lines
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.net import NetFolder
@@ -108,6 +108,15 @@ def test_a_run_stopped_anywhere_resumes_to_the_same_end(whole, tiny, scratch, ep
     heard = resumed(directory, tiny)
     assert (heard.complete, heard.warnings) == (epochs, [])
     assert difference(directory, whole) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_moments_of_another_optimizer_resume(tiny, scratch, optimizer):
+    config = dataclasses.replace(SHORT, optimizer=optimizer, learning_rate=USUAL_RATES[optimizer])
+    directory = stopped(scratch / "run", tiny, 1, config)
+    resumed(directory, tiny)
+    assert difference(directory, run(config, tiny, scratch / "whole", mesh=ONE)) == ""
 
 
 @pytest.mark.parametrize("epochs", [1, 4])

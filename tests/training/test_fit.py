@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxnorm.config import Config, study, tuned
+from jaxnorm.config import Config, tuned
 from jaxnorm.model import summary
 from jaxnorm.model.cnn import CNN
 from jaxnorm.training.experiment import Experiment, learning_rates
@@ -78,11 +78,14 @@ def test_an_untuned_learning_rate_beside_tuned_ones_is_said():
     heard, callback = [], Callback()
     callback.on_warning = heard.append
     settings = {**SETTINGS, "norm": "batch,rms,own_norm:OwnNorm"}
-    for config in (tuned(**settings), tuned(**settings, learning_rate=0.1), study(**settings)):
+    under_muon = tuned(**settings, optimizer="muon")
+    for config in (tuned(**settings), tuned(**settings, learning_rate=0.1), under_muon):
         warn_of_untuned(config, [callback])
-    (text,) = heard
-    assert "no learning rate for rms and own_norm:OwnNorm norm: 0.1 is taken, which was not" in text
+    text, other = heard
+    assert "no sgd learning rate for rms and own_norm:OwnNorm norm: 0.1 is taken, which was" in text
     assert "python -m jaxnorm.tune --recipe tuned --norm rms,own_norm:OwnNorm" in text
+    assert "no muon learning rate for batch and rms and own_norm:OwnNorm norm: 0.07 is" in other
+    assert "python -m jaxnorm.tune --recipe tuned --optimizer muon --norm batch,rms," in other
 
 
 def test_one_cycle_goes_up_and_down_in_straight_lines_and_constant_stays():
