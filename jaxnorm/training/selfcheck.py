@@ -271,6 +271,10 @@ def _check_group(check: _Check, group: Group, tick: Callable[[str], None]) -> No
 def _compare_step(check: _Check, group: Group, initial: TrainState, epoch: int, batch: int) -> str:
     """Says in what a step of the training program and the plain step differ, on the first batch of
     an epoch (0) or the last (-1); empty for nothing.
+
+    Of AdamW and Muon the moments are compared, and not what they make of parameters: AdamW moves
+    one as far if its gradient is nearly zero, and Muon scales the least directions of a gradient
+    up, rounding and all.
     """
     chunks, of_epoch = group.chunks(epoch)
     start = 0 if batch == 0 else chunks[-1].stop - 1
@@ -287,10 +291,12 @@ def _compare_step(check: _Check, group: Group, initial: TrainState, epoch: int, 
     allowed, problem = ALLOWED[group.program.model.precision], ""
     for k, losses in enumerate(steps.losses):
         ours = losses[chunk.start], jax.tree.map(lambda leaf, k=k: leaf[k], states)
-        kept, moments = group.program.model.norm_momentum, group.program.optimizer != "sgd"
-        problem = problem or _disagreement(
-            ours, (loss, wanted_state), initial, *allowed, kept, moments
-        )
+        sides = ours, (loss, wanted_state), (loss, initial)
+        if group.program.optimizer != "sgd":
+            sides = ((value, state._replace(params=())) for value, state in sides)
+        ours, wanted, (_, before) = sides
+        kept = group.program.model.norm_momentum
+        problem = problem or _disagreement(ours, wanted, before, *allowed, kept)
     return problem
 
 
@@ -325,20 +331,14 @@ def _disagreement(
     forward: float = ALLOWED["float32"][0],
     backward: float = ALLOWED["float32"][1],
     momentum: float = 0.9,  # of running averages
-    moments: bool = False,
 ) -> str:
-    """Says what differs most beyond what is allowed; empty if nothing does. With `moments`, the
-    optimizer's moments are compared and not what they make of a parameter: AdamW moves one by as
-    much if its gradient is nearly zero, and Muon scales the smallest directions of a gradient up.
-    """
+    """Says what differs most beyond what is allowed; empty if nothing does."""
     errors = {"the loss": (_relative(ours[0], plain[0], 0), forward)}
     trees = (jax.device_get(tree) for tree in (ours[1], plain[1], initial))
     leaves = map(jax.tree_util.tree_leaves_with_path, trees)
     arrays: dict[str, list[tuple]] = {}
     for (path, got), (_, wanted), (_, before) in zip(*leaves, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator=" ")
-        if moments and name.startswith("params"):
-            continue
         if np.issubdtype(np.asarray(got).dtype, np.integer):
             if not np.array_equal(got, wanted):  # a norm's counter
                 return f"{name}, a count, is off"
