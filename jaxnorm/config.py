@@ -29,7 +29,7 @@ TUNED_RATES = {"batch": 0.123, "group": 0.134, "layer": 0.134, "pixel": 0.134}
 OTHER_RATE = 0.1
 """The learning rate of the tuned recipe for a norm that was not tuned."""
 USUAL_RATES = {"adamw": 1e-3, "muon": 0.07}
-"""The learning rates of the recipes for other optimizers than theirs."""
+"""The learning rates that the recipes take for optimizers other than SGD; they were not tuned."""
 OF_NORMS = ("groups", "ghost_size", "alpha", "norm_momentum")
 """The settings of norms."""
 SWEPT = ("batch_size", "learning_rate", "weight_decay", *OF_NORMS)
@@ -231,9 +231,8 @@ class Config:
         orthogonalized momentum, and scales and biases by SGD.
     learning_rate
         The learning rate, or the highest of a schedule; one for all norms, or one for each. The
-        tuned recipe has one for each. Under muon it is the length of a step of a kernel, as a share
-        of the kernel's own length, over the square root of its rank; twice as much is the rate of
-        SGD for scales and biases.
+        tuned recipe has one for each. Under muon it is the length of a kernel's step as a share of
+        the kernel's own length, and twice as much is the rate of SGD for scales and biases.
     linear_scaling
         Multiply the learning rate by the batch size over the one that it is for, which is 128, and
         32 for digits (Goyal et al., "Accurate, Large Minibatch SGD", 2017).
@@ -249,7 +248,7 @@ class Config:
         The momentum of SGD: the share of the last step that is made again. Moments of other
         optimizers are fixed: AdamW's at 0.9 and 0.999, Muon's of kernels at 0.6.
     nesterov
-        Use Nesterov's momentum.
+        Use Nesterov's momentum in SGD. Muon always does.
     weight_decay
         Under sgd an L2 penalty: adds weight_decay * kernel to the gradient of a kernel. Under adamw
         and muon decoupled: takes learning_rate * weight_decay * kernel off a kernel at each step.

@@ -148,7 +148,7 @@ class Run:
 
     @cached_property
     def correct(self) -> dict[str, dict[int, np.ndarray]]:
-        """Which test images each finished net classifies rightly, bool[N], by norm and seed.
+        """The test images that each finished net classifies rightly, bool[N], by norm and seed.
 
         Raises `UserError` as `predictions` does.
         """

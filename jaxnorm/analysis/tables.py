@@ -338,7 +338,7 @@ def _next_seed(pairs: Sequence[stats.Difference]) -> str:
 
 
 def _noise(run: Run) -> str:
-    """How much of each norm's deviation over seeds the test set makes, in a sentence."""
+    """Returns a sentence on the test set's share of each norm's deviation over seeds."""
     if not (spreads := _spreads(run)):
         return ""
     seen = [f"{100 * one.seen:.2f} for {norm} norm" for norm, one in spreads.items()]
@@ -486,8 +486,8 @@ def corruptions(run: Run) -> Table:
 
 
 def _spreads(run: Run) -> dict[str, stats.Spread]:
-    """What the deviation over seeds of each norm is made of, of the norms with several seeds; none
-    if predictions are missing.
+    """Returns the parts of the deviation over seeds of each norm that has several seeds; none if
+    predictions are missing.
     """
     try:
         correct = {norm: np.array(list(nets.values())) for norm, nets in run.correct.items()}
@@ -498,7 +498,7 @@ def _spreads(run: Run) -> dict[str, stats.Spread]:
 
 
 def spreads(run: Run) -> Table:
-    """How much of each norm's spread over seeds is the noise of the test set, in points."""
+    """Returns the part of each norm's spread over seeds that is test-set noise, in points."""
     rows = []
     for norm, spread in _spreads(run).items():
         low, high = spread.interval

@@ -70,9 +70,7 @@ class Program:
 
 
 _MATRIX = optax.contrib.MuonDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=(3,))
-"""A kernel f32[h, w, in, out] as a matrix f32[h * w * in, out]; without it Muon takes kernels for
-stacks of matrices.
-"""
+"""Muon takes a kernel f32[h, w, in, out] as a matrix f32[h * w * in, out]."""
 
 
 def _as_long_as_the_kernel(updates: Any, kernels: Any) -> Any:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxnorm.config import Config, tuned
+from jaxnorm.config import Config, study, tuned
 from jaxnorm.model import summary
 from jaxnorm.model.cnn import CNN
 from jaxnorm.training.experiment import Experiment, learning_rates
@@ -79,8 +79,10 @@ def test_an_untuned_learning_rate_beside_tuned_ones_is_said():
     callback.on_warning = heard.append
     settings = {**SETTINGS, "norm": "batch,rms,own_norm:OwnNorm"}
     under_muon = tuned(**settings, optimizer="muon")
-    for config in (tuned(**settings), tuned(**settings, learning_rate=0.1), under_muon):
-        warn_of_untuned(config, [callback])
+    warn_of_untuned(tuned(**settings), [callback])
+    for tuned_or_asked in (tuned(**settings, learning_rate=0.1), study(**settings)):
+        warn_of_untuned(tuned_or_asked, [callback])
+    warn_of_untuned(under_muon, [callback])
     text, other = heard
     assert "no sgd learning rate for rms and own_norm:OwnNorm norm: 0.1 is taken, which was" in text
     assert "python -m jaxnorm.tune --recipe tuned --norm rms,own_norm:OwnNorm" in text

@@ -200,9 +200,7 @@ def adam(moments, gradient, t, kernel, rate, decay):
 
 
 def muon(moments, gradient, t, kernel, rate, decay):
-    """A step by hand (Jordan et al., "Muon", 2024), as long as the kernel over the root of its
-    rank.
-    """
+    """A step by hand (Jordan et al., "Muon", 2024), scaled to the length of the kernel."""
     moments[0] = 0.6 * moments[0] + 0.4 * gradient
     ahead = 0.6 * moments[0] / (1 - 0.6 ** (t + 1)) + 0.4 * gradient / (1 - 0.6**t)
     x = ahead.reshape(-1, ahead.shape[-1])
