@@ -52,18 +52,46 @@ def assert_same_picture(figure, committed):
     assert (np.abs(new - old).max(-1) > 0.1).mean() < 0.01, committed
 
 
-def test_the_front_pages_picture_is_what_the_records_draw():
-    picture = Answer().picture()
-    curves, rates, sizes = picture.axes
-    tuned = Run(RunDirectory(RESULTS / "tuned"))
-    for line, norm in zip(curves.lines, ("batch", "group", "layer"), strict=True):
+def test_the_front_pages_pictures_are_what_the_records_draw():
+    answer = Answer()
+    drawn = answer.figures()
+    tuned = answer.tuned
+    norms, rates, sizes = drawn["answer"].axes
+    ends = {
+        line.get_ydata()[0]: line.get_xdata() for line in norms.lines if line.get_marker() == "."
+    }
+    places = [label.get_text() for label in norms.get_yticklabels()]
+    for norm in ("batch", "group", "layer"):
+        np.testing.assert_array_equal(ends[places.index(norm) + 0.2], tuned.sample(norm).values)
+    assert [axes.get_xlabel() for axes in (rates, sizes)] == ["learning rate", "batch size"]
+    for line, norm in zip(drawn["curves"].axes[1].lines, ("batch", "group", "layer"), strict=True):
         assert line.get_label() == norm
         assert line.get_ydata()[-1] == tuned.sample(norm).mean
-    assert [axes.get_xlabel() for axes in (rates, sizes)] == ["learning rate", "batch size"]
-    assert_same_picture(picture, RESULTS / "answer.png")
-    assert_same_picture(Answer().against_rate(), RESULTS / "learning-rate.png")
-    ((name, figure),) = sweeps.draw(Answer().batch_sizes)
+    for name, figure in drawn.items():
+        assert_same_picture(figure, RESULTS / f"{name}.png")
+    ((name, figure),) = sweeps.draw(answer.batch_sizes)
     assert_same_picture(figure, RESULTS / "batch-size" / f"{name}.png")
+
+
+def test_the_ten_mistakes_of_a_norm_are_mistakes_of_its_net_shown_with_their_classes():
+    axes, run = Answer().mistakes().axes[0], Answer().tuned
+    words = [text.get_text().split("\n") for text in axes.texts if "\n" in text.get_text()]
+    assert len(words) == len(axes.images) == 30
+    assert all(true != predicted for true, predicted in words)
+    for row, norm in enumerate(("batch", "group", "layer")):
+        numbers = run.mistakes[f"mistakes-drawn-{norm}"]
+        predicted = run.logits[norm][numbers].argmax(-1)
+        pairs = zip(run.labels[numbers], predicted, strict=True)
+        names = [[run.class_names[label] for label in pair] for pair in pairs]
+        assert names == words[10 * row : 10 * row + 10]
+
+
+def test_the_front_page_says_three_sentences_of_one_interval_each():
+    sentences = Answer().finding().splitlines()
+    assert len(sentences) == 3
+    for sentence in sentences:
+        assert len(sentence.removeprefix("- ").split()) <= 35
+        assert len(re.findall(r"\([^)]* to [^)]*\)", sentence)) == 1
 
 
 @pytest.mark.parametrize("name", fill_pages.RUNS)
@@ -121,7 +149,11 @@ def test_the_recipes_learning_rates_are_what_the_tuning_found():
 
 def test_pictures_and_files_that_pages_name_exist():
     link = re.compile(r"\]\((?!https?:|#)([^)]+)\)")
-    links = [page.parent / to for page in fill_pages.PAGES for to in link.findall(page.read_text())]
+    links = [
+        page.parent / to.partition("#")[0]
+        for page in fill_pages.PAGES
+        for to in [*link.findall(page.read_text()), *re.findall(r'src="(.+?)"', page.read_text())]
+    ]
     assert len(links) > 15
     assert [link for link in links if not link.exists()] == []
 

@@ -1,5 +1,5 @@
-"""The front page's answer: a picture of three panels and three sentences, made from the records in
-`results/`. `fill_pages.py` writes both.
+"""The front page's answer: pictures, three sentences and a table, made from the records in
+`results/`. `fill_pages.py` writes them.
 """
 
 import math
@@ -10,17 +10,20 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
-from jaxnorm.analysis import drawing, sweeps
+from jaxnorm.analysis import drawing, results, sweeps, tables
 from jaxnorm.analysis.results import Run
-from jaxnorm.analysis.stats import Sample, differences
-from jaxnorm.analysis.tables import MINUS, Table, listed, points
+from jaxnorm.analysis.stats import MARGIN_SINCE, Difference, Sample, differences
+from jaxnorm.analysis.tables import MARGIN, MINUS, Table, listed, points
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.sweep import Sweep
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+OTHERS = ("tuned-pixel",)
+"""The runs of other norms by the tuned recipe, with the seeds of the tuned run."""
 REFERENCE, COMPARED = 64, (4, 256)
-"""The batch sizes that the third sentence compares."""
+"""The batch sizes that are compared in words."""
 
 
 def runs_of(sweep: str) -> list[Run]:
@@ -29,69 +32,129 @@ def runs_of(sweep: str) -> list[Run]:
 
 
 class Answer:
-    """The tuned run, the trials of the tuning with those at rates beyond its range, and the runs
-    with batches of several sizes.
+    """The tuned run, the runs of other norms beside it, the trials of the tuning with those at
+    rates beyond its range, and the runs with batches of several sizes.
     """
 
     def __init__(self) -> None:
         self.tuned = Run(RunDirectory(RESULTS / "tuned"))
+        self.others = [Run(RunDirectory(RESULTS / name)) for name in OTHERS]
         self.rates = [*runs_of("tuning"), *runs_of("learning-rate")]
         self.batch_sizes = runs_of("batch-size")
 
+    def figures(self) -> dict[str, Figure]:
+        """The pictures by the names of their files."""
+        made = {"answer": self.picture(), "curves": self.curves(), "mistakes": self.mistakes()}
+        return {**made, "learning-rate": self.against_rate()}
+
     def picture(self) -> Figure:
-        """Learning curves, accuracy against learning rate and against batch size, each with n."""
+        """The end of every norm, accuracy against learning rate and against batch size."""
         data = f"{self.tuned.data}; {self.tuned.info.config.arch} nets, tuned recipe"
-        title = "Batch, group and layer norm where only the norm differs"
+        title = "Nets in which only the norm and its learning rate differ"
         figure = drawing.new_figure(data, title, 13, 4.4)
-        curves, rates, sizes = figure.subplots(1, 3)
-        plot_curves(curves, self.tuned)
+        ends, rates, sizes = figure.subplots(1, 3)
+        plot_ends(ends, [self.tuned, *self.others])
         sweeps.plot_rates(rates, self.rates)
         sweeps.plot_against(sizes, self.batch_sizes, "batch_size")
         for axes, runs, what in (
-            (curves, [self.tuned], "mean and 95 % interval"),
+            (ends, [self.tuned, *self.others], "each seed, mean, 95 % interval"),
             (rates, self.rates, "each trial"),
             (sizes, self.batch_sizes, "mean and each seed"),
         ):
             epochs = runs[0].info.config.epochs
-            axes.set_title(f"{epochs} epochs, n = {fewest(runs)}: {what}", fontsize=10)
+            axes.set_title(f"{epochs} epochs, n = {counts(runs)}: {what}", fontsize=10)
         return figure
 
-    def against_rate(self) -> Figure:
-        """Accuracy against learning rate, alone and larger."""
-        _, figure = next(iter(sweeps.draw_tuning(self.rates)))
+    def curves(self) -> Figure:
+        """Test loss and accuracy by epoch under each norm of the study."""
+        figure = drawing.new_figure(self.tuned.caption, "Test loss and accuracy", 8, 3.6)
+        for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+            plot_curves(axes, self.tuned, what)
         return figure
 
-    def sentences(self) -> str:
-        """What the study finds, each sentence with its n and its intervals, as a Markdown list."""
-        sentences = (self.at_the_end(), self.behind(), self.by_learning_rate())
-        return "\n".join(f"- {sentence}" for sentence in (*sentences, self.by_batch_size())) + "\n"
+    def mistakes(self) -> Figure:
+        """Ten test images that a net of each norm of the study gets wrong, drawn by the seed."""
+        title = f"Mistakes of seed {self.tuned.shown_seed(self.tuned.norms[0])}, drawn by the seed"
+        figure = drawing.new_figure(f"{self.tuned.data}; true class above predicted", title, 11, 5)
+        axes, run = figure.subplots(), self.tuned
+        for row, norm in enumerate(run.norms):
+            axes.text(-0.1, row + 0.35, norm, ha="right", va="center", fontsize=11)
+            rows = run.mistakes[f"mistakes-drawn-{norm}"]
+            for column, (number, image) in enumerate(zip(rows, run.images(rows), strict=True)):
+                names = (int(run.labels[number]), int(run.logits[norm][number].argmax()))
+                true, predicted = (run.class_names[name] for name in names)
+                extent = (column + 0.02, column + 0.98, row + 0.7, row - 0.0)
+                axes.imshow(image, interpolation="nearest", extent=extent, aspect="auto")
+                words = f"{true}\n{predicted}"
+                axes.text(column + 0.5, row + 0.72, words, ha="center", va="top", fontsize=8)
+        axes.set(xlim=(-0.5, 10), ylim=(len(run.norms), 0))
+        axes.set_axis_off()
+        return figure
 
-    def at_the_end(self) -> str:
-        """Where each norm ends under the tuned recipe, and which differences are shown."""
-        samples = {norm: self.tuned.sample(norm) for norm in self.tuned.summaries}
-        ends = [f"{x.mean:.1%}{between(x)} with {norm} norm" for norm, x in samples.items()]
-        pairs = [
-            f"{pair.first} minus {pair.second} norm is {points(pair.sample.mean)} points"
-            f"{between(pair.sample, points)}, p {pair.adjusted_p:.2g}, "
-            f"{'shown' if pair.shown else 'not shown'}"
-            for pair in self.tuned.differences
-        ]
+    def finding(self) -> str:
+        """What the study finds: three sentences with an interval each, as a Markdown list."""
+        sentences = (self.apart(), self.alike(), self.behind())
+        return "\n".join(f"- {sentence}" for sentence in sentences) + "\n"
+
+    def apart(self) -> str:
+        """How far apart the best and the last norm of the study end."""
+        means = {norm: self.tuned.sample(norm).mean for norm in self.tuned.summaries}
+        last, *_, best = sorted(means, key=lambda norm: means[norm])
+        pair = next(p for p in self.tuned.differences if {p.first, p.second} == {best, last})
+        verdict = "shown" if pair.shown else "not shown"
         return (
-            f"**After {self.tuned.info.config.epochs} epochs of the tuned recipe** test accuracy "
-            f"is {listed(ends)}. Paired by seed, {'; '.join(pairs)} (n = {fewest([self.tuned])}; "
-            "95 % intervals, not corrected for their number; p: exact sign-flip test, "
-            f"Holm-corrected for three pairs; shown: p < 0.05{self.growth()})."
+            f"**{best.capitalize()} norm ends highest**, at {means[best]:.1%}, and {last} norm "
+            f"lowest, at {means[last]:.1%}: {interval_of(pair)} apart ({verdict}), each at its own "
+            "learning rate."
         )
+
+    def alike(self) -> str:
+        """Which two norms of the study are closest, and whether they are equivalent."""
+        pair = min(self.tuned.differences, key=lambda pair: abs(pair.sample.mean))
+        first, second = pair.first.capitalize(), pair.second
+        apart = f"within {MARGIN} points: they end {interval_of(pair)} apart"
+        if pair.equivalent:
+            return f"**{first} and {second} norm are equivalent** {apart}."
+        return f"**{first} and {second} norm end closest**, not found to be equivalent {apart}."
+
+    def behind(self) -> str:
+        """How far layer norm ends behind batch norm on the study's nets, and on one net."""
+        runs = [Run(RunDirectory(RESULTS / name)) for name in ("matched", "original")]
+        matched, original = (
+            next(p for p in run.differences if (p.first, p.second) == ("batch", "layer"))
+            for run in runs
+        )
+        assert matched.shown
+        assert original.shown
+        return (
+            "**Most of layer norm's deficit in the study is its net's**: by the study's recipe it "
+            f"ends {interval_of(original)} below batch norm on the study's nets, "
+            f"{100 * matched.sample.mean:.1f} on one net."
+        )
+
+    def caption(self) -> str:
+        """What the numbers of `finding` and `all_norms` are: n, the tests and the data."""
+        return (
+            "Last test accuracy; brackets: 95 % intervals over seeds and test images, not "
+            "corrected for their number; shown: p < 0.05 by exact sign flips after Holm, three "
+            f"pairs; equivalent: two one-sided tests, margin {MARGIN} points{self.since()}"
+            f"{self.growth()}. The tuned recipe: {tables.conditions(self.tuned)}\n"
+        )
+
+    def since(self) -> str:
+        """Whether the margin of equivalence was fixed after the run, in words."""
+        later = self.tuned.info.environment.started < MARGIN_SINCE
+        return ", fixed after the run" * later
 
     def growth(self) -> str:
         """How the seeds were added, and what was not shown before the last ones were; in words."""
         info = self.tuned.info
         commands = " ".join(e.command for e in self.tuned.environments)
-        counts = list(dict.fromkeys(map(int, re.findall(r"--seeds (\d+)", commands))))
-        if len(counts) < 2:
+        numbers = list(dict.fromkeys(map(int, re.findall(r"--seeds (\d+)", commands))))
+        if len(numbers) < 2:
             return ""
         last = {
-            norm: {seed: nets[seed].last for seed in list(nets)[: counts[-2]]}
+            norm: {seed: nets[seed].last for seed in list(nets)[: numbers[-2]]}
             for norm, nets in self.tuned.summaries.items()
         }
         before = differences(last, info.dataset.test_count)
@@ -100,25 +163,26 @@ class Answer:
             for then, now in zip(before, self.tuned.differences, strict=True)
             if now.shown and not then.shown
         ]
-        grown = "; seeds were added, " + " to ".join(map(str, counts))
-        return grown + (f": at {counts[-2]} {listed(gained)}" if gained else "")
+        grown = "; seeds were added, " + " to ".join(map(str, numbers))
+        return grown + (f": at {numbers[-2]} {listed(gained)}" if gained else "")
 
-    def behind(self) -> str:
-        """How far layer norm ends behind batch norm, on one net and on the study's."""
-        runs = [Run(RunDirectory(RESULTS / name)) for name in ("tuned", "matched", "original")]
-        pairs = [
-            pair
-            for run in runs
-            for pair in run.differences
-            if (pair.first, pair.second) == ("batch", "layer")
-        ]
-        assert all(pair.shown for pair in pairs)
-        tuned, matched, original = (f"{100 * pair.sample.mean:.1f}" for pair in pairs)
-        return (
-            f"**Layer norm is not far behind**: on one net it ends {tuned} points below batch norm "
-            f"by the tuned recipe and {matched} by the study's; with the study's own nets "
-            f"{original} (n = {fewest(runs)} each, all shown)."
-        )
+    def all_norms(self) -> Table:
+        """Every norm beside batch norm, a row each, the highest first."""
+        runs = [self.tuned, *self.others]
+        run_of = {norm: run for run in runs for norm in run.summaries}
+        pairs = {p.second: p for p in results.differences(runs) if p.first == "batch"}
+        rows = []
+        for norm in sorted(run_of, key=lambda norm: -run_of[norm].sample(norm).mean):
+            sample, pair = run_of[norm].sample(norm), pairs.get(norm)
+            row = [norm, str(sample.n), f"{sample.mean:.1%}"]
+            rows.append([*row, *(below_batch(pair) if pair else ["", ""])])
+        head = ["norm", "n", "test accuracy", "minus batch norm, points", "verdict"]
+        return Table("Every norm", head, rows)
+
+    def against_rate(self) -> Figure:
+        """Accuracy against learning rate, alone and larger."""
+        _, figure = next(iter(sweeps.draw_tuning(self.rates)))
+        return figure
 
     def by_learning_rate(self) -> str:
         """In which range the learning rate hardly matters, and where the two highest end: of one
@@ -148,8 +212,8 @@ class Answer:
             )
 
         return (
-            f"**At the {len(near)} learning rates tried from {rates[near[0]]:g} to "
-            f"{rates[near[-1]]:g}** every net ends within {100 * max(most[i] for i in near):.1f} "
+            f"At the {len(near)} learning rates tried from {rates[near[0]]:g} to "
+            f"{rates[near[-1]]:g} every net ends within {100 * max(most[i] for i in near):.1f} "
             f"points of its norm's best; at {rates[-2]:g} {ends(-2)} points below it, at "
             f"{rates[-1]:g} {ends(-1)} ({config.epochs} epochs, {config.validation:,} held-out "
             f"images, n = {config.seeds}, which can show no difference)."
@@ -170,8 +234,8 @@ class Answer:
             for norm, size, change in self.changes()
         ]
         return (
-            f"**Batches of {' or '.join(map(str, COMPARED))} instead of {REFERENCE}, the learning "
-            f"rate in proportion** ({' or '.join(steps[size] for size in COMPARED)} steps instead "
+            f"Batches of {' or '.join(map(str, COMPARED))} instead of {REFERENCE}, the learning "
+            f"rate in proportion ({' or '.join(steps[size] for size in COMPARED)} steps instead "
             f"of {steps[REFERENCE]}), change accuracy by, in points: {listed(changes)} "
             f"({info.config.epochs} epochs; 95 % intervals, no verdict: n = "
             f"{fewest(self.batch_sizes)} pairs can show no difference)."
@@ -211,14 +275,59 @@ def between(sample: Sample, text: Callable[[float], str] = lambda x: f"{100 * x:
     return f" ({' to '.join(map(text, sample.interval))})" if sample.interval else ""
 
 
-def plot_curves(axes: Axes, run: Run) -> None:
-    """Test accuracy by epoch: the mean of a norm's finished seeds, and its 95 % t interval."""
+def counts(runs: Sequence[Run]) -> str:
+    """The numbers of finished seeds of the norms of these runs, as text."""
+    numbers = sorted({len(nets) for run in runs for nets in run.summaries.values()})
+    return " or ".join(map(str, numbers))
+
+
+def interval_of(pair: Difference) -> str:
+    """The size of a difference in points, and its interval over seeds and images, if it is known,
+    else over seeds; the one that ends higher minus the other.
+    """
+    sign = 1 if pair.sample.mean >= 0 else -1
+    low, high = sorted(sign * end for end in (pair.crossed or pair.sample).interval or ())
+    texts = [f"{100 * x:.2f}".replace("-", MINUS) for x in (abs(pair.sample.mean), low, high)]
+    return f"{texts[0]} points ({texts[1]} to {texts[2]})"
+
+
+def below_batch(pair: Difference) -> list[str]:
+    """The cells of a norm beside batch norm: the difference with its interval, and the verdict."""
+    verdict = "no verdict" if pair.adjusted_p is None else "not shown"
+    verdict = "shown" if pair.shown else "equivalent" if pair.equivalent else verdict
+    low, high = ((pair.crossed or pair.sample).interval or (math.nan, math.nan))[::-1]
+    return [f"{points(-pair.sample.mean)} ({points(-low)} to {points(-high)})", verdict]
+
+
+def plot_ends(axes: Axes, runs: Sequence[Run]) -> None:
+    """Last test accuracy under each norm, the highest on top: each seed, the mean, its interval."""
+    run_of = {norm: run for run in runs for norm in run.summaries}
+    norms = sorted(run_of, key=lambda norm: run_of[norm].sample(norm).mean)
+    look_of = drawing.looks(norms)
+    for place, norm in enumerate(norms):
+        sample, colour = run_of[norm].sample(norm), look_of[norm].colour
+        axes.plot(sample.values, [place + 0.2] * sample.n, ".", color=colour, alpha=0.5)
+        axes.plot([sample.mean], [place], look_of[norm].marker, color=colour)
+        if sample.interval:
+            axes.plot(sample.interval, [place] * 2, color=colour)
+    axes.set_yticks(range(len(norms)), norms)
+    axes.set(xlabel="last test accuracy", ylim=(-0.6, len(norms) - 0.4))
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axes.grid(alpha=0.3)
+
+
+def plot_curves(axes: Axes, run: Run, what: str) -> None:
+    """Test loss or accuracy by epoch: the mean of a norm's finished seeds, its 95 % t interval."""
     for norm, nets in run.summaries.items():
-        curves = [[epoch.test_accuracy for epoch in run.epochs[norm, seed]] for seed in nets]
-        samples = [Sample(values) for values in zip(*curves, strict=True)]
+        values = [[getattr(e, f"test_{what}") for e in run.epochs[norm, seed]] for seed in nets]
+        samples = [Sample(of_epoch) for of_epoch in zip(*values, strict=True)]
         epochs, look = np.arange(1, len(samples) + 1), drawing.looks(run.norms)[norm]
         means = [sample.mean for sample in samples]
         axes.plot(epochs, means, **{**look.keywords, "markersize": 3})
         low, high = zip(*(sample.interval or (sample.mean,) * 2 for sample in samples), strict=True)
         axes.fill_between(epochs, low, high, color=look.colour, alpha=0.2, linewidth=0)
-    drawing.percent_axes(axes, "epoch", "test accuracy")
+    axes.set(xlabel="epoch", ylabel=f"test {what}")
+    if what == "accuracy":
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.grid(alpha=0.3)
+    drawing.legend(axes)

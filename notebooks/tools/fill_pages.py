@@ -5,10 +5,10 @@
 Writes what stands between `<!-- table NAME -->` and `<!-- end -->`. NAME is a run's own name in
 `results/`, that and "finding" or a table's name, "tuned and pixel", "tuning winners" or "tuning
 trials", the name of a sweep, or the name of a file that a benchmark or a script beside this one
-wrote; "answer", "learning rates" and "batch-size changes" are of `answer.py`, "mirror" is of other
-people's runs, "faults" is what the fault harness wrote, "seeds needed" is of the tuned run. It also
-draws the pictures of several runs: the front page's, `results/answer.png`, accuracy against
-learning rate, and the two of the tunings.
+wrote; "answer", "answer caption", "all norms", "learning rates", "batch-size changes" and the
+findings of the last two are of `answer.py`, "mirror" is of other people's runs, "faults" is what
+the fault harness wrote, "seeds needed" is of the tuned run. It also draws the pictures of several
+runs: the front page's three, accuracy against learning rate, and the two of the tunings.
 """
 
 import json
@@ -55,9 +55,13 @@ def texts() -> dict[str, str]:
     deviations = tables.deviations(apart[0].differences)
     by_name["seeds needed"] = tables.seeds_needed(DETECTED, deviations).markdown()
     by_name["mirror"] = mirror(reference).markdown()
-    by_name["answer"] = Answer().sentences()
-    by_name["learning rates"] = sweeps.every_trial(Answer().rates).markdown()
-    by_name["batch-size changes"] = Answer().table().markdown()
+    answer = Answer()
+    by_name["answer"], by_name["answer caption"] = answer.finding(), answer.caption()
+    by_name["all norms"] = answer.all_norms().markdown()
+    by_name["learning rates"] = sweeps.every_trial(answer.rates).markdown()
+    by_name["learning rates finding"] = answer.by_learning_rate() + "\n"
+    by_name["batch-size changes"] = answer.table().markdown()
+    by_name["batch-size finding"] = answer.by_batch_size() + "\n"
     for name in SWEEPS:
         by_name[name] = sweeps.results(runs_of(name)).markdown()
     by_name["tuning winners"] = sweeps.tuning(tunings()).markdown()
@@ -183,7 +187,7 @@ if __name__ == "__main__":
     values = texts()
     for path in PAGES:
         path.write_text(fill(path.read_text(), values))
-    (RESULTS / "answer.png").write_bytes(drawing.png(Answer().picture()))
-    (RESULTS / "learning-rate.png").write_bytes(drawing.png(Answer().against_rate()))
+    for name, figure in Answer().figures().items():
+        (RESULTS / f"{name}.png").write_bytes(drawing.png(figure))
     for name, figure in sweeps.draw_tuning(tunings()):
         (RESULTS / "tuning" / f"{name}.png").write_bytes(drawing.png(figure))
