@@ -19,7 +19,8 @@ EVALUATED = {"sizes": "iu S", "batch_accuracy": "f S", "running_accuracy": "f"}
 EVALUATED |= {"precise_accuracy": "f", "tested": "iu"}
 CORRUPTED = {"corruptions": "U C", "corrupted_accuracy": "f C", "running_accuracy": "f"}
 CORRUPTED |= {"tested": "iu"}
-"""The arrays of a probe that `evaluation` and `corruptions` show (see `probes.measure`)."""
+MIRRORED = {"mirrored_accuracy": "f"}
+"""The arrays of a probe that these tables show (see `probes.measure`)."""
 VERSIONS = ("jax", "flax", "optax")
 """The packages that results name."""
 MEAN = ", mean \N{PLUS-MINUS SIGN} standard deviation"
@@ -485,6 +486,25 @@ def corruptions(run: Run) -> Table:
     return Table("Test accuracy on corrupted images", head, rows, note)
 
 
+def mirrored(run: Run) -> Table:
+    """Returns the accuracy by the mean of the logits of each test image and of its mirror image.
+    Empty if no net was trained on mirrored images.
+    """
+    rows = []
+    for norm, by_seed in run.probes(MIRRORED).items():
+        both = {seed: float(net["mirrored_accuracy"]) for seed, net in by_seed.items()}
+        one = {seed: run.summaries[norm][seed].last for seed in both}
+        gains = stats.Sample(tuple(both[seed] - one[seed] for seed in both))
+        samples = [stats.Sample(tuple(of_seed.values())) for of_seed in (one, both)]
+        rows.append([norm, str(len(both)), *map(stats.accuracy_text, samples), points(gains.mean)])
+    note = (
+        "Last test accuracy of an image's own logits, and of their mean with those of its mirror "
+        f"image{MEAN if _several(run) else ''}; gain in points. All other tables have the first."
+    )
+    head = ["norm", "n", "test", "with mirror images", "gain"]
+    return Table("Test accuracy with mirror images", head, rows, note)
+
+
 def _spreads(run: Run) -> dict[str, stats.Spread]:
     """Returns the parts of the deviation over seeds of each norm that has several seeds; none if
     predictions are missing.
@@ -649,6 +669,7 @@ TABLES: list[Callable[[Run], Table]] = [
     evaluation,
     calibration,
     corruptions,
+    mirrored,
     spreads,
     classes,
     parameters,

@@ -179,6 +179,8 @@ def measure(
       precise_accuracy: f32[], of batch norm with `precise_statistics` of all training images, and
       of any other norm the same as running_accuracy.
     - corruptions: names of the five of `corrupt`; corrupted_accuracy: f32[5], on the same images.
+    - mirrored_accuracy: f32[], of a net trained on mirrored images: by the mean of the logits of
+      each test image and of its mirror image, on all test images.
 
     The first `LOOKED_AT` training images and `TESTED` test images are looked at. Evaluation is that
     of training, compiled already if `mesh` is the one that the net was trained on, alone.
@@ -186,35 +188,38 @@ def measure(
     """
     progress(0, 3)
     state = jax.device_put(jax.device_get(net.state))  # `jnp.asarray` compiles for each shape
-    evaluate = partial(_predicted, program, mesh, len(dataset.test_labels))
+    evaluate = partial(_logits, program, mesh, len(dataset.test_labels))
     measured = _of_layers(program, init_state(program, seed, state.standard), state, dataset)
     progress(1, 3)
     measured |= _of_batches(program, state, dataset, net.logits, evaluate)
     progress(2, 3)
     tested = int(measured["tested"])
     corrupted = corrupt(dataset.test_images[:tested])
-    predicted = evaluate(state, np.concatenate([*corrupted.values()])).reshape(-1, tested)
-    accuracies = (predicted == dataset.test_labels[:tested]).mean(1)
+    predicted = evaluate(state, np.concatenate([*corrupted.values()])).argmax(1)
+    accuracies = (predicted.reshape(-1, tested) == dataset.test_labels[:tested]).mean(1)
     measured["corruptions"] = np.array(list(corrupted))
     measured["corrupted_accuracy"] = np.array(accuracies, np.float32)
+    if program.augments:
+        both = net.logits + evaluate(state, dataset.test_images[:, :, ::-1])
+        mirrored = (both.argmax(1) == dataset.test_labels).mean()
+        measured["mirrored_accuracy"] = np.array(mirrored, np.float32)
     progress(3, 3)
     return measured
 
 
-def _predicted(
+def _logits(
     program: Program, mesh: MeshShape, count: int, state: TrainState, images: np.ndarray
-) -> np.ndarray:  # i64[N]
-    """Returns the predicted classes of images, of `count` at a time: a test set's, for which the
-    evaluation is compiled.
+) -> np.ndarray:  # f32[N, classes]
+    """Returns the logits of images, of `count` at a time: a test set's, for which the evaluation is
+    compiled.
     """
     states = jax.tree.map(lambda leaf: np.stack([np.asarray(leaf)] * mesh.seed), state)
     states, labels = meshes.place(mesh, states, True), meshes.place(mesh, np.zeros(count, np.int32))
-    predicted = []
+    parts = []
     for first in range(0, len(images), count):
         part = meshes.place(mesh, np.resize(images[first : first + count], (count, 32, 32, 3)))
-        logits = meshes.fetch(evaluate_nets(program, mesh, states, part, labels).logits)
-        predicted.append(logits[0].argmax(1))
-    return np.concatenate(predicted)[: len(images)]
+        parts.append(meshes.fetch(evaluate_nets(program, mesh, states, part, labels).logits)[0])
+    return np.concatenate(parts)[: len(images)]
 
 
 def _of_layers(
@@ -274,8 +279,8 @@ def _of_batches(
         count = min(largest, len(dataset.train_labels))
         whole = dataset.train_images[: len(dataset.train_labels) // count * count]
         statistics = precise_statistics(program, state, whole.reshape(-1, count, 32, 32, 3))
-        predicted = evaluate(state._replace(norm_state=statistics), images)
-        precise = (predicted == labels).mean()
+        precise_logits = evaluate(state._replace(norm_state=statistics), images)
+        precise = (precise_logits.argmax(1) == labels).mean()
     return {
         "sizes": np.array(sizes, np.int32),
         "batch_accuracy": np.array(accuracies, np.float32),

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -12,6 +13,7 @@ import pytest
 import running_averages
 from helpers import SOON, init, predict_logits
 
+from jaxnorm.analysis import tables
 from jaxnorm.analysis.inside import ACTIVATIONS, BATCHES, CORRUPTED, DEPTH, GRADIENTS
 from jaxnorm.analysis.results import Run
 from jaxnorm.analysis.tables import EVALUATED
@@ -193,10 +195,37 @@ def test_a_run_records_what_its_nets_do(tiny_run, tiny):
         activations, _ = probes.look(program, net_state, tiny.train_images, tiny.train_labels)
         (_, after) = activations["C1"]
         assert row[0] == pytest.approx(probes.similarity(np.asarray(after)), rel=1e-4)
-    predicted = probes._predicted(program, ONE, 22, state, tiny.test_images[:16])
+    predicted = probes._logits(program, ONE, 22, state, tiny.test_images[:16]).argmax(1)
     assert measured["running_accuracy"] == pytest.approx(
         (predicted == tiny.test_labels[:16]).mean()
     )
+    assert "mirrored_accuracy" not in measured  # it was not trained on mirrored images
     assert len(measured["corruptions"]) == len(measured["corrupted_accuracy"]) == 5
     assert group["precise_accuracy"] == group["running_accuracy"]
     assert (group["batch_accuracy"] == group["running_accuracy"]).all()
+
+
+def test_mirror_images_are_averaged_with_the_images_by_their_logits(tiny):
+    program, state = net("layer", tiny)
+    program = dataclasses.replace(program, augments=True)
+
+    def logits_of(images):
+        standard = train.standardize(state, jnp.asarray(images))
+        return np.asarray(program.model.apply(state.variables, standard))
+
+    own, mirrored = logits_of(tiny.test_images), logits_of(tiny.test_images[:, :, ::-1])
+    guess = (mirrored - own).argmax(1)  # so that the mirror images decide
+    data = dataclasses.replace(tiny, test_labels=guess.astype(np.int32))
+    trained = SimpleNamespace(state=state, logits=-own)
+    assert probes.measure(program, trained, data, 1)["mirrored_accuracy"] == 1
+
+
+def test_the_mirror_table_gains_over_the_same_nets(tiny_run, monkeypatch):
+    run = Run(tiny_run)
+    assert tables.mirrored(run).rows == []
+    last = run.summaries["batch"][3].last
+    measured = {"batch": {3: {"mirrored_accuracy": np.float32(last + 0.05)}}}
+    monkeypatch.setattr(Run, "probes", lambda self, shapes: measured)
+    ((norm, n, one, both, gain),) = tables.mirrored(run).rows
+    assert (norm, n, one, gain) == ("batch", "1", f"{last:.2%}", "+5.00")
+    assert both == f"{last + 0.05:.2%}"
