@@ -57,7 +57,7 @@ class Answer:
         sweeps.plot_rates(rates, self.rates)
         sweeps.plot_against(sizes, self.batch_sizes, "batch_size")
         for axes, runs, what in (
-            (ends, [self.tuned, *self.others], "each seed, mean, 95 % interval"),
+            (ends, [self.tuned, *self.others], "seeds, mean, 95 % over seeds"),
             (rates, self.rates, "each trial"),
             (sizes, self.batch_sizes, "mean and each seed"),
         ):
@@ -67,7 +67,8 @@ class Answer:
 
     def curves(self) -> Figure:
         """Test loss and accuracy by epoch under each norm of the study."""
-        figure = drawing.new_figure(self.tuned.caption, "Test loss and accuracy", 8, 3.6)
+        title = "Test loss and accuracy: mean and 95 % interval over seeds"
+        figure = drawing.new_figure(self.tuned.caption, title, 8, 3.6)
         for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
             plot_curves(axes, self.tuned, what)
         return figure
@@ -75,10 +76,12 @@ class Answer:
     def mistakes(self) -> Figure:
         """Ten test images that a net of each norm of the study gets wrong, drawn by the seed."""
         title = f"Mistakes of seed {self.tuned.shown_seed(self.tuned.norms[0])}, drawn by the seed"
-        figure = drawing.new_figure(f"{self.tuned.data}; true class above predicted", title, 11, 5)
+        figure = drawing.new_figure(
+            f"{self.tuned.data}; true class above predicted", title, 11, 5.2
+        )
         axes, run = figure.subplots(), self.tuned
         for row, norm in enumerate(run.norms):
-            axes.text(-0.1, row + 0.35, norm, ha="right", va="center", fontsize=11)
+            axes.text(-0.1, row + 0.35, norm, ha="right", va="center", fontsize=12)
             rows = run.mistakes[f"mistakes-drawn-{norm}"]
             for column, (number, image) in enumerate(zip(rows, run.images(rows), strict=True)):
                 names = (int(run.labels[number]), int(run.logits[norm][number].argmax()))
@@ -86,7 +89,7 @@ class Answer:
                 extent = (column + 0.02, column + 0.98, row + 0.7, row - 0.0)
                 axes.imshow(image, interpolation="nearest", extent=extent, aspect="auto")
                 words = f"{true}\n{predicted}"
-                axes.text(column + 0.5, row + 0.72, words, ha="center", va="top", fontsize=8)
+                axes.text(column + 0.5, row + 0.72, words, ha="center", va="top", fontsize=10)
         axes.set(xlim=(-0.5, 10), ylim=(len(run.norms), 0))
         axes.set_axis_off()
         return figure
@@ -114,7 +117,7 @@ class Answer:
         first, second = pair.first.capitalize(), pair.second
         apart = f"within {MARGIN} points: they end {interval_of(pair)} apart"
         if pair.equivalent:
-            return f"**{first} and {second} norm are equivalent** {apart}."
+            return f"**{first} and {second} norm are equivalent** {apart}{self.since()}."
         return f"**{first} and {second} norm end closest**, not found to be equivalent {apart}."
 
     def behind(self) -> str:
@@ -129,22 +132,23 @@ class Answer:
         return (
             "**Most of layer norm's deficit in the study is its net's**: by the study's recipe it "
             f"ends {interval_of(original)} below batch norm on the study's nets, "
-            f"{100 * matched.sample.mean:.1f} on one net."
+            f"{100 * matched.sample.mean:.1f} points on one net."
         )
 
     def caption(self) -> str:
         """What the numbers of `finding` and `all_norms` are: n, the tests and the data."""
         return (
-            "Last test accuracy; brackets: 95 % intervals over seeds and test images, not "
-            "corrected for their number; shown: p < 0.05 by exact sign flips after Holm, three "
-            f"pairs; equivalent: two one-sided tests, margin {MARGIN} points{self.since()}"
-            f"{self.growth()}. The tuned recipe: {tables.conditions(self.tuned)}\n"
+            "Last test accuracy by the tuned recipe; brackets: 95 % intervals over seeds and test "
+            "images, for these learning rates, not corrected for their number; shown: p < 0.05 by "
+            "exact sign flips after Holm, for the three pairs planned; equivalent: two one-sided "
+            f"tests{self.growth()}. The nets' kernels are standardized; {self.tuned.data}; "
+            f"{tables.conditions(self.tuned).removeprefix(f'{self.tuned.data}; ')}\n"
         )
 
     def since(self) -> str:
-        """Whether the margin of equivalence was fixed after the run, in words."""
+        """Says if the margin of equivalence was fixed after the run."""
         later = self.tuned.info.environment.started < MARGIN_SINCE
-        return ", fixed after the run" * later
+        return "; the margin was fixed after the run" * later
 
     def growth(self) -> str:
         """How the seeds were added, and what was not shown before the last ones were; in words."""
@@ -159,11 +163,12 @@ class Answer:
         }
         before = differences(last, info.dataset.test_count)
         gained = [
-            f"{then.first} minus {then.second} was not (p {then.adjusted_p:.2g})"
+            f"{then.first} minus {then.second} was not shown (p {then.adjusted_p:.2g})"
             for then, now in zip(before, self.tuned.differences, strict=True)
             if now.shown and not then.shown
         ]
-        grown = "; seeds were added, " + " to ".join(map(str, numbers))
+        grown = "; seeds were added after a look, " + " to ".join(map(str, numbers))
+        grown += ", for which p is not corrected"
         return grown + (f": at {numbers[-2]} {listed(gained)}" if gained else "")
 
     def all_norms(self) -> Table:

@@ -21,6 +21,7 @@ import end_to_end
 import interval_coverage
 import profile_step
 import running_averages
+import search
 from answer import RESULTS, Answer, runs_of
 
 from jaxnorm.analysis import drawing, sweeps, tables
@@ -72,8 +73,9 @@ def texts() -> dict[str, str]:
     scripts |= {"running-averages": running_averages, "coverage": interval_coverage}
     for name, script in scripts.items():
         by_name[name] = script.table(json.loads((RESULTS / f"{name}.json").read_text())).markdown()
-    lines = (RESULTS / "faults.jsonl").read_text().splitlines()
-    by_name["faults"] = faults([json.loads(line) for line in lines]).markdown()
+    for name, make in (("faults", faults), ("search", search.table)):
+        lines = (RESULTS / f"{name}.jsonl").read_text().splitlines()
+        by_name[name] = make([json.loads(line) for line in lines]).markdown()
     return by_name
 
 
