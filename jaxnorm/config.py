@@ -215,7 +215,8 @@ class Config:
         "every" is all of the table of norms:
     arch
         The net: "original" is the study's own three nets; "matched" is one net in which only the
-        norm differs; "residual" is a net with residual blocks in which only the norm differs.
+        norm differs; "residual" is a net with residual blocks in which only the norm differs, and
+        "attention" that net with channel attention, learned slopes and learned pooling.
     dataset
         The data: "cifar10"; "digits", which ships with scikit-learn and needs no download; the name
         of a prepared TFDS dataset of 32x32x3 images; or the path of your own .npz file.

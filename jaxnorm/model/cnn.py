@@ -1,9 +1,9 @@
 """The CNN: layer tables, and the norm chosen by a field.
 
 `original` is the study's three nets, one for each norm; `matched` is one net, the group net's, in
-which only the norm differs; `residual` another one, with residual blocks. The names of the layers
-do not depend on the norm, so one seed gives the same initial kernels and dropout masks under every
-norm.
+which only the norm differs; `residual` another one, with residual blocks; `attention` is that one
+with channel attention, learned slopes and learned pooling. The names of the layers do not depend on
+the norm, so one seed gives the same initial kernels and dropout masks under every norm.
 
 A new norm is one more row of the table of norms (`config.NORMS`); a new net is one more entry in
 `ARCHS`.
@@ -30,16 +30,19 @@ class Layer(NamedTuple):
 
     kind: "block" is a 3x3 convolution, norm, dropout and ReLU, and no ReLU after a norm that
     activates; "residual" a block that adds, before dropout, what the block before it was given;
-    "squeeze" a 1x1 convolution and ReLU; "pool" 2x2 max pooling, stride 2; "mean" the average of
-    the top-left `window` x `window` pixels; "mean-max" the average of all pixels and their maximum;
-    "head" a 1x1 convolution to the classes. No convolution has a bias.
+    "squeeze" a 1x1 convolution and ReLU; "pool" 2x2 max pooling, stride 2; "mixed-pool" a learned
+    mixture of it and of the average; "mean" the average of the top-left `window` x `window` pixels;
+    "mean-max" the average of all pixels and their maximum; "head" a 1x1 convolution to the classes.
+    No convolution has a bias. A block that `attends` has channel attention after its norm, and a
+    learned slope for the negative values of each channel.
     """
 
     name: str
-    kind: Literal["block", "residual", "squeeze", "pool", "mean", "mean-max", "head"]
+    kind: Literal["block", "residual", "squeeze", "pool", "mixed-pool", "mean", "mean-max", "head"]
     channels: int = 0
     padding: int = 0
     window: int = 0
+    attends: bool = False
 
 
 BATCH = (
@@ -103,10 +106,17 @@ RESIDUAL = (
     Layer("GP", "mean-max"),
     Layer("c8", "head"),
 )
+ATTENTION = tuple(
+    layer._replace(kind="mixed-pool")
+    if layer.kind == "pool"
+    else layer._replace(attends=layer.kind in ("block", "residual"))
+    for layer in RESIDUAL
+)
 ARCHS: dict[str, Callable[[str], tuple[Layer, ...] | None]] = {
     "original": {"batch": BATCH, "group": GROUP, "layer": LAYER}.get,
     "matched": lambda norm: GROUP,
     "residual": lambda norm: RESIDUAL,
+    "attention": lambda norm: ATTENTION,
 }
 """The layer table of each net, by the norm; None if it has no net for that norm."""
 
@@ -156,7 +166,6 @@ class CNN(nn.Module):
         key = self.make_rng("dropout") if train and self.dropout else None
         dtype = jnp.bfloat16 if self.precision == "bfloat16" else jnp.float32
         activates = self.norm in NORMS and NORMS[self.norm].activates
-        finish = L.drop if activates else L.dropout_relu
         x, inputs = images.astype(dtype), []
         for number, layer in enumerate(self.table):
             inputs.append(x)
@@ -168,12 +177,20 @@ class CNN(nn.Module):
                     if mask is not None and isinstance(norm, nn.BatchNorm):
                         options["mask"] = mask[:, None, None, None]
                     x = layers.same_type(norm(x, **options), x, self.norm)
+                    if layer.attends:
+                        x = layers.ChannelAttention(name=f"{layer.name}_attention")(x)
                     x = x + inputs[-2] if layer.kind == "residual" else x
+                    finish = L.drop if activates or layer.attends else L.dropout_relu
                     x = finish(x.astype(dtype), self.dropout, key, number, first_image)
+                    if layer.attends and not activates:
+                        x = layers.PReLU(name=f"{layer.name}_prelu")(x)
                 case "squeeze":
                     x = L.relu(self.conv(layer, (1, 1), dtype)(x))
                 case "pool":
                     x = L.max_pool(x, (2, 2), strides=(2, 2))
+                case "mixed-pool":
+                    largest = L.max_pool(x, (2, 2), strides=(2, 2))
+                    x = layers.Mixture(name=f"{layer.name}_mixture")(largest, layers.mean_pool(x))
                 case "mean":
                     x = x[:, : layer.window, : layer.window].mean((1, 2), keepdims=True)
                 case "mean-max":

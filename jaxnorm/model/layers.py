@@ -206,6 +206,49 @@ class _PlainStandardizedConv(StandardizedConv):
     conv_general_dilated: Any = _standardized(jax.lax.conv_general_dilated)
 
 
+class ChannelAttention(nn.Module):
+    """Efficient channel attention: scales each channel of an image by twice the sigmoid of a
+    weighted sum of the means of itself and of its two neighbours (Wang et al., "ECA-Net", 2020).
+    The weights start at zero, where it is the identity.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # f32[N, H, W, C] -> the same shape
+        left, middle, right = self.param("weights", nn.initializers.zeros, (3,))
+        means = jnp.pad(x.mean((1, 2)), ((0, 0), (1, 1)))
+        sums = left * means[:, :-2] + middle * means[:, 1:-1] + right * means[:, 2:]
+        return x * (2 * jax.nn.sigmoid(sums))[:, None, None]
+
+
+class PReLU(nn.Module):
+    """ReLU with a learned slope for the negative values of each channel (He et al., "Delving Deep
+    into Rectifiers", 2015), 0.1 at first. `nn.PReLU` has one slope for all channels.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:  # [N, H, W, C] -> the same shape and dtype
+        slopes = self.param("slopes", nn.initializers.constant(0.1), x.shape[-1:])
+        return jnp.maximum(x, 0) + slopes.astype(x.dtype)[None, None, None] * jnp.minimum(x, 0)
+
+
+class Mixture(nn.Module):
+    """A mixture of two arrays with a learned share for each channel, sigmoid(1) of the first at
+    first (Lee et al., "Generalizing Pooling Functions in Convolutional Neural Networks", 2016).
+    """
+
+    @nn.compact
+    def __call__(self, first: jax.Array, second: jax.Array) -> jax.Array:  # [N, H, W, C]
+        gates = self.param("gates", nn.initializers.ones, first.shape[-1:])
+        share = jax.nn.sigmoid(gates).astype(first.dtype)[None, None, None]
+        return share * first + (1 - share) * second
+
+
+def mean_pool(x: jax.Array) -> jax.Array:  # [N, H, W, C] -> [N, H / 2, W / 2, C]
+    """Averages 2x2 windows at stride 2 of images with an even number of rows and of columns."""
+    n, height, width, channels = x.shape
+    return x.reshape(n, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+
+
 def max_pool(x: jax.Array, window_shape: Sequence[int], strides: Sequence[int]) -> jax.Array:
     """Applies `nn.max_pool` of 2x2 windows and stride 2; raises `ValueError` for any other."""
     if tuple(window_shape) != (2, 2) or tuple(strides) != (2, 2):

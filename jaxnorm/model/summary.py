@@ -166,17 +166,18 @@ def summarize(net: CNN) -> list[Layer]:
                 side += 2 * layer.padding - window + 1
                 channels = layer.channels or net.num_classes
                 field += (window - 1) * jump
-            case "pool":
+            case "pool" | "mixed-pool":
                 side, field, jump = side // 2, field + jump, jump * 2
             case "mean-max":
                 field, side, channels = field + (side - 1) * jump, 1, 2 * channels
             case "mean":
                 side, field = 1, field + (layer.window - 1) * jump
-        kernel, norm = (
-            sum(leaf.size for leaf in jax.tree.leaves(params.get(name, {})))
-            for name in (layer.name, f"{layer.name}_norm")
-        )
-        rows.append(Layer(layer.name, (side, side, channels), field, kernel, norm))
+        own = {name: jax.tree.leaves(of) for name, of in params.items()}
+        sizes = {name: sum(leaf.size for leaf in leaves) for name, leaves in own.items()}
+        norm = sizes.get(f"{layer.name}_norm", 0)
+        of_layer = [name for name in sizes if name.partition("_")[0] == layer.name]
+        rest = sum(sizes[name] for name in of_layer) - norm
+        rows.append(Layer(layer.name, (side, side, channels), field, rest, norm))
     return rows
 
 

@@ -33,6 +33,7 @@ COUNTS = {
     "original": {"batch": 45_776, "group": 45_776, "layer": 46_412},
     "matched": dict.fromkeys(("batch", "group", "layer", "instance"), 45_776)
     | {"rms": 45_536, "none": 45_296},
+    "attention": dict.fromkeys(("batch", "group", "layer"), 48_485),
 }
 
 

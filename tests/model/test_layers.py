@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import SOON
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxnorm.config import UserError
 from jaxnorm.model import layers
-from jaxnorm.model.cnn import CNN
+from jaxnorm.model.cnn import ARCHS, CNN, Layer
 
 IMAGES = jnp.asarray(np.random.default_rng(1).normal(1, 1, (2, 3, 5, 6, 4)), jnp.float32)
 """Of two devices."""
@@ -154,3 +155,77 @@ def test_the_nets_own_layers_are_the_fast_ones(norm, arch):
     for module in (net.conv(net.table[0], (3, 3), jnp.float32), net.normalization(True)):
         program = jax.make_jaxpr(partial(in_training, module))(IMAGES[0])
         assert "custom_vjp" in str(program)
+
+
+def test_channel_attention_slopes_and_mixtures_equal_the_closed_forms():
+    x = np.random.default_rng(3).normal(size=(2, 4, 6, 5)).astype(np.float32)
+    weights = np.array([0.5, -1.0, 2.0], np.float32)
+    out = layers.ChannelAttention().apply({"params": {"weights": weights}}, x)
+    means = x.astype(np.float64).mean((1, 2))
+    beside = np.pad(means, ((0, 0), (1, 1)))
+    sums = 0.5 * beside[:, :-2] - means + 2 * beside[:, 2:]
+    np.testing.assert_allclose(out, x * (2 / (1 + np.exp(-sums)))[:, None, None], atol=1e-5)
+    slopes = np.linspace(-0.5, 1, 5).astype(np.float32)
+    out = layers.PReLU().apply({"params": {"slopes": slopes}}, x)
+    np.testing.assert_allclose(out, np.where(x > 0, x, slopes * x), atol=1e-6)
+    pooled = layers.mean_pool(x)
+    assert pooled.shape == (2, 2, 3, 5)
+    np.testing.assert_allclose(pooled[1, 1, 2], x[1, 2:4, 4:6].mean((0, 1)), atol=1e-6)
+    largest = np.asarray(layers.max_pool(x, (2, 2), (2, 2)))
+    gates = np.linspace(-2, 2, 5).astype(np.float32)
+    out = layers.Mixture().apply({"params": {"gates": gates}}, largest, pooled)
+    share = 1 / (1 + np.exp(-gates.astype(np.float64)))
+    np.testing.assert_allclose(out, share * largest + (1 - share) * pooled, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_the_attention_net_is_the_residual_net_if_its_own_parameters_are_neutral(norm):
+    residual, attention = (CNN(norm, a, dropout=0.0) for a in ("residual", "attention"))
+    images = jnp.asarray(np.random.default_rng(1).normal(size=(2, 32, 32, 3)), jnp.float32)
+    of = [
+        jax.jit(n.init, **SOON)(jax.random.key(2), images)["params"] for n in (residual, attention)
+    ]
+    shared = {name: leaves for name, leaves in of[1].items() if name in of[0]}
+    chex.assert_trees_all_equal(shared, of[0])
+    neutral = {"attention": 0.0, "prelu": 0.0, "mixture": 60.0}  # sigmoid(60) is 1
+    changed = {
+        name: jax.tree.map(lambda leaf, n=name: jnp.full_like(leaf, neutral[n.split("_")[1]]), tree)
+        for name, tree in of[1].items()
+        if name not in of[0]
+    }
+    assert len(changed) == 7 + 7 + 2
+
+    def logits(net, params):
+        rngs = {"dropout": jax.random.key(0)}
+        apply = partial(net.apply, train=True, rngs=rngs, mutable=["batch_stats"])
+        state = jax.eval_shape(net.init, jax.random.key(0), images).get("batch_stats", {})
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), state)
+        return jax.jit(apply, **SOON)({"params": params, "batch_stats": zeros}, images)[0]
+
+    wanted = logits(residual, of[0])
+    np.testing.assert_allclose(logits(attention, {**shared, **changed}), wanted, atol=1e-5)
+    assert not np.allclose(logits(attention, of[1]), wanted, atol=1e-3)
+
+
+def test_attention_comes_before_the_shortcut_and_slopes_after_it(monkeypatch):
+    blocks = [Layer(n, k, 3, 1, attends=True) for n, k in (("C1", "block"), ("C2", "residual"))]
+    net = (*blocks, Layer("GP", "mean-max"), Layer("c3", "head"))
+    monkeypatch.setitem(ARCHS, "attending", lambda norm: net)
+    model = CNN("none", "attending", dropout=0.0)
+    images = jnp.asarray(np.random.default_rng(1).normal(size=(2, 32, 32, 3)), jnp.float32)
+    params = model.init(jax.random.key(2), images)["params"]
+    noise = np.random.default_rng(2)
+    params = jax.tree.map(lambda leaf: leaf + noise.normal(size=leaf.shape) / 3, params)
+
+    def part(kind, name, *x):
+        return kind.apply({"params": params[name]}, *x)
+
+    def convolved(name, x):
+        conv = nn.Conv(params[name]["kernel"].shape[-1], (3, 3), padding=1, use_bias=False)
+        return part(layers.ChannelAttention(), f"{name}_attention", part(conv, name, x))
+
+    x = part(layers.PReLU(), "C1_prelu", convolved("C1", images))
+    x = part(layers.PReLU(), "C2_prelu", convolved("C2", x) + images)
+    pooled = jnp.concatenate([x.mean((1, 2)), x.max((1, 2))], -1)
+    wanted = pooled @ params["c3"]["kernel"][0, 0]
+    np.testing.assert_allclose(model.apply({"params": params}, images), wanted, atol=1e-4)

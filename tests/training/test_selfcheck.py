@@ -46,7 +46,11 @@ def test_a_right_installation_passes(tiny, monkeypatch, changes, mesh):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "arch", "precision"),
-    [(study, "every-kind", "bfloat16"), (tuned, "residual", "float32")],
+    [
+        (study, "every-kind", "bfloat16"),
+        (tuned, "residual", "float32"),
+        (tuned, "attention", "float32"),
+    ],
 )
 def test_a_residual_net_passes_on_digits(recipe, arch, precision):
     """Its last batch has 29 images, over which XLA rounds a maximum's input in two ways; and the
