@@ -420,7 +420,7 @@ def tuned(**changes: Any) -> Config:
     standardized kernels, a one-cycle schedule, crops and flips, and the learning rate that a fair
     tuning found for each norm (`notebooks/pages/tuned.md`). Norms that were not tuned train at
     `OTHER_RATE`, and all norms under another optimizer at its one of `USUAL_RATES`; `untuned` names
-    them.
+    them, and all norms of another net.
     """
     norms = norms_of(changes.get("norm", "all"))
     values: dict[str, Any] = {
@@ -438,6 +438,8 @@ def tuned(**changes: Any) -> Config:
     if changes.get("dataset") == "digits":
         values |= _DIGITS
     values |= (usual := _usual_rate(changes))
+    if changes.get("arch", values["arch"]) != values["arch"]:
+        values["untuned"] = norms
     if not isinstance(values["learning_rate"], dict) or "learning_rate" in changes:
         values["untuned"] = ()  # one rate for all, or the user's own
     if usual and "learning_rate" not in changes:

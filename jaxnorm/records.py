@@ -110,7 +110,7 @@ class Predictions(NamedTuple):
 @typed
 class Layer:
     """A layer of a net: its output (height, width, channels), the side of the input square that one
-    output pixel sees, and the number of parameters of its kernel and of its norm.
+    output pixel sees, and the numbers of its parameters: `norm` of its norm, `kernel` all others.
     """
 
     name: str

@@ -20,9 +20,18 @@ EVERY_KIND = (
     Layer("GP", "mean-max"),
     Layer("c5", "head"),
 )
-"""A row of each kind of layer but "mean"."""
+"""A row of each kind of layer of the residual net, and "squeeze"."""
+ATTENDING = (
+    Layer("C1", "block", 16, padding=1, attends=True),
+    Layer("P1", "mixed-pool"),
+    Layer("C2", "block", 8, padding=1, attends=True),
+    Layer("C3", "residual", 8, padding=1, attends=True),
+    Layer("GP", "mean-max"),
+    Layer("c4", "head"),
+)
 ARCHS["three-layers"] = lambda norm: THREE_LAYERS
 ARCHS["every-kind"] = lambda norm: EVERY_KIND
+ARCHS["attending"] = lambda norm: ATTENDING
 
 callbacks.Bar.SECONDS = 3_600.0  # how long a test takes must not decide what is printed
 

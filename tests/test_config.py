@@ -201,6 +201,7 @@ def test_norms_of_which_a_recipe_tuned_no_rate_are_recorded():
     under_muon = tuned(norm=norm, optimizer="muon")
     assert under_muon.untuned == tuple(norm.split(","))
     assert under_muon.learning_rate == study(optimizer="muon").learning_rate == USUAL_RATES["muon"]
+    assert tuned(norm="batch", arch="attention").untuned == ("batch",)
     asked = tuned(norm=norm, optimizer="adamw", learning_rate=0.1)
     assert asked.learning_rate == 0.1
     for config in (tuned(), tuned(norm=norm, learning_rate=0.1), study(norm=norm), asked):

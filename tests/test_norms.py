@@ -361,7 +361,7 @@ def test_groups_that_do_not_divide_the_channels_are_refused_by_name():
         summary.check_nets(config, 10)
 
 
-@pytest.mark.parametrize("arch", ["matched", "residual"])
+@pytest.mark.parametrize("arch", ["matched", "residual", "attention"])
 def test_every_net_has_fewer_than_50_000_parameters(arch):
     counts = summary.check_nets(Config("every", arch), 10)
     bare, layers = counts["none"], sum(row.norm > 0 for row in summary.summarize(CNN("dyt", arch)))

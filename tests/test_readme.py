@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import re
 from pathlib import Path
 
@@ -84,6 +85,18 @@ def test_the_ten_mistakes_of_a_norm_are_mistakes_of_its_net_shown_with_their_cla
         pairs = zip(run.labels[numbers], predicted, strict=True)
         names = [[run.class_names[label] for label in pair] for pair in pairs]
         assert names == words[10 * row : 10 * row + 10]
+
+
+def test_what_the_front_page_says_of_the_study_is_so():
+    readme = (ROOT / "README.md").read_text()
+    study, _ = json.loads((RESULTS / "reference.json").read_text()).values()
+    ends = [f"{100 * study[norm]['test_accuracy'][-1]:.2f}" for norm in ("batch", "group", "layer")]
+    assert "ended at {} %, group norm at {} and\nlayer norm at {}".format(*ends) in readme
+    nets = RunDirectory(RESULTS / "original").info().layers
+    kernels = {norm: sum(layer.kernel for layer in nets[norm]) for norm in nets}
+    assert kernels == {"batch": 45_296, "group": 45_296, "layer": 12_524}
+    share = f"{100 * kernels['layer'] / kernels['batch']:.0f} %"
+    assert f"leave its kernels {share}" in readme
 
 
 def test_the_front_page_says_three_sentences_of_one_interval_each():

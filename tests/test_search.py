@@ -5,6 +5,8 @@ import json
 import pytest
 import search
 
+from jaxnorm import UserError
+
 
 def line(name, seed, held_out, **more):
     about = {"norm": "batch", "epochs": 3, "parameters": 48208, "validation": 5000}
@@ -21,6 +23,27 @@ def test_a_change_gains_over_the_recipe_by_the_same_seeds_alone():
     assert rows["Muon, batch", "3"][-2:] == ["+1.00 (n = 1)", "1.25"]
     assert rows["Muon, batch", "10"][-2:] == ["", "1.25"]  # no net of the recipe beside it
     assert rows["recipe, batch", "3"][2] == "75.00% ± 7.07"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("Muon", {"norm": "batch,group"}),
+        ("Muon", {"seeds": "2"}),
+        ("Muon", {"validation": 0}),
+        ("recipe", {"learning-rate": "0.1"}),
+        ("Muon", {"learning-rates": "0.1"}),
+    ],
+)
+def test_what_would_be_no_line_is_refused_before_any_data_is_loaded(name, changes, monkeypatch):
+    monkeypatch.setattr(search, "load", None)
+    with pytest.raises(UserError):
+        search.train(name, **changes)
+
+
+def test_lines_of_several_splits_make_no_table():
+    with pytest.raises(UserError, match="several data sets or splits"):
+        search.table([line("recipe", 1, 0.7), line("recipe", 1, 0.9, validation=200)])
 
 
 @pytest.mark.slow

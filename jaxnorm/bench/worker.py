@@ -162,6 +162,8 @@ def torch_net(config: Config) -> Any:
             super().__init__()
             self.convs, self.norms, inputs = nn.ModuleDict(), nn.ModuleDict(), 3
             for layer, row in zip(table, rows, strict=True):
+                if layer.attends or layer.kind == "mixed-pool":
+                    raise NotImplementedError(f"PyTorch's side has no {layer.name}")
                 channels, window = row.shape[2], {"block": 3, "residual": 3}.get(layer.kind, 1)
                 if row.kernel:
                     self.convs[layer.name] = Conv(

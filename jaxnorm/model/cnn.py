@@ -33,8 +33,8 @@ class Layer(NamedTuple):
     "squeeze" a 1x1 convolution and ReLU; "pool" 2x2 max pooling, stride 2; "mixed-pool" a learned
     mixture of it and of the average; "mean" the average of the top-left `window` x `window` pixels;
     "mean-max" the average of all pixels and their maximum; "head" a 1x1 convolution to the classes.
-    No convolution has a bias. A block that `attends` has channel attention after its norm, and a
-    learned slope for the negative values of each channel.
+    No convolution has a bias. A block that `attends` has channel attention after its norm, then the
+    shortcut if it is residual, and PReLU in place of ReLU.
     """
 
     name: str

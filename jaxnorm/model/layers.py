@@ -209,7 +209,7 @@ class _PlainStandardizedConv(StandardizedConv):
 class ChannelAttention(nn.Module):
     """Efficient channel attention: scales each channel of an image by twice the sigmoid of a
     weighted sum of the means of itself and of its two neighbours (Wang et al., "ECA-Net", 2020).
-    The weights start at zero, where it is the identity.
+    The factor of two and weights that start at zero are ours: so it starts as the identity.
     """
 
     @nn.compact
@@ -222,31 +222,36 @@ class ChannelAttention(nn.Module):
 
 class PReLU(nn.Module):
     """ReLU with a learned slope for the negative values of each channel (He et al., "Delving Deep
-    into Rectifiers", 2015), 0.1 at first. `nn.PReLU` has one slope for all channels.
+    into Rectifiers", 2015), which starts at 0.1, not at their 0.25. `nn.PReLU` has one slope for
+    all channels.
     """
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:  # [N, H, W, C] -> the same shape and dtype
+    def __call__(self, x: jax.Array) -> jax.Array:  # f32 or bf16[N, H, W, C] -> the same
         slopes = self.param("slopes", nn.initializers.constant(0.1), x.shape[-1:])
         return jnp.maximum(x, 0) + slopes.astype(x.dtype)[None, None, None] * jnp.minimum(x, 0)
 
 
 class Mixture(nn.Module):
-    """A mixture of two arrays with a learned share for each channel, sigmoid(1) of the first at
-    first (Lee et al., "Generalizing Pooling Functions in Convolutional Neural Networks", 2016).
+    """A mixture of two arrays with a learned share of `first` for each channel, initially
+    sigmoid(1) = 0.73 (Lee et al., "Generalizing Pooling Functions in Convolutional Neural
+    Networks", 2016).
     """
 
     @nn.compact
-    def __call__(self, first: jax.Array, second: jax.Array) -> jax.Array:  # [N, H, W, C]
+    def __call__(self, first: jax.Array, second: jax.Array) -> jax.Array:
+        """Returns share * first + (1 - share) * second, all f32 or bf16[N, H, W, C]."""
         gates = self.param("gates", nn.initializers.ones, first.shape[-1:])
         share = jax.nn.sigmoid(gates).astype(first.dtype)[None, None, None]
         return share * first + (1 - share) * second
 
 
-def mean_pool(x: jax.Array) -> jax.Array:  # [N, H, W, C] -> [N, H / 2, W / 2, C]
-    """Averages 2x2 windows at stride 2 of images with an even number of rows and of columns."""
+def mean_pool(x: jax.Array) -> jax.Array:  # [N, H, W, C] -> [N, H // 2, W // 2, C]
+    """Averages 2x2 windows at stride 2; an odd last row or column is left out."""
     n, height, width, channels = x.shape
-    return x.reshape(n, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+    rows, columns = height // 2, width // 2
+    x = x[:, : 2 * rows, : 2 * columns]
+    return x.reshape(n, rows, 2, columns, 2, channels).mean((2, 4))
 
 
 def max_pool(x: jax.Array, window_shape: Sequence[int], strides: Sequence[int]) -> jax.Array:

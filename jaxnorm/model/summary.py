@@ -172,12 +172,12 @@ def summarize(net: CNN) -> list[Layer]:
                 field, side, channels = field + (side - 1) * jump, 1, 2 * channels
             case "mean":
                 side, field = 1, field + (layer.window - 1) * jump
-        own = {name: jax.tree.leaves(of) for name, of in params.items()}
-        sizes = {name: sum(leaf.size for leaf in leaves) for name, leaves in own.items()}
-        norm = sizes.get(f"{layer.name}_norm", 0)
-        of_layer = [name for name in sizes if name.partition("_")[0] == layer.name]
-        rest = sum(sizes[name] for name in of_layer) - norm
-        rows.append(Layer(layer.name, (side, side, channels), field, rest, norm))
+        kernel, attention, prelu, mixture, norm = (
+            sum(leaf.size for leaf in jax.tree.leaves(params.get(f"{layer.name}{part}", {})))
+            for part in ("", "_attention", "_prelu", "_mixture", "_norm")
+        )
+        kernel += attention + prelu + mixture
+        rows.append(Layer(layer.name, (side, side, channels), field, kernel, norm))
     return rows
 
 

@@ -212,9 +212,10 @@ def train(
 def warn_of_untuned(config: Config, callbacks: Sequence[Callback]) -> None:
     """Warns if norms train at a learning rate that was not tuned, beside others whose was."""
     if config.untuned:
-        norms, other = config.untuned, config.optimizer != Config.optimizer
-        tuned = "" if other else f" as those of {', '.join(TUNED_RATES)} were"
-        flag = f" --optimizer {config.optimizer}" if other else ""
+        norms, usual = config.untuned, {"arch": "residual", "optimizer": Config.optimizer}
+        differ = [name for name, value in usual.items() if getattr(config, name) != value]
+        tuned = "" if differ else f" as those of {', '.join(TUNED_RATES)} were"
+        flag = "".join(f" --{name} {getattr(config, name)}" for name in differ)
         text = (
             f"the {config.recipe} recipe has no {config.optimizer} learning rate for "
             f"{' and '.join(norms)} norm: {config.rate(norms[0]):g} is taken, which was not tuned"

@@ -173,7 +173,7 @@ def measure(
       of all activations before and after the norm.
     - kernels: names of the K convolutions; gradients: f32[K], norms of their gradients.
     - initial_gradients: f32[K], before training; similarities: f32[2, L], of `similarity` before
-      training and after it.
+      training and after it; in a net with attention, of what comes out of its norms.
     - sizes: i32[S], batch sizes; batch_accuracy: f32[S], as the function; running_accuracy: f32[],
       with running averages, on the same test images, of which there are tested: i32[];
       precise_accuracy: f32[], of batch norm with `precise_statistics` of all training images, and
@@ -239,7 +239,8 @@ def _of_layers(
         for side in zip(*(seen[name] for name in layers), strict=True)
     )
     name = program.model.norm
-    relu = not (name in NORMS and NORMS[name].activates)
+    attends = any(layer.attends for layer in program.model.table)
+    relu = not attends and not (name in NORMS and NORMS[name].activates)
     similarities = [[similarity(of[n][1], relu) for n in layers] for of in (seen_before, seen)]
     return {
         "layers": np.array(layers),

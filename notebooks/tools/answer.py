@@ -86,7 +86,7 @@ class Answer:
             for column, (number, image) in enumerate(zip(rows, run.images(rows), strict=True)):
                 names = (int(run.labels[number]), int(run.logits[norm][number].argmax()))
                 true, predicted = (run.class_names[name] for name in names)
-                extent = (column + 0.02, column + 0.98, row + 0.7, row - 0.0)
+                extent = (column + 0.02, column + 0.98, row + 0.7, row)
                 axes.imshow(image, interpolation="nearest", extent=extent, aspect="auto")
                 words = f"{true}\n{predicted}"
                 axes.text(column + 0.5, row + 0.72, words, ha="center", va="top", fontsize=10)
@@ -95,12 +95,12 @@ class Answer:
         return figure
 
     def finding(self) -> str:
-        """What the study finds: three sentences with an interval each, as a Markdown list."""
+        """Returns what the study finds: a Markdown list of three sentences, an interval each."""
         sentences = (self.apart(), self.alike(), self.behind())
         return "\n".join(f"- {sentence}" for sentence in sentences) + "\n"
 
     def apart(self) -> str:
-        """How far apart the best and the last norm of the study end."""
+        """Returns a sentence on how far apart the best and the last norm of the study end."""
         means = {norm: self.tuned.sample(norm).mean for norm in self.tuned.summaries}
         last, *_, best = sorted(means, key=lambda norm: means[norm])
         pair = next(p for p in self.tuned.differences if {p.first, p.second} == {best, last})
@@ -112,7 +112,7 @@ class Answer:
         )
 
     def alike(self) -> str:
-        """Which two norms of the study are closest, and whether they are equivalent."""
+        """Returns a sentence on the two closest norms of the study, and if they are equivalent."""
         pair = min(self.tuned.differences, key=lambda pair: abs(pair.sample.mean))
         first, second = pair.first.capitalize(), pair.second
         apart = f"within {MARGIN} points: they end {interval_of(pair)} apart"
@@ -121,7 +121,7 @@ class Answer:
         return f"**{first} and {second} norm end closest**, not found to be equivalent {apart}."
 
     def behind(self) -> str:
-        """How far layer norm ends behind batch norm on the study's nets, and on one net."""
+        """Returns a sentence on layer norm's deficit on the study's nets, and on one net."""
         runs = [Run(RunDirectory(RESULTS / name)) for name in ("matched", "original")]
         matched, original = (
             next(p for p in run.differences if (p.first, p.second) == ("batch", "layer"))
@@ -129,6 +129,7 @@ class Answer:
         )
         assert matched.shown
         assert original.shown
+        assert 2 * matched.sample.mean < original.sample.mean
         return (
             "**Most of layer norm's deficit in the study is its net's**: by the study's recipe it "
             f"ends {interval_of(original)} below batch norm on the study's nets, "
@@ -136,7 +137,7 @@ class Answer:
         )
 
     def caption(self) -> str:
-        """What the numbers of `finding` and `all_norms` are: n, the tests and the data."""
+        """Returns what the numbers of `finding` and `all_norms` are: n, the tests and the data."""
         return (
             "Last test accuracy by the tuned recipe; brackets: 95 % intervals over seeds and test "
             "images, for these learning rates, not corrected for their number; shown: p < 0.05 by "
@@ -146,12 +147,12 @@ class Answer:
         )
 
     def since(self) -> str:
-        """Says if the margin of equivalence was fixed after the run."""
+        """Returns words on the margin of equivalence if it was fixed after the run."""
         later = self.tuned.info.environment.started < MARGIN_SINCE
         return "; the margin was fixed after the run" * later
 
     def growth(self) -> str:
-        """How the seeds were added, and what was not shown before the last ones were; in words."""
+        """Returns words on how seeds were added, and what was not shown before the last ones."""
         info = self.tuned.info
         commands = " ".join(e.command for e in self.tuned.environments)
         numbers = list(dict.fromkeys(map(int, re.findall(r"--seeds (\d+)", commands))))
@@ -190,8 +191,8 @@ class Answer:
         return figure
 
     def by_learning_rate(self) -> str:
-        """In which range the learning rate hardly matters, and where the two highest end: of one
-        net each, so that nothing is shown.
+        """Returns a sentence on the range in which the learning rate hardly matters, and on where
+        the two highest end: of one net each, so that nothing is shown.
         """
         config, trials = self.rates[0].info.config, sweeps.trials(self.rates)
         best = {norm: max(trial.accuracy for trial in all_of) for norm, all_of in trials.items()}
@@ -203,7 +204,7 @@ class Answer:
         assert near == list(range(near[0], near[-1] + 1))  # no hole in it
 
         def ends(i: int) -> str:
-            """How far below its best rate each norm ends at a rate."""
+            """Returns how far below its best rate each norm ends at a rate."""
             return listed(
                 [
                     f"{norm} norm "
@@ -225,8 +226,8 @@ class Answer:
         )
 
     def by_batch_size(self) -> str:
-        """What small and large batches change, with intervals and no verdict: no family of tests
-        was fixed for them, and so few pairs could show none.
+        """Returns a sentence on what small and large batches change, with intervals and no verdict:
+        no family of tests was fixed for them, and so few pairs could show none.
         """
         info = self.batch_sizes[0].info
         assert info.config.linear_scaling

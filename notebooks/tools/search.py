@@ -3,7 +3,7 @@
     python notebooks/tools/search.py train "Muon" --optimizer muon --norm batch --epochs 10 --seed 1
     python notebooks/tools/search.py time "Muon" --optimizer muon --norm batch
 
-Both take changes of the recipe as flags under their names in Python, and add a line to
+Both take changes of the recipe as flags, each with a value, and add a line to
 `results/search.jsonl`. `train` trains one net on 45,000 images and judges it on the 5,000 others of
 the training set; the test set has no part in it. `time` measures a training step with the change
 beside one of the recipe, in turns. The recipe's own lines have the name "recipe".
@@ -29,7 +29,7 @@ from jaxnorm.model import arithmetic
 from jaxnorm.model.summary import count_parameters
 from jaxnorm.runs.environment import git_revision, processor
 from jaxnorm.training.experiment import program_of
-from jaxnorm.training.fit import Callback
+from jaxnorm.training.fit import Callback, NonFiniteLoss
 from jaxnorm.training.step import derive_key, init_state, standard_of, train_step
 
 LINES = Path(__file__).resolve().parents[1] / "results" / "search.jsonl"
@@ -50,11 +50,11 @@ class _Lines(Callback):
 def _values(changes: Mapping[str, str]) -> dict[str, Any]:
     """The changes as values: JSON where it is JSON, else text."""
     values: dict[str, Any] = {}
-    for name, text in changes.items():
+    for flag, text in changes.items():
         try:
-            values[name] = json.loads(text)
+            values[flag.replace("-", "_")] = json.loads(text)
         except ValueError:
-            values[name] = text
+            values[flag.replace("-", "_")] = text
     return values
 
 
@@ -76,8 +76,12 @@ def train(
     """Trains a net with the changes and adds its line. `edit` says what else was changed."""
     values, fixed = _values(changes), {"norm": norm, "epochs": epochs, "seed": seed}
     config = tuned(**fixed, dataset=dataset, validation=validation, **values)
+    if len(config.nets) != 1 or not validation:
+        raise UserError("a line is of one net, judged on held-out images: one norm, one seed")
+    if name == RECIPE and (values or edit):
+        raise UserError(f"{RECIPE} is the name of the recipe without a change: choose another")
     data = load(dataset, data_dir, allow_unverified=allow_unverified)
-    net = fit(config, data, [_Lines()])[norm, seed]
+    net = fit(config, data, [_Lines()])[config.nets[0]]
     line = {"name": name, **fixed, "changes": values, "edit": edit, "data": data.caption}
     line |= {"validation": validation, "parameters": net.parameters}
     line |= {"held_out": [epoch.validation_accuracy for epoch in net.epochs]}
@@ -86,9 +90,10 @@ def train(
 
 
 @app.command
-def time(name: str, /, *, norm: str = "batch", edit: str = "", **changes: str) -> None:
-    """Times training steps with the changes and without, in turns, and adds a line: the median of
-    the ratios, by image.
+def time(name: str, /, *, norm: str = "batch", **changes: str) -> None:
+    """Times training steps with the changes and without, in turns, on one device and without crops
+    and flips, and adds a line: the median of the ratios, by image. An edit of the code would change
+    both sides.
     """
     random, values, sides = np.random.default_rng(0), _values(changes), []
     with arithmetic.standard():
@@ -105,7 +110,7 @@ def time(name: str, /, *, norm: str = "batch", edit: str = "", **changes: str) -
                 jax.block_until_ready(make_steps())
                 seconds[place] += [(clocks.perf_counter() - began) / count] * (turn > 0)
     ratios = [changed / recipe for recipe, changed in zip(*seconds, strict=True)]
-    line = {"name": name, "norm": norm, "changes": values, "edit": edit}
+    line = {"name": name, "norm": norm, "changes": values}
     line |= {"parameters": count_parameters(program.model)}
     line |= {"step": statistics.median(ratios), "steps": sorted(ratios)}
     add({**line, "device": processor(), "jax": jax.__version__, "revision": git_revision()})
@@ -134,6 +139,8 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
     """A row for each change, norm and number of epochs: accuracy on held-out images, and what it
     gained over the recipe by the same seeds.
     """
+    if len({(line["data"], line["validation"]) for line in lines if "data" in line}) > 1:
+        raise UserError(f"{LINES}: its lines are of several data sets or splits")
     nets: dict[tuple[int, str, str], dict[int, Mapping[str, Any]]] = {}
     steps = {(line["name"], line["norm"]): line["step"] for line in lines if "step" in line}
     for line in lines:
@@ -156,13 +163,12 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
         row = [f"{name}, {norm}", str(epochs), ", ".join(map(str, sorted(of_change)))]
         row += [f"{first['parameters']:,}", stats.accuracy_text(ends), stats.accuracy_text(fits)]
         rows.append([*row, gain, "" if step is None else f"{step:.2f}"])
-    counts = {line["validation"] for line in lines if "data" in line}
-    held_out = " or ".join(f"{count:,}" for count in sorted(counts))
+    held_out = next(line["validation"] for line in lines if "data" in line)
     data = sorted({line["data"] for line in lines if "data" in line})
     devices = sorted({f"{line['device']}, jax {line['jax']}" for line in lines})
-    head = ["change, norm", "epochs", "seeds", "parameters", "held out", "training batches"]
+    head = ["change, norm", "epochs", "seed numbers", "parameters", "held out", "training batches"]
     note = (
-        f"Accuracy after the last epoch on {held_out} held-out training images{MEAN}; gain over "
+        f"Accuracy after the last epoch on {held_out:,} held-out training images{MEAN}; gain over "
         "the recipe by the same seeds, in points; a step's time as a multiple of the recipe's. "
         f"{', '.join(data)}; {'; '.join(devices)}."
     )
@@ -172,5 +178,5 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
 if __name__ == "__main__":
     try:
         app()
-    except UserError as error:
+    except (UserError, NonFiniteLoss) as error:
         sys.exit(f"error: {error}")

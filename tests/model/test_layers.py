@@ -210,8 +210,8 @@ def test_the_attention_net_is_the_residual_net_if_its_own_parameters_are_neutral
 def test_attention_comes_before_the_shortcut_and_slopes_after_it(monkeypatch):
     blocks = [Layer(n, k, 3, 1, attends=True) for n, k in (("C1", "block"), ("C2", "residual"))]
     net = (*blocks, Layer("GP", "mean-max"), Layer("c3", "head"))
-    monkeypatch.setitem(ARCHS, "attending", lambda norm: net)
-    model = CNN("none", "attending", dropout=0.0)
+    monkeypatch.setitem(ARCHS, "two-blocks", lambda norm: net)
+    model = CNN("none", "two-blocks", dropout=0.0)
     images = jnp.asarray(np.random.default_rng(1).normal(size=(2, 32, 32, 3)), jnp.float32)
     params = model.init(jax.random.key(2), images)["params"]
     noise = np.random.default_rng(2)

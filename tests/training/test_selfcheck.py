@@ -50,6 +50,7 @@ def test_a_right_installation_passes(tiny, monkeypatch, changes, mesh):
         (study, "every-kind", "bfloat16"),
         (tuned, "residual", "float32"),
         (tuned, "attention", "float32"),
+        (study, "attending", "bfloat16"),
     ],
 )
 def test_a_residual_net_passes_on_digits(recipe, arch, precision):
