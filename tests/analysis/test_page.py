@@ -40,7 +40,8 @@ def test_the_page_is_one_valid_file_and_the_markdown_names_every_figure(sweep, u
         *("Results", "All norms together", "Batch norm", "Group norm", "Layer norm"),
         "How it was made",
     ]
-    assert len(list(tree.iter("caption"))) == len(tables.TABLES)
+    without_mirrors = [make for make in tables.TABLES if make is not tables.mirrored]
+    assert len(list(tree.iter("caption"))) == len(without_mirrors)
     names = {element.get("id") for element in tree.iter() if element.get("id")}
     links = [element.get("href") for element in tree.iter("a")]
     assert links

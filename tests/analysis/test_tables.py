@@ -293,7 +293,7 @@ def test_what_is_not_there_is_rarely_said_to_be_above(norms, runs):
 
 def test_the_finding_says_which_learning_rates_were_not_tuned(sweep):
     rows = dict.fromkeys(("batch", "rms", "instance"), ((5, 9),))
-    settings = {"accuracies": rows, "seeds": 1, "recipe": "tuned"}
+    settings = {"accuracies": rows, "seeds": 1, "recipe": "tuned", "arch": "residual"}
     text = tables.finding(Run(sweep("a", norm="batch,rms", **settings)))
     assert text.startswith("With one net in which only the norm and its learning rate differ, ")
     assert "Learning rates: batch norm 0.123 (tuned) and rms norm 0.1 (not tuned)." in text
