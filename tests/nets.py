@@ -24,8 +24,8 @@ EVERY_KIND = (
 ATTENDING = (
     Layer("C1", "block", 16, padding=1, attends=True),
     Layer("P1", "mixed-pool"),
-    Layer("C2", "block", 8, padding=1, attends=True),
-    Layer("C3", "residual", 8, padding=1, attends=True),
+    Layer("C2", "block", 16, padding=1, attends=True),
+    Layer("C3", "residual", 16, padding=1, attends=True),
     Layer("GP", "mean-max"),
     Layer("c4", "head"),
 )
