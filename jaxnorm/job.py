@@ -324,7 +324,7 @@ def _command() -> str:
 
 
 def _how_to_report(sweep: Sweep) -> str:
-    """What to do if the report fails: of a sweep, resuming it makes the tables of all its runs."""
+    """Returns advice for a failed report: resuming a sweep makes the tables of all its runs."""
     several = len(sweep.configs) > 1
     command = [*cli.program(), "--resume"] if several else ["python", "-m", "jaxnorm.report"]
     path = sweep.folder.path

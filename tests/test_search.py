@@ -1,11 +1,12 @@
 """The search for a better recipe: its lines, and what its table makes of them."""
 
+import dataclasses
 import json
 
 import pytest
 import search
 
-from jaxnorm import UserError
+from jaxnorm import UserError, load
 
 
 def line(name, seed, held_out, **more):
@@ -30,7 +31,6 @@ def test_a_change_gains_over_the_recipe_by_the_same_seeds_alone():
     [
         ("Muon", {"norm": "batch,group"}),
         ("Muon", {"seeds": "2"}),
-        ("Muon", {"validation": 0}),
         ("recipe", {"learning-rate": "0.1"}),
         ("Muon", {"learning-rates": "0.1"}),
     ],
@@ -41,20 +41,19 @@ def test_what_would_be_no_line_is_refused_before_any_data_is_loaded(name, change
         search.train(name, **changes)
 
 
-def test_lines_of_several_splits_make_no_table():
-    with pytest.raises(UserError, match="several data sets or splits"):
-        search.table([line("recipe", 1, 0.7), line("recipe", 1, 0.9, validation=200)])
-
-
 @pytest.mark.slow
 def test_a_trained_net_and_a_timing_add_a_line_each(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "LINES", tmp_path / "search.jsonl")
     monkeypatch.setattr(search, "ROUNDS", 2)
+    monkeypatch.setattr(search, "HELD_OUT", 200)
+    digits = dataclasses.replace(load("digits"), name="cifar10")
+    monkeypatch.setattr(search, "load", lambda *_, **__: digits)
     change = {"optimizer": "muon", "learning_rate": "0.05"}
-    search.train("Muon", norm="layer", epochs=2, validation=200, dataset="digits", **change)
+    search.train("Muon", norm="layer", epochs=2, batch_size="32", **change)
     search.time("Muon", norm="layer", **change)
     net, timing = map(json.loads, search.LINES.read_text().splitlines())
-    assert net["changes"] == timing["changes"] == {"optimizer": "muon", "learning_rate": 0.05}
+    assert timing["changes"] == {"optimizer": "muon", "learning_rate": 0.05}
+    assert net["changes"] == {**timing["changes"], "batch_size": 32}
     assert net["parameters"] == timing["parameters"] == 48208
     assert len(net["held_out"]) == 2
     assert 0.3 < net["held_out"][-1] <= 1

@@ -163,7 +163,7 @@ def torch_net(config: Config) -> Any:
             self.convs, self.norms, inputs = nn.ModuleDict(), nn.ModuleDict(), 3
             for layer, row in zip(table, rows, strict=True):
                 if layer.attends or layer.kind == "mixed-pool":
-                    raise NotImplementedError(f"PyTorch's side has no {layer.name}")
+                    raise ValueError(f"the {config.arch} net is not one of the benchmark's")
                 channels, window = row.shape[2], {"block": 3, "residual": 3}.get(layer.kind, 1)
                 if row.kernel:
                     self.convs[layer.name] = Conv(

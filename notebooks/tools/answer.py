@@ -142,8 +142,8 @@ class Answer:
             "Last test accuracy by the tuned recipe; brackets: 95 % intervals over seeds and test "
             "images, for these learning rates, not corrected for their number; shown: p < 0.05 by "
             "exact sign flips after Holm, for the three pairs planned; equivalent: two one-sided "
-            f"tests{self.growth()}. The nets' kernels are standardized; {self.tuned.data}; "
-            f"{tables.conditions(self.tuned).removeprefix(f'{self.tuned.data}; ')}\n"
+            f"tests{self.growth()}. The nets' kernels are standardized; "
+            f"{tables.conditions(self.tuned)}\n"
         )
 
     def since(self) -> str:
