@@ -184,7 +184,7 @@ def seeds(run: Run) -> Named:
     norms: list[str] = [norm for norm in run.summaries if run.sample(norm).n > 1]
     if not norms:
         return
-    differences = [pair for pair in run.differences if pair.sample.n > 1]
+    differences = [pair for pair in stats.selected(run.differences) if pair.sample.n > 1]
     title = "What the seeds say: test accuracy after the last epoch"
     figure = new_figure(run.caption, title, 9, max(4.2, 0.25 * len(differences)))
     widths = (1, 1.2) if differences else (1,)

@@ -39,6 +39,8 @@ tried, the most with which they are simulated at all, and the most seeds that ar
 """
 RESAMPLES = 9_999
 """The resamples of the bootstrap."""
+MOST_SHOWN = 15
+"""The most differences of which tables and figures show every one: those of six norms."""
 MOST = 10_000_000
 """The largest sum of differences, in images, for which the sign flips fit in memory."""
 
@@ -266,6 +268,16 @@ def differences(
         for ps in [(sign_flip_p(paired), adjusted.get(frozenset((first, second))))]
         for same in [equivalent.get(frozenset((first, second))) if both else None]
     ]
+
+
+def selected(differences: Sequence[Difference]) -> list[Difference]:
+    """Returns the differences that tables and figures show: all, or, if they are more than
+    `MOST_SHOWN`, those that have a verdict and those between the first norm and another.
+    """
+    if len(differences) <= MOST_SHOWN:
+        return list(differences)
+    first = differences[0].first
+    return [pair for pair in differences if pair.adjusted_p is not None or pair.first == first]
 
 
 def _crossed(

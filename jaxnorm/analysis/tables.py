@@ -180,12 +180,14 @@ def differences(run: Run) -> Table:
 
 
 def paired(differences: Sequence[stats.Difference]) -> Table:
-    """Returns the table of `differences`, also of norms that were trained in several runs."""
+    """Returns the table of `differences`, also of norms that were trained in several runs: a row
+    for each that `stats.selected` selects.
+    """
     head = ["difference", "pairs", "mean, points", "95% t interval", "95% over seeds and images"]
     head += ["95% bootstrap", "p, exact sign flips", "p after Holm"]
     head += [f"p, equivalent within {MARGIN}", "equivalence after Holm", "next net above"]
-    rows = []
-    for pair in differences:
+    rows, selected = [], stats.selected(differences)
+    for pair in selected:
         sample = pair.sample
         row = [f"{pair.first} {MINUS} {pair.second}", str(sample.n), points(sample.mean)]
         both, unknown = pair.crossed, "none: n = 1" if sample.n == 1 else "not known"
@@ -204,6 +206,9 @@ def paired(differences: Sequence[stats.Difference]) -> Table:
         "net above: the probability that under one more seed the first norm's net ends above the "
         "second's. "
     )
+    if others := len(differences) - len(selected):
+        first = differences[0].first
+        note += f"{others} differences between other norms than {first} are left out. "
     return Table("Paired differences", head, rows, note + _what_n_can_show(differences))
 
 

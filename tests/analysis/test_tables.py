@@ -1,6 +1,7 @@
 """Words and tables from records: the numbers are those of the made-up sweep, worked out by hand."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -82,6 +83,19 @@ def test_two_seeds_have_a_deviation_and_an_interval_ends_where_accuracies_do(swe
     # 22, 20 of 22: mean 21, deviation sqrt 2; t 12.706205 x sqrt 2 / sqrt 2 = 57.755 % on each side
     assert cells(table, "batch")["95% t interval"] == "37.70 to 100.00"
     assert "n = 2 seeds (1 to 2), mean \N{PLUS-MINUS SIGN} standard deviation;" in table.note
+
+
+def test_of_many_norms_the_differences_from_the_first_and_those_with_a_verdict_are_shown():
+    others = [f"{number}" for number in range(3)]
+    for norms in ([*ALL, *others], [*ALL, *others, "seventh"]):
+        table = tables.paired(stats.differences({norm: {1: 0.5} for norm in norms}, 10))
+        pairs = list(itertools.combinations(norms, 2))
+        if len(norms) == 7:
+            pairs = [*(pair for pair in pairs if "batch" in pair), ("group", "layer")]
+        names = [f"{one} \N{MINUS SIGN} {other}" for one, other in pairs]
+        assert [row[0] for row in table.rows] == names
+        left_out = "14 differences between other norms than batch are left out" in table.note
+        assert left_out == (len(norms) == 7)
 
 
 def test_results_name_every_device_and_version_that_trained_them(sweep):
