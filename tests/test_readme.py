@@ -151,12 +151,13 @@ def test_the_tuned_run_over_seeds_and_images_is_what_another_program_found():
 
 
 def test_the_recipes_learning_rates_are_what_the_tuning_found():
-    trials_of = sweeps.trials(fill_pages.tunings())
+    tunings = Answer().tunings
+    trials_of = sweeps.trials(tunings)
     best = {norm: max(trials, key=lambda t: t.accuracy).rate for norm, trials in trials_of.items()}
     assert best == TUNED_RATES
     assert len({tuple(trial.rate for trial in trials) for trials in trials_of.values()}) == 1
     assert not any(trial.failed for trials in trials_of.values() for trial in trials)
-    for name, figure in sweeps.draw_tuning(fill_pages.tunings()):
+    for name, figure in sweeps.draw_tuning(tunings):
         assert_same_picture(figure, RESULTS / "tuning" / f"{name}.png")
 
 

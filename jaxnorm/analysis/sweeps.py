@@ -14,6 +14,9 @@ from jaxnorm.analysis.tables import MEAN, Table
 from jaxnorm.config import counted, differing, value_text
 from jaxnorm.storage.directory import RunDirectory
 
+WIDEST = 6
+"""The most norms that have a column each in a table of trials."""
+
 
 def caption(runs: Sequence[Run]) -> str:
     """Returns the line under every figure of a sweep: the data, the nets, the seeds of each, and
@@ -151,13 +154,16 @@ def tuning(runs: Sequence[Run]) -> Table:
 
 
 def every_trial(runs: Sequence[Run]) -> Table:
-    """Returns the accuracy of each trial on held-out images: a row for each learning rate."""
+    """Returns the accuracy of each trial on held-out images: a row for each learning rate, or for
+    each norm if these are more than `WIDEST`.
+    """
     trials_of = trials(runs)
-    rows = [
-        [f"{at_rate[0].rate:g}", *(trial.text for trial in at_rate)]
-        for at_rate in zip(*trials_of.values(), strict=True)
-    ]
-    return Table("Every trial", ["learning rate", *trials_of], rows)
+    rates = [f"{trial.rate:g}" for trial in next(iter(trials_of.values()))]
+    by_norm = [[norm, *(trial.text for trial in of_norm)] for norm, of_norm in trials_of.items()]
+    if len(trials_of) > WIDEST:
+        return Table("Every trial", ["norm, learning rate", *rates], by_norm)
+    head, *rows = zip(["learning rate", *rates], *by_norm, strict=True)
+    return Table("Every trial", list(head), [list(row) for row in rows])
 
 
 def plot_rates(axes: Axes, runs: Sequence[Run]) -> None:

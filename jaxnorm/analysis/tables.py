@@ -255,7 +255,7 @@ def finding(run: Run) -> str:
     """
     sentences = [_ends(run), *filter(None, [_untuned(run.info.config)])] if run.summaries else []
     if len(run.summaries) > 1:
-        sentences += compared(run.differences)
+        sentences += compared(stats.selected(run.differences))
     return " ".join([*(sentences or [_ends(run)]), *further(run)])
 
 

@@ -22,6 +22,8 @@ from jaxnorm.storage.sweep import Sweep
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 OTHERS = ("tuned-pixel",)
 """The runs of other norms by the tuned recipe, with the seeds of the tuned run."""
+TUNINGS = ("tuning", "tuning-pixel")
+"""The tunings: every norm got the same learning rates."""
 REFERENCE, COMPARED = 64, (4, 256)
 """The batch sizes that are compared in words."""
 
@@ -32,13 +34,14 @@ def runs_of(sweep: str) -> list[Run]:
 
 
 class Answer:
-    """The tuned run, the runs of other norms beside it, the trials of the tuning with those at
-    rates beyond its range, and the runs with batches of several sizes.
+    """The tuned run, the runs of other norms beside it, the trials of every tuning, those of the
+    study's norms with those at rates beyond the range, and the runs with batches of several sizes.
     """
 
     def __init__(self) -> None:
         self.tuned = Run(RunDirectory(RESULTS / "tuned"))
         self.others = [Run(RunDirectory(RESULTS / name)) for name in OTHERS]
+        self.tunings = [run for name in TUNINGS for run in runs_of(name)]
         self.rates = [*runs_of("tuning"), *runs_of("learning-rate")]
         self.batch_sizes = runs_of("batch-size")
 
@@ -138,11 +141,13 @@ class Answer:
 
     def caption(self) -> str:
         """Returns what the numbers of `finding` and `all_norms` are: n, the tests and the data."""
+        config = self.tunings[0].info.config
         return (
             "Last test accuracy by the tuned recipe; brackets: 95 % intervals over seeds and test "
             "images, for these learning rates, not corrected for their number; shown: p < 0.05 by "
             "exact sign flips after Holm, for the three pairs planned; equivalent: two one-sided "
-            f"tests{self.growth()}. The nets' kernels are standardized; "
+            f"tests{self.growth()}. Last column: {config.validation:,} held-out training images, each "
+            "norm's best of the same learning rates. The nets' kernels are standardized; "
             f"{tables.conditions(self.tuned)}\n"
         )
 
@@ -173,16 +178,23 @@ class Answer:
         return grown + (f": at {numbers[-2]} {listed(gained)}" if gained else "")
 
     def all_norms(self) -> Table:
-        """Every norm beside batch norm, a row each, the highest first."""
+        """Every norm beside batch norm, a row each, the highest first; then those that were tuned
+        and not trained to the end.
+        """
         runs = [self.tuned, *self.others]
         run_of = {norm: run for run in runs for norm in run.summaries}
         pairs = {p.second: p for p in results.differences(runs) if p.first == "batch"}
+        trials = sweeps.trials(self.tunings)
+        best = {norm: max(trial.accuracy for trial in trials[norm]) for norm in trials}
         rows = []
         for norm in sorted(run_of, key=lambda norm: -run_of[norm].sample(norm).mean):
             sample, pair = run_of[norm].sample(norm), pairs.get(norm)
             row = [norm, str(sample.n), f"{sample.mean:.1%}"]
-            rows.append([*row, *(below_batch(pair) if pair else ["", ""])])
+            rows.append([*row, *(below_batch(pair) if pair else ["", ""]), f"{best[norm]:.1%}"])
+        only_tuned = sorted(best.keys() - run_of.keys(), key=lambda norm: -best[norm])
+        rows += [[norm, "", "", "", "", f"{best[norm]:.1%}"] for norm in only_tuned]
         head = ["norm", "n", "test accuracy", "minus batch norm, points", "verdict"]
+        head.append(f"{self.tunings[0].info.config.epochs} epochs, held out, n = 1")
         return Table("Every norm", head, rows)
 
     def against_rate(self) -> Figure:

@@ -32,7 +32,7 @@ from jaxnorm.storage.directory import RunDirectory
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "notebooks" / "pages").glob("*.md"))]
 RUNS = ("original", "matched", "tuned", "tuned-pixel")
-SWEEPS, TUNINGS = ("batch-size",), ("tuning", "tuning-pixel")
+SWEEPS = ("batch-size",)
 SHOWN = (tables.differences, tables.values, tables.evaluation, tables.calibration)
 SHOWN += (tables.corruptions, tables.spreads)
 DETECTED = 0.003
@@ -65,8 +65,8 @@ def texts() -> dict[str, str]:
     by_name["batch-size finding"] = answer.by_batch_size() + "\n"
     for name in SWEEPS:
         by_name[name] = sweeps.results(runs_of(name)).markdown()
-    by_name["tuning winners"] = sweeps.tuning(tunings()).markdown()
-    by_name["tuning trials"] = sweeps.every_trial(tunings()).markdown()
+    by_name["tuning winners"] = sweeps.tuning(answer.tunings).markdown()
+    by_name["tuning trials"] = sweeps.every_trial(answer.tunings).markdown()
     for name in BENCHMARKS:
         by_name[name] = speed(json.loads((RESULTS / f"{name}.json").read_text())).markdown()
     scripts = {"end-to-end": end_to_end, "profile": profile_step}
@@ -77,11 +77,6 @@ def texts() -> dict[str, str]:
         lines = (RESULTS / f"{name}.jsonl").read_text().splitlines()
         by_name[name] = make([json.loads(line) for line in lines]).markdown()
     return by_name
-
-
-def tunings() -> list[Run]:
-    """The runs of all tunings: every norm got the same learning rates."""
-    return [run for name in TUNINGS for run in runs_of(name)]
 
 
 def fill(page: str, values: Mapping[str, str]) -> str:
@@ -189,7 +184,8 @@ if __name__ == "__main__":
     values = texts()
     for path in PAGES:
         path.write_text(fill(path.read_text(), values))
-    for name, figure in Answer().figures().items():
+    answer = Answer()
+    for name, figure in answer.figures().items():
         (RESULTS / f"{name}.png").write_bytes(drawing.png(figure))
-    for name, figure in sweeps.draw_tuning(tunings()):
+    for name, figure in sweeps.draw_tuning(answer.tunings):
         (RESULTS / "tuning" / f"{name}.png").write_bytes(drawing.png(figure))

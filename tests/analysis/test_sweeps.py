@@ -7,6 +7,7 @@ import pytest
 
 from jaxnorm.analysis import sweeps
 from jaxnorm.analysis.results import Run
+from jaxnorm.config import NORMS
 
 
 def validated(run: Run) -> Run:
@@ -52,6 +53,15 @@ def test_a_rate_does_not_win_by_its_survivors(sweep):
     assert figure.get_supxlabel().endswith("n = 3 seeds (1 to 3), 4 of 6 nets finished")
     (row,) = sweeps.tuning(runs[:1]).rows
     assert row == ["group", "none", "none (1 of 3 finished)", "0.00%", "1 of 1"]
+
+
+def test_trials_of_many_norms_have_a_row_for_each_norm(sweep):
+    norms = [*NORMS][:7]
+    ends = {norm: ((9 + number,),) for number, norm in enumerate(norms)}
+    settings = {"norm": ",".join(norms), "epochs": 1, "seeds": 1, "learning_rate": 0.1}
+    table = sweeps.every_trial([validated(Run(sweep("many", ends, **settings)))])
+    assert table.head == ["norm, learning rate", "0.1"]
+    assert table.rows == [[norm, f"{(9 + number) / 22:.2%}"] for number, norm in enumerate(norms)]
 
 
 def test_a_tuning_with_linear_scaling_names_the_rates_that_a_command_takes(sweep):
