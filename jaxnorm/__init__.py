@@ -50,7 +50,11 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'jaxnorm' has no attribute {name!r}")
     import importlib
+    import os
+    import sys
 
+    if _HOMES[name] == "api" and "jax" not in sys.modules:  # as `run.start` does, and why
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if not _HOMES[name]:
         return importlib.import_module(f"jaxnorm.{name}")
     return getattr(importlib.import_module(f"jaxnorm.{_HOMES[name]}"), name)

@@ -2,10 +2,13 @@
 
 import contextlib
 import importlib
+import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from jaxnorm import job
 from jaxnorm.analysis import figures, results, tables
@@ -128,8 +131,10 @@ def train(
     it holds this very run already, the run goes on, or has ended. Shows a line an epoch, and a bar
     unless `quiet`. Raises `UserError`.
     """
-    job.keep_compiled()
     meshes.use_all_cores()
+    # A JAX that was imported before logs two errors for each program that a CPU loads.
+    if jax.default_backend() != "cpu" or os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "3":
+        job.keep_compiled()
     if dataset is None:
         dataset = datasets.load(config.dataset, test_split=config.test_split)
     fit.check_dataset(config, dataset)

@@ -407,6 +407,26 @@ def test_digits_from_the_shell_without_tensorflow_or_network_cold_and_warm(insid
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("first", ["jaxnorm.train", "import jax"])
+def test_training_from_python_twice_prints_no_errors_of_xlas(inside, monkeypatch, first):
+    """XLA logs some for each program that it loads, if JAX was imported without being told not to;
+    so then none is kept.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(inside / "cache"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+    settings = "dataset='digits', epochs=1, arch='three-layers', batch_size=479, norm='group'"
+    for name in ("cold", "warm"):
+        train = f"jaxnorm.train(jaxnorm.study({settings}), out='{name}', quiet=True)"
+        code = f"import jaxnorm; {first}; import nets; {train}"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+        assert (done.returncode, done.stderr) == (0, b"")
+    kept = list((inside / "cache" / "jaxnorm" / "compiled").glob("*/*-cache"))
+    assert bool(kept) == (first == "jaxnorm.train")
+
+
+@pytest.mark.slow
 def test_layer_norm_reads_digits_under_two_seeds():
     """The newcomer's table: the norm whose last epoch jumps most, with the digits' own settings."""
     fits = jaxnorm.fit(study(norm="layer", dataset="digits", seeds=2), data.load("digits"))
