@@ -4,10 +4,11 @@
 
 Of each net its lines, losses and probes stay, and of its predictions the classes, the
 log-probabilities of label and prediction and the calibration, which needs all logits; those stay of
-the one net of each norm whose mistakes are shown. States, reports and the figures that no page
-shows go. A run whose predictions were removed keeps its lines and probes alone.
+the one net of each norm whose mistakes are shown. Of a run with held-out images, as a tuning has,
+lines and probes stay alone. States, reports and the figures that no page shows go.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -41,17 +42,27 @@ def reduce(run: Run) -> None:
     for net in run.finished:
         folder = run.net(*net)
         arrays = dict(np.load(folder.path / "result.npz"))
-        if "labels" in arrays:
+        if run.info.config.validation:
+            arrays = {name: arrays[name] for name in ("epochs", "environments")}
+            arrays["losses"] = np.zeros(0, np.float32)
+        else:
             arrays |= reduced(run.predictions[net], net in shown)
             if net not in shown:
                 arrays.pop("logits", None)
-        else:
-            arrays["losses"] = arrays["losses"][:0]
         run.directory.write_arrays(f"{folder.name}/result.npz", **arrays)
-    for path in run.directory.path.rglob("*"):
-        figure = path.parent.name == "figures" and f"{run.directory.path.name}/figures/{path.name}"
-        other = path.name.startswith((".lock", ".writing", "state-", "report.", "metrics."))
-        if other or (figure and figure not in PAGES):
+    if run.info.config.validation:
+        (run.directory.path / "examples.npz").unlink(missing_ok=True)
+
+
+def sweep_up(folder: Path) -> None:
+    """Removes states, locks, reports and the figures that no page shows from a run or a sweep."""
+    others = (".lock", ".writing", "state-", "report.", "metrics.")
+    for path in sorted(folder.rglob("*"), reverse=True):  # a folder after what it holds
+        shown = f"{path.parent.relative_to(folder.parent)}/{path.name}" in PAGES
+        if path.is_dir():
+            with contextlib.suppress(OSError):  # it is not empty
+                path.rmdir()
+        elif path.name.startswith(others) or (path.suffix == ".png" and not shown):
             path.unlink()
 
 
@@ -59,3 +70,4 @@ if __name__ == "__main__":
     for argument in sys.argv[1:]:
         for directory in Sweep.open(Path(argument)).directories:
             reduce(Run(directory))
+        sweep_up(Path(argument).resolve())
