@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jaxnorm import job
-from jaxnorm.analysis import figures, results, tables
+from jaxnorm.analysis import figures, findings, results, tables
 from jaxnorm.analysis.figures import Chart
 from jaxnorm.analysis.tables import Table
 from jaxnorm.config import Config
@@ -53,7 +53,7 @@ class Run:
     @cached_property
     def finding(self) -> Markdown:
         """The finding of the run, in words."""
-        return Markdown(tables.finding(self.records))
+        return Markdown(findings.finding(self.records))
 
     @cached_property
     def results(self) -> Table:

@@ -240,3 +240,9 @@ def difference(ours, wanted) -> str:
         if any(np.asarray(x).tobytes() != np.asarray(y).tobytes() for x, y in pairs):
             return f"parameters of {net}"
     return ""
+
+
+def cells(table, name):
+    """The row of that name, by the head."""
+    (row,) = [row for row in table.rows if row[0] == name]
+    return dict(zip(table.head, row, strict=True))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from jaxnorm.analysis import tables
+from jaxnorm.analysis import findings, tables
 from jaxnorm.analysis.results import Run
 from jaxnorm.analysis.tables import Table
 from jaxnorm.config import UserError
@@ -134,8 +134,8 @@ def gather(run: Run, title: str | None = None) -> RunPart:
             why = f", diverged in epoch {diverged.epoch}"
         part.note(f"{net.norm} norm, seed {net.seed}{why}, so this net is left out")
     part.norms = part.attempt(lambda: run.norms, [])
-    part.headline = part.attempt(lambda: tables.headline(run), "")
-    part.finding = part.attempt(lambda: tables.finding(run), "")
+    part.headline = part.attempt(lambda: findings.headline(run), "")
+    part.finding = part.attempt(lambda: findings.finding(run), "")
     for make in tables.TABLES:
         table = part.attempt(lambda make=make: make(run), None)
         if table is not None and table.rows:

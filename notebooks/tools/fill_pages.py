@@ -24,7 +24,7 @@ import running_averages
 import search
 from answer import RESULTS, Answer, runs_of
 
-from jaxnorm.analysis import drawing, sweeps, tables
+from jaxnorm.analysis import drawing, findings, sweeps, tables
 from jaxnorm.analysis.results import Run, differences
 from jaxnorm.analysis.tables import MINUS, Table, points
 from jaxnorm.storage.directory import RunDirectory
@@ -47,7 +47,7 @@ def texts() -> dict[str, str]:
     for name in RUNS:
         run = Run(RunDirectory(RESULTS / name))
         by_name[name] = tables.results(run).markdown()
-        by_name[f"{name} finding"] = tables.escaped(tables.finding(run)) + "\n"
+        by_name[f"{name} finding"] = tables.escaped(findings.finding(run)) + "\n"
         for make in SHOWN:
             by_name[f"{name} {make.__name__}"] = make(run).markdown()
         by_name[f"{name} beside others"] = beside_others(run, reference).markdown()

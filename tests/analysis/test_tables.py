@@ -6,17 +6,11 @@ import json
 
 import numpy as np
 import pytest
-from helpers import probes_of, rewrite_net
+from helpers import cells, probes_of, rewrite_net
 
-from jaxnorm.analysis import figures, page, stats, tables
+from jaxnorm.analysis import figures, findings, page, stats, tables
 from jaxnorm.analysis.results import Run
 from jaxnorm.config import ALL
-
-
-def cells(table, name):
-    """The row of that name, by the head."""
-    (row,) = [row for row in table.rows if row[0] == name]
-    return dict(zip(table.head, row, strict=True))
 
 
 def resumed(run, *changes):
@@ -39,7 +33,7 @@ def test_results_say_which_norms_activate(sweep):
         (("layer", "dyt"), None),
     ):
         run = run_of(*norms)
-        text = tables.results(run).note + tables.finding(run)
+        text = tables.results(run).note + findings.finding(run)
         assert what in text if what else "activation differ" not in text
         only = "only the norm and the activation of some differ," if what else "only the norm diff"
         assert only in text
@@ -66,7 +60,7 @@ def test_one_seed_has_no_interval_and_names_the_best_epoch(sweep):
     assert table.head[4:] == [best, "first epoch at 70%"]
     assert cells(table, "batch")[best] == "72.73% (epoch 2)"
     assert "seed 1, n = 1" in table.note
-    for text in (tables.finding(run), tables.headline(run)):
+    for text in (findings.finding(run), findings.headline(run)):
         assert "n = 1, one run of each" in text
         assert "No difference between" not in text
         assert "no telling a difference" in text
@@ -133,7 +127,7 @@ def test_differences_over_images_are_of_the_predictions(sweep):
     assert row["equivalence after Holm"] == "1"
     # Mean 10/3 of deviation sqrt(7/3) sqrt(1 + 1/3): 1.890; t of 2 degrees of freedom: 90 %
     assert row["next net above"] == "90%"
-    text = tables.finding(run)
+    text = findings.finding(run)
     low, high = map(tables.points, both.interval)
     assert f"group minus layer norm is +15.15 points ({low} to {high})." in text
     assert "and 90% that group norm beats layer norm." in text
@@ -148,37 +142,15 @@ def test_without_predictions_the_differences_are_of_seeds_alone(sweep):
     assert row["95% over seeds and images"] == row["p, equivalent within 0.5"] == "not known"
     assert row["equivalence after Holm"] == "not known"
     assert not tables.spreads(run).rows
-    text = tables.finding(run)
+    text = findings.finding(run)
     assert "that batch norm beats group norm" in text
     assert not [
         word for word in ("other test images", "one-sided", "deviation over") if word in text
     ]
 
 
-ALIKE = {"batch": tuple((5, 10 + seed % 4 * 3) for seed in range(8)), "group": ((5, 16),) * 8}
-
-
-@pytest.mark.parametrize(
-    ("started", "later"),
-    [("2026-11-28T23", ", a margin fixed after the run"), ("2027-01-01T00", "")],
-)
-def test_equivalence_says_if_its_margin_was_not_fixed_beforehand(
-    sweep, monkeypatch, started, later
-):
-    monkeypatch.setattr(stats, "MARGIN", 0.5)
-    directory = sweep(accuracies=ALIKE, seeds=8, norm="batch,group")
-    info = directory.info()
-    environment = dataclasses.replace(info.environment, started=started)
-    directory.write_json("run.json", dataclasses.replace(info, environment=environment))
-    run = Run(directory)
-    (p,) = [pair.equivalence_p for pair in run.differences if pair.equivalent]
-    told = f"batch and group norm (p {p:.2g} after Holm) are equivalent within 0.5 points{later}."
-    assert tables.headline(run).endswith(f"; {told}")
-    assert f" By two one-sided tests {told}" in tables.finding(run)
-
-
 def test_a_probability_is_0_or_100_percent_only_if_it_is():
-    texts = [tables._chance(p) for p in (None, 0.0, 0.004, 0.006, 0.994, 0.996, 1.0)]
+    texts = [tables.chance(p) for p in (None, 0.0, 0.004, 0.006, 0.994, 0.996, 1.0)]
     assert texts == ["none: n = 1", "0%", "<1%", "1%", "99%", ">99%", "100%"]
 
 
@@ -192,18 +164,10 @@ def test_the_spread_over_seeds_is_in_points(sweep):
     assert batch["if errors were independent"] == f"{100 * spread.independent:.2f}"
     lefts = [row[-1] for row in table.rows]
     assert "nothing" in lefts  # 1.2 of 22 under layer norm, of which most images are wrong at times
-    text = tables.finding(run)
+    text = findings.finding(run)
     assert "The deviation over seeds is, in points, 9.09 for batch norm, " in text
     assert text.split("which leaves ")[1].startswith(f"{lefts[0]}, {lefts[1]} and {lefts[2]}.")
     assert not tables.spreads(Run(sweep("one", seeds=1))).rows
-
-
-def test_the_finding_says_what_so_many_seeds_would_show(sweep):
-    assert "n = 3 would show" not in tables.finding(Run(sweep()))
-    text = tables.finding(Run(sweep("eight", accuracies=ALIKE, seeds=8, norm="batch,group")))
-    # -6, -3, 0, 3 of 22, twice: their squares about the mean add up to 90, the variance is 90/7
-    smallest = 100 * stats.smallest_effect(8, stats.LEVEL / 3) * (90 / 7) ** 0.5 / 22
-    assert f"n = 8 would show a difference of, in points, {smallest:.2f} between batch" in text
 
 
 def test_the_seeds_needed_by_the_deviation_of_each_pair(sweep):
@@ -227,119 +191,6 @@ def test_the_seeds_needed_by_the_deviation_of_each_pair(sweep):
 def test_values_hold_every_net(made_up):
     table = tables.values(made_up)
     assert table.rows[1] == ["2", "81.82% / 81.82%", "72.73% / 72.73%", "50.00% / 50.00%"]
-
-
-def test_the_finding_says_n_and_intervals_and_what_it_does_not_show(made_up, sweep):
-    text = tables.finding(made_up)
-    assert text.startswith(
-        "With one net in which only the norm differs, batch norm ends at 72.7% (95% interval 50.1 "
-        "to 95.3), group norm at 69.7%"
-    )
-    assert "(n = 3 seeds each, tiny)" in text
-    # batch - group: 1, 2, -1 of 22: mean 2/3, deviation sqrt(7/3): half 3.794591
-    minus = "\N{MINUS SIGN}"
-    wanted = f"its 95% interval is {minus}14.22 to +20.28 points (n = 3, too few to show any)."
-    assert wanted in text
-    assert text.count("No difference between") == 3
-    assert "no p-value under 0.25" in text
-    residual = tables.finding(Run(sweep("residual", arch="residual", seeds=1)))
-    assert residual.startswith("With one net in which only the norm differs, ")
-
-
-def test_the_finding_names_the_differences_that_are_shown(sweep):
-    """Layer norm 5 of 22 above batch norm in every one of seven seeds: p = 2/128, thrice that after
-    Holm; of group and batch norm, 1 or 0 of 22.
-    """
-    ten = [(5, 10 + seed % 2) for seed in range(7)]
-    rows = {"batch": ten, "group": [(5, 10)] * 7, "layer": [(5, n + 5) for _, n in ten]}
-    run = Run(sweep(accuracies=rows, seeds=7, arch="original"))
-    text = tables.finding(run)
-    assert text.startswith("With the study's own nets, which differ in more than the norm, ")
-    wanted = "layer norm is above batch norm by 22.7 points (22.7 to 22.7, n = 7, p 0.047 after"
-    assert wanted in text
-    assert "layer norm is above group norm by 24.7 points (22.4 to 26.9, n = 7" in text
-    first, second = tables.headline(run).split(". Paired by seed, ")
-    assert text.startswith(first)
-    assert second.startswith("layer norm is above batch norm by 22.7 points (22.7 to 22.7, n = 7,")
-    assert second.endswith("; no difference between batch and group norm is shown (n = 7).")
-    assert "No difference between batch and group norm is shown" in text
-    assert "enough to show a difference, which takes a p-value under 0.05." in text
-
-
-@pytest.mark.parametrize("seeds", [2, 3])
-def test_few_seeds_show_nothing_however_equal_their_differences_are(sweep, seeds):
-    rows = {norm: ((5, right),) * seeds for norm, right in (("batch", 16), ("group", 15))}
-    text = tables.finding(Run(sweep(accuracies=rows, seeds=seeds, norm="batch,group")))
-    assert "is above" not in text
-    assert f"+4.55 to +4.55 points (n = {seeds}, too few to show any)" in text
-    assert "no difference can be shown" in text
-
-
-def test_norms_outside_of_the_family_have_intervals_and_no_verdict(sweep):
-    rows = {"batch": ((5, 16),) * 8, "pixel": tuple((5, 11 + seed % 2) for seed in range(8))}
-    run = Run(sweep(accuracies=rows, seeds=8, norm="batch,pixel"))
-    text = tables.finding(run)
-    assert "batch norm minus pixel norm is +20.45 points (95% interval +18.42 to +22.49" in text
-    assert "is above" not in text
-    assert "shown" not in text
-    assert "other comparisons have intervals and no verdict." in text
-    table = tables.differences(run)
-    row = cells(table, "batch \N{MINUS SIGN} pixel")
-    assert [row["p, exact sign flips"], row["p after Holm"]] == ["0.00781", "no verdict"]
-    assert row["equivalence after Holm"] == "no verdict"
-    assert "equivalent" not in text
-    assert table.note.endswith("other comparisons have intervals and no verdict.")
-
-
-@pytest.mark.parametrize(
-    ("norms", "runs"), [(ALL, 400), ((*ALL, "pixel", "instance", "rms", "none"), 60)]
-)
-def test_what_is_not_there_is_rarely_said_to_be_above(norms, runs):
-    """Of runs in which all norms are alike: at most 5 %, and three deviations of that."""
-    rng, wrong = np.random.default_rng(0), 0
-    for _ in range(runs):
-        accuracies = rng.normal(7_000, 60, (len(norms), 8)).round() / 10_000
-        values = {norm: dict(enumerate(of)) for norm, of in zip(norms, accuracies, strict=True)}
-        sentences = tables.compared(stats.differences(values, 10_000))
-        wrong += any("is above" in sentence for sentence in sentences)
-    assert wrong <= runs * 0.05 + 3 * (runs * 0.05 * 0.95) ** 0.5
-
-
-def test_the_finding_says_which_learning_rates_were_not_tuned(sweep):
-    rows = dict.fromkeys(("batch", "rms", "instance"), ((5, 9),))
-    settings = {"accuracies": rows, "seeds": 1, "recipe": "tuned", "arch": "residual"}
-    text = tables.finding(Run(sweep("a", norm="batch,rms", **settings)))
-    assert text.startswith("With one net in which only the norm and its learning rate differ, ")
-    assert "Learning rates: batch norm 0.123 (tuned) and rms norm 0.1 (not tuned)." in text
-    text = tables.finding(Run(sweep("b", norm="instance,rms", **settings)))
-    assert text.startswith("With one net in which only the norm differs, ")
-    assert "instance norm 0.1 (not tuned) and rms norm 0.1 (not tuned)" in text
-    same = Run(sweep("c", norm="batch,rms", learning_rate=0.1, **settings))
-    assert "tuned" not in tables.finding(same)
-
-
-def test_the_finding_says_how_many_nets_are_left_out(sweep):
-    rows = {"batch": ((5, 9), (5, 9)), "group": ((5,), (5, 9))}
-    text = tables.finding(Run(sweep(accuracies=rows, norm="batch,group", seeds=2)))
-    assert "(n = 1/2 seeds each, 3 of 4 nets finished, tiny)" in text
-
-
-def test_a_shown_difference_is_told_whatever_other_norms_lack(sweep):
-    """Eight seeds of batch and group norm, and one of layer norm."""
-    rows = {"batch": [(5, 18)] * 8, "group": [(5, 15 + seed % 2) for seed in range(8)]}
-    rows["layer"] = [(5, 10), *[(5,)] * 7]
-    text = tables.finding(Run(sweep(accuracies=rows, seeds=8)))
-    assert "batch norm is above group norm by 11.4 points" in text
-    assert "n = 8, p 0.023 after Holm" in text
-    assert "With one seed there is no telling" in text
-    assert "above layer" not in text
-
-
-def test_an_unfinished_norm_says_so(sweep):
-    run = Run(sweep(epochs=3))
-    assert set(tables.results(run).rows[0][1:]) == {"no finished net"}
-    for words in (tables.finding, tables.headline):
-        assert words(run).startswith("No net is finished")
 
 
 def test_runs_stand_side_by_side(made_up, sweep):
