@@ -146,8 +146,8 @@ class Answer:
             "Last test accuracy by the tuned recipe; brackets: 95 % intervals over seeds and test "
             "images, for these learning rates, not corrected for their number; shown: p < 0.05 by "
             "exact sign flips after Holm, for the three pairs planned; equivalent: two one-sided "
-            f"tests{self.growth()}. Last column: {config.validation:,} held-out training images, each "
-            "norm's best of the same learning rates. The nets' kernels are standardized; "
+            f"tests{self.growth()}. Last column: {config.validation:,} held-out training images, "
+            "at each norm's best of the same learning rates. The nets' kernels are standardized; "
             f"{tables.conditions(self.tuned)}\n"
         )
 
