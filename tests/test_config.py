@@ -195,9 +195,9 @@ def test_linear_scaling_divides_by_the_batch_that_the_rate_is_for():
 
 
 def test_norms_of_which_a_recipe_tuned_no_rate_are_recorded():
-    norm = "batch,instance,rms,mine:Norm"
-    assert tuned(norm=norm).untuned == ("instance", "rms", "mine:Norm")
-    assert tuned(norm=norm).rate("rms") == OTHER_RATE
+    norm = "batch,mine:Other,mine:Norm"
+    assert tuned(norm=norm).untuned == ("mine:Other", "mine:Norm")
+    assert tuned(norm=norm).rate("mine:Norm") == OTHER_RATE
     under_muon = tuned(norm=norm, optimizer="muon")
     assert under_muon.untuned == tuple(norm.split(","))
     assert under_muon.learning_rate == study(optimizer="muon").learning_rate == USUAL_RATES["muon"]
@@ -208,5 +208,5 @@ def test_norms_of_which_a_recipe_tuned_no_rate_are_recorded():
         assert config.untuned == ()
     with pytest.raises(UserError, match=r"call tuned\(\) instead"):
         Config(recipe="tuned")
-    with pytest.raises(UserError, match="learning_rate= has no rate for rms norm"):
-        dataclasses.replace(tuned(), norm="batch,rms")
+    with pytest.raises(UserError, match="learning_rate= has no rate for mine:Norm norm"):
+        dataclasses.replace(tuned(), norm="batch,mine:Norm")

@@ -117,15 +117,17 @@ def test_what_is_not_there_is_rarely_said_to_be_above(norms, runs):
 
 
 def test_the_finding_says_which_learning_rates_were_not_tuned(sweep):
-    rows = dict.fromkeys(("batch", "rms", "instance"), ((5, 9),))
+    own = ("own_norm:OwnNorm", "own_norm:InheritedNorm")
+    rows = dict.fromkeys(("batch", *own), ((5, 9),))
     settings = {"accuracies": rows, "seeds": 1, "recipe": "tuned", "arch": "residual"}
-    text = findings.finding(Run(sweep("a", norm="batch,rms", **settings)))
+    text = findings.finding(Run(sweep("a", norm=f"batch,{own[0]}", **settings)))
     assert text.startswith("With one net in which only the norm and its learning rate differ, ")
-    assert "Learning rates: batch norm 0.123 (tuned) and rms norm 0.1 (not tuned)." in text
-    text = findings.finding(Run(sweep("b", norm="instance,rms", **settings)))
+    not_tuned = "own_norm:OwnNorm norm 0.1 (not tuned)"
+    assert f"Learning rates: batch norm 0.123 (tuned) and {not_tuned}." in text
+    text = findings.finding(Run(sweep("b", norm=",".join(own), **settings)))
     assert text.startswith("With one net in which only the norm differs, ")
-    assert "instance norm 0.1 (not tuned) and rms norm 0.1 (not tuned)" in text
-    same = Run(sweep("c", norm="batch,rms", learning_rate=0.1, **settings))
+    assert f"{not_tuned} and own_norm:InheritedNorm norm 0.1 (not tuned)" in text
+    same = Run(sweep("c", norm=f"batch,{own[0]}", learning_rate=0.1, **settings))
     assert "tuned" not in findings.finding(same)
 
 

@@ -77,7 +77,7 @@ def test_a_seed_sees_the_same_images_on_any_devices(tiny, norm):
 def test_an_untuned_learning_rate_beside_tuned_ones_is_said():
     heard, callback = [], Callback()
     callback.on_warning = heard.append
-    settings = {**SETTINGS, "arch": "residual", "norm": "batch,rms,own_norm:OwnNorm"}
+    settings = {**SETTINGS, "arch": "residual", "norm": "batch,own_norm:Bare,own_norm:OwnNorm"}
     under_muon = tuned(**settings, optimizer="muon")
     warn_of_untuned(tuned(**settings), [callback])
     for tuned_or_asked in (tuned(**settings, learning_rate=0.1), study(**settings)):
@@ -85,12 +85,13 @@ def test_an_untuned_learning_rate_beside_tuned_ones_is_said():
     warn_of_untuned(under_muon, [callback])
     warn_of_untuned(tuned(**{**settings, "arch": "attention"}), [callback])
     text, other, third = heard
-    assert "no sgd learning rate for rms and own_norm:OwnNorm norm: 0.1 is taken, which was" in text
-    assert "python -m jaxnorm.tune --recipe tuned --norm rms,own_norm:OwnNorm" in text
-    assert "no muon learning rate for batch and rms and own_norm:OwnNorm norm: 0.07 is" in other
-    assert "python -m jaxnorm.tune --recipe tuned --optimizer muon --norm batch,rms," in other
-    assert "for batch and rms and own_norm:OwnNorm norm: 0.123 is taken, which was not" in third
-    assert "python -m jaxnorm.tune --recipe tuned --arch attention --norm batch,rms," in third
+    assert "no sgd learning rate for own_norm:Bare and own_norm:OwnNorm norm: 0.1 is taken" in text
+    assert "which was not tuned as those of jaxnorm's own norms were; python -m" in text
+    assert "python -m jaxnorm.tune --recipe tuned --norm own_norm:Bare,own_norm:OwnNorm" in text
+    assert "for batch and own_norm:Bare and own_norm:OwnNorm norm: 0.07 is taken" in other
+    assert "python -m jaxnorm.tune --recipe tuned --optimizer muon --norm batch,own" in other
+    assert "for batch and own_norm:Bare and own_norm:OwnNorm norm: 0.123 is taken" in third
+    assert "python -m jaxnorm.tune --recipe tuned --arch attention --norm batch,own" in third
 
 
 def test_one_cycle_goes_up_and_down_in_straight_lines_and_constant_stays():
