@@ -16,6 +16,10 @@ from jaxnorm.storage.directory import RunDirectory
 
 WIDEST = 6
 """The most norms that have a column each in a table of trials."""
+FAR, NEAR = 0.2, 0.1
+"""How far below the best trial another lies if a figure shows the highest apart, and how far down
+these go.
+"""
 
 
 def caption(runs: Sequence[Run]) -> str:
@@ -183,9 +187,18 @@ def _held_out(runs: Sequence[Run]) -> str:
 
 
 def draw_tuning(runs: Sequence[Run]) -> Named:
-    """Draws accuracy on held-out images by learning rate, and the best of k trials against k."""
-    figure = new_figure(caption(runs), "Accuracy against learning rate", 8, 4.6)
-    plot_rates(figure.subplots(), runs)
+    """Draws accuracy on held-out images by learning rate, and the best of k trials against k. If
+    some trial ends far below the best, the highest accuracies have a panel of their own beside.
+    """
+    ends = [trial.accuracy for each in trials(runs).values() for trial in each if not trial.failed]
+    far = bool(ends) and max(ends) - min(ends) > FAR
+    figure = new_figure(caption(runs), "Accuracy against learning rate", 13 if far else 8, 4.6)
+    *others, last = figure.subplots(1, 1 + far, squeeze=False)[0]
+    plot_rates(last, runs)
+    for axes in others:
+        plot_rates(axes, runs)
+        axes.get_legend().remove()
+        last.set(ylim=(max(ends) - NEAR, max(ends) + NEAR / 20), title="the highest of them")
     yield "learning-rate", figure
     figure = new_figure(caption(runs), "What so many trials can expect to find", 8, 4.6)
     axes, look_of = figure.subplots(), _looks(runs)

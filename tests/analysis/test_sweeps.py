@@ -55,6 +55,24 @@ def test_a_rate_does_not_win_by_its_survivors(sweep):
     assert row == ["group", "none", "none (1 of 3 finished)", "0.00%", "1 of 1"]
 
 
+def test_the_highest_trials_have_a_panel_of_their_own_if_another_ends_far_below(sweep):
+    settings = {"norm": "group", "epochs": 1, "seeds": 1}
+    for low, count in ((18, 1), (5, 2)):
+        ends = {0.1: 20, 0.9: low}
+        runs = [
+            validated(Run(sweep(f"{low}-{r}", {"group": ((end,),)}, learning_rate=r, **settings)))
+            for r, end in ends.items()
+        ]
+        _, figure = next(sweeps.draw_tuning(runs))
+        assert len(figure.axes) == count
+        for axes in figure.axes:
+            np.testing.assert_allclose(axes.lines[0].get_ydata(), [20 / 22, low / 22])
+        last = figure.axes[-1]
+        assert last.get_legend() is not None
+        assert (last.get_ylim()[0] > low / 22) == (count == 2)
+        assert last.get_ylim()[1] > 20 / 22
+
+
 def test_trials_of_many_norms_have_a_row_for_each_norm(sweep):
     norms = [*NORMS][:7]
     ends = {norm: ((9 + number,),) for number, norm in enumerate(norms)}
