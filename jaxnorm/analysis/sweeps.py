@@ -137,24 +137,26 @@ def tuning(runs: Sequence[Run]) -> Table:
         edge = " (the lowest)" * (best == of_norm[0]) + " (the highest)" * (best == of_norm[-1])
         half = stats.expected_best([trial.accuracy for trial in of_norm], max(1, count // 2))
         rate = "none" if best.failed else f"{best.rate:g}{edge}"
+        near = sum(round(best.accuracy - t.accuracy, 9) <= 0.01 for t in of_norm if not t.failed)
         failed = sum(trial.failed for trial in of_norm)
-        rows.append([norm, rate, best.text, f"{half:.2%}", f"{failed} of {len(of_norm)}"])
+        shares = [f"{part} of {len(of_norm)}" for part in (near, failed)]
+        rows.append([norm, rate, best.text, f"{half:.2%}", *shares])
     half = f"expected best of {max(1, count // 2)}"
     note = (
         f"Accuracy on {config.validation:,} held-out training images after "
         f"{counted(config.epochs, 'epoch')}, {counted(count, 'trial')} of each norm from seed "
         f"{config.seed} on, n = {config.seeds} each; {config.arch} nets, "
         f"{runs[0].data}. An optimum that is the lowest "
-        "or the highest learning rate lies on the edge: a wider range may hold a better one. A "
-        "trial fails if a net of it diverges or does not finish, and counts as an accuracy of 0. "
+        "or the highest learning rate lies on the edge: a wider range may hold a better one. "
+        "Within 1 point: the learning rates that end no more than that below the best. A trial "
+        "fails if a net of it diverges or does not finish, and counts as an accuracy of 0. "
         "Test accuracy is recorded too and decides nothing."
     )
     if config.linear_scaling:
         scale = f"batch / {config.usual_batch}"
         note += f" Learning rates are those before they are multiplied by {scale}."
-    return Table(
-        "The tuning", ["norm", "best learning rate", "accuracy", half, "failed"], rows, note
-    )
+    head = ["norm", "best learning rate", "accuracy", half, "within 1 point", "failed"]
+    return Table("The tuning", head, rows, note)
 
 
 def every_trial(runs: Sequence[Run]) -> Table:

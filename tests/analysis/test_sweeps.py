@@ -24,8 +24,8 @@ def test_an_optimum_on_the_edge_is_said(sweep):
         values = {"norm": "group", "epochs": 1, "seeds": 1, "learning_rate": rate}
         directory = sweep(f"r{rate}", accuracies={"group": ((accuracy,),)}, **values)
         runs.append(validated(Run(directory)))
-    ((_, best, accuracy, half, failed),) = sweeps.tuning(runs).rows
-    assert (best, accuracy, failed) == ("0.04 (the highest)", "90.91%", "0 of 3")
+    ((_, best, accuracy, half, near, failed),) = sweeps.tuning(runs).rows
+    assert (best, accuracy, near, failed) == ("0.04 (the highest)", "90.91%", "1 of 3", "0 of 3")
     assert half == f"{(5 + 9 + 20) / 66:.2%}"
 
 
@@ -43,7 +43,7 @@ def test_a_rate_does_not_win_by_its_survivors(sweep):
     lost = sweep("b", {"group": ((5,), (5, 20), (5,))}, learning_rate=0.9, **settings)
     runs = [validated(Run(directory)) for directory in (lost, whole)]
     (row,) = sweeps.tuning(runs).rows
-    assert row == ["group", "0.1 (the lowest)", "40.91%", "20.45%", "1 of 2"]
+    assert row == ["group", "0.1 (the lowest)", "40.91%", "20.45%", "1 of 2", "1 of 2"]
     trials = sweeps.every_trial(runs).rows
     assert trials == [["0.1", "40.91%"], ["0.9", "none (1 of 3 finished)"]]
     _, figure = next(sweeps.draw_tuning(runs))
@@ -52,7 +52,7 @@ def test_a_rate_does_not_win_by_its_survivors(sweep):
     assert np.isnan(gap)
     assert figure.get_supxlabel().endswith("n = 3 seeds (1 to 3), 4 of 6 nets finished")
     (row,) = sweeps.tuning(runs[:1]).rows
-    assert row == ["group", "none", "none (1 of 3 finished)", "0.00%", "1 of 1"]
+    assert row == ["group", "none", "none (1 of 3 finished)", "0.00%", "0 of 1", "1 of 1"]
 
 
 def test_the_highest_trials_have_a_panel_of_their_own_if_another_ends_far_below(sweep):
