@@ -46,7 +46,7 @@ def _ends(run: Run) -> str:
         compares = f"With one net in which only {listed(parts)} differ{'s' * (len(parts) == 1)}"
     samples = {norm: run.sample(norm) for norm in run.summaries}
     for norm, sample in sorted(samples.items(), key=lambda item: -item[1].mean):
-        text = f"{norm} norm {'at' if ends else 'ends at'} {sample.mean:.1%}"
+        text = f"{named(norm)} {'at' if ends else 'ends at'} {sample.mean:.1%}"
         if sample.interval:
             low, high = sample.interval
             text += f" (95% interval {100 * max(low, 0):.1f} to {100 * min(high, 1):.1f})"
@@ -55,6 +55,11 @@ def _ends(run: Run) -> str:
     n = f"n = {'/'.join(map(str, counts))}"
     n += " seeds each" if counts[-1] > 1 else ", one run of each"
     return f"{compares}, {listed(ends)} test accuracy ({n}{left_out([run])}, {run.data})."
+
+
+def named(norm: str) -> str:
+    """Returns what a sentence calls nets of a norm."""
+    return "no norm" if norm == "none" else f"{norm} norm"
 
 
 def _shown(differences: Sequence[stats.Difference], equivalent: str) -> str:
@@ -88,7 +93,7 @@ def further(run: Run) -> list[str]:
 def _over_images(pairs: Sequence[stats.Difference]) -> str:
     """The intervals over seeds and test images, in a sentence, of the pairs that have one."""
     texts = [
-        f"{pair.first} minus {pair.second} norm is {points(pair.crossed.mean)} points "
+        f"{pair.first} minus {named(pair.second)} is {points(pair.crossed.mean)} points "
         f"({' to '.join(map(points, pair.crossed.interval))})"
         for pair in pairs
         if pair.crossed
@@ -111,7 +116,7 @@ def _equivalent(run: Run) -> str:
 def _next_seed(pairs: Sequence[stats.Difference]) -> str:
     """The probability that one norm's net beats the other's under one more seed, in a sentence."""
     texts = [
-        f"{chance(pair.sample.next_above_zero)} that {pair.first} norm beats {pair.second} norm"
+        f"{chance(pair.sample.next_above_zero)} that {named(pair.first)} beats {named(pair.second)}"
         for pair in pairs
     ]
     return f"Under one more seed the probability is {listed(texts)}." if texts else ""
@@ -121,7 +126,7 @@ def _noise(run: Run) -> str:
     """Returns a sentence on the test set's share of each norm's deviation over seeds."""
     if not (spreads := spreads_of(run)):
         return ""
-    seen = [f"{100 * one.seen:.2f} for {norm} norm" for norm, one in spreads.items()]
+    seen = [f"{100 * one.seen:.2f} for {named(norm)}" for norm, one in spreads.items()]
     independent = [f"{100 * one.independent:.2f}" for one in spreads.values()]
     left = [f"{100 * one.left:.2f}" if one.left else "nothing" for one in spreads.values()]
     return (
@@ -151,10 +156,10 @@ def _untuned(config: Config) -> str:
     """The learning rate of each norm, in a sentence, if some were tuned and some were not."""
     if not config.untuned:
         return ""
-    texts = [
-        f"{norm} norm {config.rate(norm):g} ({'not tuned' if norm in config.untuned else 'tuned'})"
-        for norm in config.norms
-    ]
+    texts = []
+    for norm in config.norms:
+        how = "not tuned" if norm in config.untuned else "tuned"
+        texts.append(f"{named(norm)} {config.rate(norm):g} ({how})")
     return f"Learning rates: {listed(texts)}."
 
 
@@ -173,7 +178,7 @@ def _compared(difference: stats.Difference) -> str:
     tail, interval = f"n = {sample.n}", f"{points(low)} to {points(high)}"
     if difference.adjusted_p is None:
         mean = f"{points(sample.mean)} points (95% interval {interval}, {tail})"
-        return f"Paired by seed, {first} norm minus {second} norm is {mean}."
+        return f"Paired by seed, {named(first)} minus {named(second)} is {mean}."
     if difference.shown:
         return f"Paired by seed, {_above(difference)}."
     few = sample.n < stats.fewest_pairs(len(stats.FAMILY))

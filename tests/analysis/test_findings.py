@@ -153,3 +153,16 @@ def test_an_unfinished_norm_says_so(sweep):
     assert set(tables.results(run).rows[0][1:]) == {"no finished net"}
     for words in (findings.finding, findings.headline):
         assert words(run).startswith("No net is finished")
+
+
+def test_nets_without_a_norm_are_called_so(sweep):
+    rows = {"batch": ALIKE["batch"], "none": ALIKE["group"]}
+    text = findings.finding(Run(sweep(accuracies=rows, norm="batch,none", seeds=8)))
+    assert "none norm" not in text
+    for words in (
+        "no norm ends at",
+        "batch norm minus no norm",
+        "batch minus no norm",
+        "for no norm",
+    ):
+        assert words in text
