@@ -69,6 +69,23 @@ class Dataset:
         split = "" if self.test_split == "test" else f"tested on {self.test_split}"
         return ", ".join(filter(None, [self.name, self.label, split, origin]))
 
+    def check(self) -> None:
+        """Raises `UserError` if its arrays are not of the shapes and types above, or its labels not
+        of its classes.
+        """
+        npz.check({name: getattr(self, name) for name in npz.KERAS}, len(self.class_names))
+
+    def check_unchanged(self) -> None:
+        """Raises `UserError` if its arrays are not those that its fingerprint is of."""
+        content = content_fingerprint([getattr(self, name) for name in npz.KERAS])
+        if self.fingerprint not in (content, _named_fingerprint(content, self.class_names)):
+            raise UserError(
+                f"the arrays of {self!r} are not those that were loaded: save your own by "
+                f"np.savez('mine.npz', {', '.join(f'{name}=...' for name in npz.KERAS)}), and ",
+                Setting("dataset", "mine.npz"),
+                " loads them",
+            )
+
     def statistics(self, rows: np.ndarray) -> tuple[Any, Any]:
         """Returns mean and deviation of the training images of these rows alone: held-out images
         have no part in them. CIFAR-10's are the published ones.
@@ -79,7 +96,7 @@ class Dataset:
 
 
 def load(
-    name: str = "cifar10",
+    name: Path | str = "cifar10",
     data_dir: Path | str | None = None,
     archive: str | None = None,
     *,
@@ -97,6 +114,7 @@ def load(
     address, or the folder that the Python one was unpacked to, to import first. test_split: the
     split of a prepared TFDS dataset to test on. Raises `UserError`.
     """
+    name = os.fspath(name)
     if archive and name != "cifar10":
         raise UserError(
             Setting("archive"), f" holds CIFAR-10, not {name}: leave out one of the two"
@@ -182,7 +200,7 @@ def _dataset(
         test_images,
         test_labels,
         class_names,
-        content_fingerprint([np.array([content, *class_names])]) if own_names else content,
+        _named_fingerprint(content, class_names) if own_names else content,
         source,
         verified,
         mean,
@@ -190,6 +208,11 @@ def _dataset(
         test_split,
         KNOWN_CONTENT.get(content, ""),
     )
+
+
+def _named_fingerprint(content: str, class_names: tuple[str, ...]) -> str:
+    """Returns the fingerprint of arrays, of this fingerprint, whose classes are named so."""
+    return content_fingerprint([np.array([content, *class_names])])
 
 
 def _digits() -> Dataset:

@@ -3,6 +3,7 @@ and which NumPy expression mends it.
 """
 
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,22 @@ def read(path: Path) -> tuple[list[np.ndarray], tuple[str, ...], list[str]]:
     except Exception as error:  # a damaged file can fail in any way
         reason = f"it is damaged ({type(error).__name__}: {error})"
     raise UserError(Setting("dataset", path), f": {' '.join(str(reason).split())}")
+
+
+def check(arrays: Mapping[str, Any], classes: int) -> None:
+    """Raises `UserError` if arrays by these names are not images u8[N, 32, 32, 3] and whole labels
+    [N] of so many classes, each images and then their labels.
+    """
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise UserError(f"{name} is no array but a {type(array).__name__}")
+    names = list(arrays)
+    for of_images, of_labels in zip(names[::2], names[1::2], strict=True):
+        images, labels = arrays[of_images], arrays[of_labels]
+        _check_images(of_images, images)
+        if _labels(of_labels, labels, len(images)).shape != labels.shape:
+            raise _wrong(of_labels, f"int[{len(images)}]", labels, f"{of_labels}[:, 0]")
+        _check_range(of_labels, labels, classes)
 
 
 def _check_kind(path: Path) -> None:

@@ -112,7 +112,11 @@ class Fit:
 
 
 def check_dataset(config: Config, dataset: Dataset) -> None:
-    """Raises `UserError` if a dataset is not the one that the settings name."""
+    """Raises `UserError` if a dataset is not the one that the settings name, or none."""
+    if not isinstance(dataset, Dataset):
+        raise UserError(
+            f"dataset is a {type(dataset).__name__}: give what jaxnorm.load returns, or nothing"
+        )
     named = Path(config.dataset).name if names_a_file(config.dataset) else config.dataset
     if (named, config.test_split) != (dataset.name, dataset.test_split):
         raise UserError(
@@ -121,6 +125,7 @@ def check_dataset(config: Config, dataset: Dataset) -> None:
             Setting("test_split", config.test_split),
             f" is not what is given, {dataset}",
         )
+    dataset.check()
 
 
 @arithmetic.standard()
