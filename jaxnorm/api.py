@@ -29,7 +29,7 @@ class Markdown(str):
     """Text that a notebook shows as Markdown."""
 
     def _repr_markdown_(self) -> str:
-        return self
+        return tables.escaped(self)
 
 
 class Run:
@@ -40,7 +40,7 @@ class Run:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.records = results.Run(RunDirectory(folder_of(path)))
+        self.records = results.Run(RunDirectory(folder_of(path).absolute()))
         self.config = self.records.info.config
         self.path = self.records.directory.path
 
@@ -80,7 +80,7 @@ class Run:
     @cached_property
     def metrics(self) -> Any:
         """The epochs of every net: a pandas DataFrame if pandas is installed, else a list of dicts,
-        with the columns of `jaxnorm.records.Epoch`.
+        with those columns of `jaxnorm.records.Epoch` that were measured.
         """
         rows = [epoch.values for epochs in self.records.epochs.values() for epoch in epochs]
         try:
@@ -129,7 +129,7 @@ def train(
 
     `dataset` is loaded if it is not given. `out` is a new folder, `runs/<time>-...` by default; if
     it holds this very run already, the run goes on, or has ended. Shows a line an epoch, and a bar
-    unless `quiet`. Raises `UserError`.
+    unless `quiet`. Raises `UserError`, and `ArithmeticError` if the loss of every net diverged.
     """
     meshes.use_all_cores()
     # A JAX that was imported before logs two errors for each program that a CPU loads.
@@ -138,6 +138,7 @@ def train(
     if dataset is None:
         dataset = datasets.load(config.dataset, test_split=config.test_split)
     fit.check_dataset(config, dataset)
+    dataset.check_unchanged()
     sweep = Sweep(out or job.unused_out(config), [config])
     resumes = sweep.folder.exists()
     before = [sweep.folder.info().environment.mesh] if resumes else []
@@ -149,7 +150,11 @@ def train(
         checked = job.check_arithmetic(experiment, sweep.folder.path, quiet)
     now = environment.environment("jaxnorm.train", checked)
     with contextlib.closing(callbacks.Terminal([config], len(sweep.nets), quiet)) as terminal:
-        runner.run(sweep, experiment, now, [terminal], may_exist=resumes)
+        try:
+            runner.run(sweep, experiment, now, [terminal], may_exist=resumes)
+        except KeyboardInterrupt as error:
+            error.add_note(f"complete epochs are kept: out={str(sweep.folder.path)!r} goes on")
+            raise
     run = Run(sweep.folder.path)
     results.save_examples(run.records, dataset)
     return run

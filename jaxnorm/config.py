@@ -423,7 +423,8 @@ def tuned(**changes: Any) -> Config:
     `OTHER_RATE`, and all norms under another optimizer at its one of `USUAL_RATES`; `untuned` names
     them, and all norms of another net.
     """
-    norms = norms_of(changes.get("norm", "all"))
+    norm = changes.get("norm", "all")
+    norms = norms_of(norm) if isinstance(norm, str) else ()  # which `Config` refuses
     values: dict[str, Any] = {
         "recipe": "tuned",
         "arch": "residual",
@@ -451,7 +452,8 @@ def tuned(**changes: Any) -> Config:
 def _usual_rate(changes: Mapping[str, Any]) -> dict[str, float]:
     """Returns the learning rate of an optimizer that no recipe takes; empty for SGD."""
     name = changes.get("optimizer")
-    return {"learning_rate": USUAL_RATES[name]} if name in USUAL_RATES else {}
+    rate = USUAL_RATES.get(name) if isinstance(name, str) else None  # which `Config` refuses
+    return {"learning_rate": rate} if rate else {}
 
 
 _DIGITS = {"batch_size": 32, "usual_batch": 32, "learning_rate": 0.05}

@@ -41,6 +41,9 @@ class Chart(NamedTuple):
     def _repr_png_(self) -> bytes:
         return self.png
 
+    def __repr__(self) -> str:
+        return f"<Chart {self.name}: {self.text}>"
+
 
 def draw(run: Run) -> tuple[list[Chart], list[str]]:
     """Draws every figure that the records allow.
@@ -65,8 +68,10 @@ def draw(run: Run) -> tuple[list[Chart], list[str]]:
 
 
 def charts(run: Run) -> Iterator[Chart]:
-    """Yields every figure that the records allow, small, each drawn when it is asked for."""
-    for figure_of in FIGURES:
+    """Yields every figure that the records allow, small, each drawn when it is asked for; none if
+    no net is finished.
+    """
+    for figure_of in FIGURES if run.finished else ():
         with contextlib.suppress(UserError, OSError):
             yield from _charts(figure_of, run, small=True)
 

@@ -28,7 +28,7 @@ MARGIN = f"{100 * stats.MARGIN:g}"
 """The margin of equivalence, in points."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Table:
     """A table whose first column is text and the others numbers, and a note that stands under it.
 
@@ -48,6 +48,9 @@ class Table:
 
     def _repr_markdown_(self) -> str:
         return f"**{escaped(self.title)}**\n\n{self.markdown()}"
+
+    def __repr__(self) -> str:
+        return self.plain()
 
     def plain(self) -> str:
         """Returns it for a terminal: columns in line, with the note and without the title."""

@@ -253,6 +253,8 @@ class CNN(nn.Module):
             raise UserError(Setting("arch", self.arch), f" is wrong: choose {', '.join(ARCHS)}")
         table = ARCHS[self.arch](self.norm)
         if table is None:
+            if self.norm not in NORMS:
+                layers.custom_class(self.norm)  # a name that is none is what is wrong
             raise UserError(
                 Setting("norm", self.norm),
                 " has no net in the study: choose batch, group or layer; or ",

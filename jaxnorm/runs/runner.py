@@ -325,7 +325,7 @@ def load_state(path: Path | str, norm: str, seed: int) -> tuple[Program, TrainSt
     check_sources(info, path, [norm])
     folder = NetFolder(directory, net)
     if net not in info.config.nets or not folder.epoch():
-        raise UserError(f"{path} has no checkpoint of {norm} norm, seed {seed}")
+        raise UserError(f"{path} has no checkpoint of {norm} norm, seed {seed!r}")
     try:
         saved = folder.read(folder.epoch(), shapes_of(info, net))
     except Damaged as error:
