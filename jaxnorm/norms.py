@@ -34,6 +34,9 @@ Normalization", 2016, arXiv 1607.08022).
 class LayerNorm(nn.LayerNorm):
     """The same over H, W and C of each image, scale and bias for each channel (Ba, Kiros and
     Hinton, "Layer Normalization", 2016, arXiv 1607.06450).
+
+    The last three axes: inputs of fewer, such as tokens f32[N, T, C], need other `reduction_axes`,
+    or they are averaged over N too.
     """
 
     reduction_axes: int | Sequence[int] = (-3, -2, -1)
@@ -47,7 +50,7 @@ class PixelNorm(nn.LayerNorm):
 
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + epsilon) * scale over H, W and C of each image (Zhang and Sennrich,
-    "Root Mean Square Layer Normalization", 2019, arXiv 1910.07467).
+    "Root Mean Square Layer Normalization", 2019, arXiv 1910.07467). Its axes are `LayerNorm`'s.
     """
 
     reduction_axes: int | Sequence[int] = (-3, -2, -1)
