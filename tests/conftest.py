@@ -168,7 +168,7 @@ def _writer_of_sweeps(tiny, scratch):
     from jaxnorm.storage.net import NetFolder, Saved
     from jaxnorm.training.experiment import Experiment
 
-    def net_of(norm, seed, rights, now):
+    def net_of(norm, seed, rights, now, held_out):
         rng = np.random.default_rng([seed, len(norm), ord(norm[0])])
         losses = rng.uniform(0.1, 2, 5 * len(rights)).astype(np.float32)
         logits = rng.normal(size=(22, 4)).astype(np.float32)
@@ -180,7 +180,8 @@ def _writer_of_sweeps(tiny, scratch):
         for epoch, correct in enumerate(rights, 1):
             train = (1.5 / epoch, (correct - 1) / 22)
             test = (last * len(rights) / epoch, correct / 22)
-            epochs.append(Epoch(norm, seed, epoch, *train, *test, 2.0, 1.0))
+            validation = test if held_out else ()
+            epochs.append(Epoch(norm, seed, epoch, *train, *test, 2.0, 1.0, *validation))
         saved = Saved(epochs, [now], {}, losses, logits, tiny.test_labels)
         return saved, made_up_probes(rng)
 
@@ -194,7 +195,8 @@ def _writer_of_sweeps(tiny, scratch):
         for norm, seed in config.nets:
             rights = accuracies[norm]
             folder = NetFolder(directory, NetId(norm, seed))
-            saved, probes = net_of(norm, seed, rights[seed - config.seed], info.environment)
+            ends, held_out = rights[seed - config.seed], config.validation > 0
+            saved, probes = net_of(norm, seed, ends, info.environment, held_out)
             if len(saved.epochs) < config.epochs:
                 folder.commit(saved)
                 continue

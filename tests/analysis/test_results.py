@@ -184,6 +184,7 @@ def test_a_reduced_run_shows_what_the_whole_one_shows(sweep, unpainted, monkeypa
     tool, run = importlib.import_module("reduce"), Run(sweep(norm="batch,group", seeds=2))
     whole = page.write(run.directory)
     tool.reduce(run)
+    tool.sweep_up(run.directory.path)
     files = {path.name for path in run.directory.path.rglob("*") if path.is_file()}
     assert files == {"run.json", "examples.npz", "result.npz", "probes.npz"}
     reduced = page.read(run.directory)
@@ -194,6 +195,20 @@ def test_a_reduced_run_shows_what_the_whole_one_shows(sweep, unpainted, monkeypa
         assert (ours.name, ours.text) == (theirs.name, theirs.text)
     kept = [net for net, made in reduced.run.predictions.items() if made.logits is not None]
     assert kept == [("batch", 1), ("group", 1)]
+
+
+def test_a_reduced_tuning_keeps_its_lines_alone(sweep, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "notebooks" / "tools")
+    tool, directory = importlib.import_module("reduce"), sweep(norm="group", validation=4)
+    lines = Run(directory).epochs
+    (directory.path / "learning-rate.png").touch()
+    tool.reduce(Run(directory))
+    tool.sweep_up(directory.path)
+    files = {path.name for path in directory.path.rglob("*") if path.is_file()}
+    assert files == {"run.json", "result.npz", "probes.npz"}
+    kept = np.load(directory.path / "nets" / "group-1" / "result.npz")
+    assert {name: kept[name].size for name in kept} == {"epochs": 1, "environments": 1, "losses": 0}
+    assert Run(directory).epochs == lines
 
 
 def test_a_run_is_shown_by_its_path_whatever_was_read(made_up):
