@@ -22,7 +22,8 @@ from jaxnorm.storage.sweep import Sweep
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 OTHERS = ("tuned-pixel",)
 """The runs of other norms by the tuned recipe, with the seeds of the tuned run."""
-TUNINGS = ("tuning", "tuning-pixel", "tuning-rms", "tuning-none")
+TUNED = ("instance", "rms", "none", "ghost", "renorm", "frn", "dyt")
+TUNINGS = ("tuning", "tuning-pixel", *(f"tuning-{norm}" for norm in TUNED))
 """The tunings: every norm got the same learning rates."""
 REFERENCE, COMPARED = 64, (4, 256)
 """The batch sizes that are compared in words."""
