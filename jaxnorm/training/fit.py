@@ -218,7 +218,7 @@ def warn_of_untuned(config: Config, callbacks: Sequence[Callback]) -> None:
     if config.untuned:
         norms, usual = config.untuned, {"arch": "residual", "optimizer": Config.optimizer}
         differ = [name for name, value in usual.items() if getattr(config, name) != value]
-        tuned = "" if differ else " as those of jaxnorm's own norms were"
+        tuned = "" if differ else " as those of other norms were"
         flag = "".join(f" --{name} {getattr(config, name)}" for name in differ)
         text = (
             f"the {config.recipe} recipe has no {config.optimizer} learning rate for "

@@ -86,7 +86,7 @@ def test_an_untuned_learning_rate_beside_tuned_ones_is_said():
     warn_of_untuned(tuned(**{**settings, "arch": "attention"}), [callback])
     text, other, third = heard
     assert "no sgd learning rate for own_norm:Bare and own_norm:OwnNorm norm: 0.1 is taken" in text
-    assert "which was not tuned as those of jaxnorm's own norms were; python -m" in text
+    assert "which was not tuned as those of other norms were; python -m" in text
     assert "python -m jaxnorm.tune --recipe tuned --norm own_norm:Bare,own_norm:OwnNorm" in text
     assert "for batch and own_norm:Bare and own_norm:OwnNorm norm: 0.07 is taken" in other
     assert "python -m jaxnorm.tune --recipe tuned --optimizer muon --norm batch,own" in other
