@@ -24,12 +24,12 @@ Augment = Literal["none", "crop-flip"]
 Recipe = Literal["study", "tuned"]
 ALL = ("batch", "group", "layer")
 """The study's three norms, in its order: what norm=all trains."""
-TUNED_RATES = {"batch": 0.123, "group": 0.134, "layer": 0.134, "pixel": 0.134}
-TUNED_RATES |= {"instance": 0.309, "rms": 0.123, "none": 0.365, "renorm": 0.309}
-TUNED_RATES |= {"ghost": 0.365, "frn": 0.309, "evonorm-s0": 0.123, "dyt": 0.134}
+TUNED_RATES = {"batch": 0.123, "group": 0.134, "layer": 0.134, "pixel": 0.134, "instance": 0.309}
+TUNED_RATES |= {"rms": 0.123, "none": 0.365, "ghost": 0.365, "renorm": 0.309, "frn": 0.309}
+TUNED_RATES |= {"evonorm-s0": 0.123, "dyt": 0.134, "derf": 0.123}
 """The learning rates that a fair tuning of the tuned recipe found (notebooks/pages/tuned.md)."""
 OTHER_RATE = 0.1
-"""The learning rate of the tuned recipe for a norm that was not tuned."""
+"""The learning rate of the tuned recipe for a norm that was not tuned: one of the user's own."""
 USUAL_RATES = {"adamw": 1e-3, "muon": 0.07}
 """The learning rates that the recipes take for optimizers other than SGD; they were not tuned."""
 OF_NORMS = ("groups", "ghost_size", "alpha", "norm_momentum")

@@ -22,7 +22,7 @@ from jaxnorm.storage.sweep import Sweep
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 OTHERS = ("tuned-pixel",)
 """The runs of other norms by the tuned recipe, with the seeds of the tuned run."""
-TUNED = ("instance", "rms", "none", "ghost", "renorm", "frn", "evonorm-s0", "dyt")
+TUNED = ("instance", "rms", "none", "ghost", "renorm", "frn", "evonorm-s0", "dyt", "derf")
 TUNINGS = ("tuning", "tuning-pixel", *(f"tuning-{norm}" for norm in TUNED))
 """The tunings: every norm got the same learning rates."""
 REFERENCE, COMPARED = 64, (4, 256)
