@@ -68,7 +68,7 @@ def test_three_steps_equal_pytorch(net, fast, stored):
     model = CNN(norm, arch, dropout=0.0, weight_standardization=standardized, fast=fast)
     program = train.Program(model=model)
     state = initial_state(program, nested(golden.draw_parameters(net)))
-    images, labels = map(jnp.asarray, golden.draw_batches(net))
+    images, labels = map(jnp.asarray, golden.draw_batches(int(stored[f"{net}:seed"])))
     wanted = {
         name.split(":")[1]: value for name, value in stored.items() if name.startswith(net + ":")
     }
@@ -90,17 +90,17 @@ def test_three_steps_equal_pytorch(net, fast, stored):
         losses.append(loss)
         if i == 0:
             gradients = state.opt_state[1][0].trace  # momentum's first value
-    np.testing.assert_allclose(losses, wanted["losses"], rtol=1e-4)
+    np.testing.assert_allclose(losses, wanted["losses"], rtol=1e-5)
     for kind, tree in (("gradient", gradients), ("parameter", state.params)):
         ours = {
             f"{kind}/{layer}/{leaf}": golden.sample(np.asarray(values))
             for layer, leaves in tree.items()
             for leaf, values in leaves.items()
         }
-        assert_gradients_close(ours, {name: wanted[name] for name in ours})
+        assert_gradients_close(ours, {name: wanted[name] for name in ours}, worst=2e-5)
     for layer, averages in state.norm_state.get("batch_stats", {}).items():
         for name, values in averages.items():
-            np.testing.assert_allclose(values, wanted[f"{name}/{layer}"], rtol=2e-5, atol=2e-6)
+            np.testing.assert_allclose(values, wanted[f"{name}/{layer}"], rtol=1e-5, atol=2e-6)
     assert bool(state.norm_state) == (norm == "batch")
     evaluated = jax.nn.log_softmax(predict(images[golden.STEPS], state))
-    np.testing.assert_allclose(evaluated, wanted["evaluated"], atol=2e-5)
+    np.testing.assert_allclose(evaluated, wanted["evaluated"], atol=1e-5)
