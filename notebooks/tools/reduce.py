@@ -3,9 +3,10 @@
     python notebooks/tools/reduce.py RUN [RUN ...]
 
 Of each net its lines, losses and probes stay, and of its predictions the classes, the
-log-probabilities of label and prediction and the calibration, which needs all logits; those stay of
-the one net of each norm whose mistakes are shown. Of a run with held-out images, as a tuning has,
-lines and probes stay alone. States, reports and the figures that no page shows go.
+log-probabilities of label and prediction and the calibration, which needs all logits; of a run whose
+mistakes the pages show, those stay of the one net of each norm that they show. Of a run with
+held-out images, as a tuning has, lines and probes stay alone. States, reports and the figures that
+no page shows go.
 """
 
 import contextlib
@@ -21,6 +22,8 @@ from jaxnorm.storage.sweep import Sweep
 
 FOLDER = Path(__file__).resolve().parents[1]
 PAGES = "".join(path.read_text() for path in [FOLDER.parent / "README.md", *FOLDER.glob("pages/*")])
+MISTAKES = ("tuned", "matched")
+"""The runs whose mistakes the pages show."""
 
 
 def reduced(net: Predictions, keep_logits: bool) -> dict[str, np.ndarray]:
@@ -36,9 +39,11 @@ def reduced(net: Predictions, keep_logits: bool) -> dict[str, np.ndarray]:
     }
 
 
-def reduce(run: Run) -> None:
-    """Writes the results of a run's nets anew, with what is kept, and removes the rest."""
-    shown = {(norm, run.shown_seed(norm)) for norm in run.norms}
+def reduce(run: Run, mistakes: bool) -> None:
+    """Writes the results of a run's nets anew, with what is kept, and removes the rest: the logits
+    and images too if its mistakes are not shown.
+    """
+    shown = {(norm, run.shown_seed(norm)) for norm in run.norms} if mistakes else set()
     for net in run.finished:
         folder = run.net(*net)
         arrays = dict(np.load(folder.path / "result.npz"))
@@ -50,7 +55,7 @@ def reduce(run: Run) -> None:
             if net not in shown:
                 arrays.pop("logits", None)
         run.directory.write_arrays(f"{folder.name}/result.npz", **arrays)
-    if run.info.config.validation:
+    if run.info.config.validation or not mistakes:
         (run.directory.path / "examples.npz").unlink(missing_ok=True)
 
 
@@ -69,5 +74,5 @@ def sweep_up(folder: Path) -> None:
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
         for directory in Sweep.open(Path(argument)).directories:
-            reduce(Run(directory))
+            reduce(Run(directory), Path(argument).resolve().name in MISTAKES)
         sweep_up(Path(argument).resolve())

@@ -183,7 +183,7 @@ def test_a_reduced_run_shows_what_the_whole_one_shows(sweep, unpainted, monkeypa
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "notebooks" / "tools")
     tool, run = importlib.import_module("reduce"), Run(sweep(norm="batch,group", seeds=2))
     whole = page.write(run.directory)
-    tool.reduce(run)
+    tool.reduce(run, mistakes=True)
     tool.sweep_up(run.directory.path)
     files = {path.name for path in run.directory.path.rglob("*") if path.is_file()}
     assert files == {"run.json", "examples.npz", "result.npz", "probes.npz"}
@@ -195,6 +195,12 @@ def test_a_reduced_run_shows_what_the_whole_one_shows(sweep, unpainted, monkeypa
         assert (ours.name, ours.text) == (theirs.name, theirs.text)
     kept = [net for net, made in reduced.run.predictions.items() if made.logits is not None]
     assert kept == [("batch", 1), ("group", 1)]
+    tool.reduce(Run(run.directory), mistakes=False)
+    bare = page.read(run.directory)
+    assert bare.tables == whole.tables
+    logits, examples = bare.missing  # which the pictures of mistakes need
+    assert logits.endswith("batch-1 holds no logits")
+    assert examples.endswith("examples.npz is missing")
 
 
 def test_a_reduced_tuning_keeps_its_lines_alone(sweep, monkeypatch):
@@ -202,7 +208,7 @@ def test_a_reduced_tuning_keeps_its_lines_alone(sweep, monkeypatch):
     tool, directory = importlib.import_module("reduce"), sweep(norm="group", validation=4)
     lines = Run(directory).epochs
     (directory.path / "learning-rate.png").touch()
-    tool.reduce(Run(directory))
+    tool.reduce(Run(directory), mistakes=False)
     tool.sweep_up(directory.path)
     files = {path.name for path in directory.path.rglob("*") if path.is_file()}
     assert files == {"run.json", "result.npz", "probes.npz"}
