@@ -49,7 +49,7 @@ class Answer:
     def figures(self) -> dict[str, Figure]:
         """The pictures by the names of their files."""
         made = {"answer": self.picture(), "curves": self.curves(), "mistakes": self.mistakes()}
-        return {**made, "learning-rate": self.against_rate()}
+        return {**made, "every-curve": self.every_curve(), "learning-rate": self.against_rate()}
 
     def picture(self) -> Figure:
         """The end of every norm, accuracy against learning rate and against batch size."""
@@ -74,7 +74,17 @@ class Answer:
         title = "Test loss and accuracy: mean and 95 % interval over seeds"
         figure = drawing.new_figure(self.tuned.caption, title, 8, 3.6)
         for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-            plot_curves(axes, self.tuned, what)
+            plot_curves(axes, [self.tuned], what)
+        return figure
+
+    def every_curve(self) -> Figure:
+        """`curves` of every norm."""
+        runs = [self.tuned, *self.others]
+        caption = f"{self.tuned.data}; {self.tuned.info.config.arch} nets, n = {counts(runs)}"
+        title = "Test loss and accuracy of every norm: mean and 95 % interval over seeds"
+        figure = drawing.new_figure(caption, title, 11, 4.6)
+        for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+            plot_curves(axes, runs, what)
         return figure
 
     def mistakes(self) -> Figure:
@@ -335,12 +345,15 @@ def plot_ends(axes: Axes, runs: Sequence[Run]) -> None:
     axes.grid(alpha=0.3)
 
 
-def plot_curves(axes: Axes, run: Run, what: str) -> None:
+def plot_curves(axes: Axes, runs: Sequence[Run], what: str) -> None:
     """Test loss or accuracy by epoch: the mean of a norm's finished seeds, its 95 % t interval."""
-    for norm, nets in run.summaries.items():
-        values = [[getattr(e, f"test_{what}") for e in run.epochs[norm, seed]] for seed in nets]
+    run_of = {norm: run for run in runs for norm in run.summaries}
+    for norm, run in run_of.items():
+        look = drawing.looks(run_of)[norm]
+        of_seeds = [run.epochs[norm, seed] for seed in run.summaries[norm]]
+        values = [[getattr(epoch, f"test_{what}") for epoch in of_seed] for of_seed in of_seeds]
         samples = [Sample(of_epoch) for of_epoch in zip(*values, strict=True)]
-        epochs, look = np.arange(1, len(samples) + 1), drawing.looks(run.norms)[norm]
+        epochs = np.arange(1, len(samples) + 1)
         means = [sample.mean for sample in samples]
         axes.plot(epochs, means, **{**look.keywords, "markersize": 3})
         low, high = zip(*(sample.interval or (sample.mean,) * 2 for sample in samples), strict=True)

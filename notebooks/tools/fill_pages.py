@@ -3,12 +3,13 @@
     python notebooks/tools/fill_pages.py
 
 Writes what stands between `<!-- table NAME -->` and `<!-- end -->`. NAME is a run's own name in
-`results/`, that and "finding" or a table's name, "tuned and pixel", "tuning winners" or "tuning
-trials", the name of a sweep, or the name of a file that a benchmark or a script beside this one
-wrote; "answer", "answer caption", "all norms", "learning rates", "batch-size changes" and the
-findings of the last two are of `answer.py`, "mirror" is of other people's runs, "faults" is what
-the fault harness wrote, "seeds needed" is of the tuned run. It also draws the pictures of several
-runs: the front page's three, accuracy against learning rate, and the two of the tunings.
+`results/`, that and "finding" or a table's name, "other norms" and that with "differences" or
+"values", "tuning winners" or "tuning trials", the name of a sweep, or the name of a file that a
+benchmark or a script beside this one wrote; "answer", "answer caption", "all norms", "learning
+rates", "batch-size changes" and the findings of the last two are of `answer.py`, "mirror" is of
+other people's runs, "faults" is what the fault harness wrote, "seeds needed" is of the tuned run.
+It also draws the pictures of several runs: the front page's three, the curves of every norm,
+accuracy against learning rate, and the two of the tunings.
 """
 
 import json
@@ -31,7 +32,8 @@ from jaxnorm.storage.directory import RunDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "notebooks" / "pages").glob("*.md"))]
-RUNS = ("original", "matched", "tuned", "tuned-pixel")
+RUNS = ("original", "matched", "tuned")
+"""The runs that have tables and figures of their own."""
 SWEEPS = ("batch-size",)
 SHOWN = (tables.differences, tables.values, tables.evaluation, tables.calibration)
 SHOWN += (tables.corruptions, tables.spreads)
@@ -51,12 +53,14 @@ def texts() -> dict[str, str]:
         for make in SHOWN:
             by_name[f"{name} {make.__name__}"] = make(run).markdown()
         by_name[f"{name} beside others"] = beside_others(run, reference).markdown()
-    apart = [Run(RunDirectory(RESULTS / name)) for name in ("tuned", "tuned-pixel")]
-    by_name["tuned and pixel"] = tables.paired(differences(apart)).markdown()
-    deviations = tables.deviations(apart[0].differences)
+    answer = Answer()
+    by_name["other norms"] = joined([tables.results(run) for run in answer.others]).markdown()
+    by_name["other norms values"] = by_seed(answer.others).markdown()
+    apart = differences([answer.tuned, *answer.others])
+    by_name["other norms differences"] = tables.paired(apart).markdown()
+    deviations = tables.deviations(answer.tuned.differences)
     by_name["seeds needed"] = tables.seeds_needed(DETECTED, deviations).markdown()
     by_name["mirror"] = mirror(reference).markdown()
-    answer = Answer()
     by_name["answer"], by_name["answer caption"] = answer.finding(), answer.caption()
     by_name["all norms"] = answer.all_norms().markdown()
     by_name["learning rates"] = sweeps.every_trial(answer.rates).markdown()
@@ -82,6 +86,23 @@ def texts() -> dict[str, str]:
 def fill(page: str, values: Mapping[str, str]) -> str:
     """A page with every marked place filled."""
     return MARKED.sub(lambda match: f"{match[1]}\n{values[match[2]]}\n{match[3]}", page)
+
+
+def joined(parts: Sequence[Table]) -> Table:
+    """The rows of tables with the same columns, and every note once."""
+    rows = [row for part in parts for row in part.rows]
+    notes = dict.fromkeys(part.note for part in parts)
+    return Table(parts[0].title, parts[0].head, rows, " ".join(notes))
+
+
+def by_seed(runs: Sequence[Run]) -> Table:
+    """The last test accuracy of every net of these runs, a row a seed."""
+    nets_of = {norm: nets for run in runs for norm, nets in run.summaries.items()}
+    rows = []
+    for seed in sorted({seed for nets in nets_of.values() for seed in nets}):
+        cells = [f"{nets[seed].last:.2%}" if seed in nets else "" for nets in nets_of.values()]
+        rows.append([str(seed), *cells])
+    return Table("Every net: last test accuracy", ["seed", *nets_of], rows)
 
 
 def beside_others(run: Run, reference: Mapping[str, Any]) -> Table:

@@ -3,10 +3,9 @@
     python notebooks/tools/reduce.py RUN [RUN ...]
 
 Of each net its lines, losses and probes stay, and of its predictions the classes, the
-log-probabilities of label and prediction and the calibration, which needs all logits; of a run whose
-mistakes the pages show, those stay of the one net of each norm that they show. Of a run with
-held-out images, as a tuning has, lines and probes stay alone. States, reports and the figures that
-no page shows go.
+log-probabilities of label and prediction and the calibration, which needs all logits. Those stay of
+the one net of each norm whose mistakes the pages show. Of a run with held-out images, as a tuning
+has, lines and probes stay alone. States, reports and the figures that no page shows go.
 """
 
 import contextlib
