@@ -401,6 +401,11 @@ def norms_help() -> str:
     return "\n".join(f"{name}: {norm.line}." for name, norm in NORMS.items())
 
 
+def named(norm: str) -> str:
+    """Returns what a sentence calls nets of a norm."""
+    return "no norm" if norm == "none" else f"{norm} norm"
+
+
 def activating(norms: Iterable[str]) -> list[str]:
     """Returns those of the norms that activate: no ReLU follows them."""
     return [norm for norm in norms if norm in NORMS and NORMS[norm].activates]

@@ -9,7 +9,17 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from jaxnorm.config import Config, Count, Fraction, NetId, Positive, UserError, from_json, typed
+from jaxnorm.config import (
+    Config,
+    Count,
+    Fraction,
+    NetId,
+    Positive,
+    UserError,
+    from_json,
+    named,
+    typed,
+)
 
 Number = Annotated[float, Field(ge=0)]
 Deviation = Annotated[float, Field(gt=0)]
@@ -63,7 +73,7 @@ def from_lines(text: str, net: NetId) -> list[Epoch]:
     """
     epochs = [from_json(Epoch, line) for line in text.splitlines()]
     if [(e.net, e.epoch) for e in epochs] != [(net, n) for n in range(1, len(epochs) + 1)]:
-        raise UserError(f"its lines are not those of {net.norm} norm, seed {net.seed}")
+        raise UserError(f"its lines are not those of {named(net.norm)}, seed {net.seed}")
     return epochs
 
 

@@ -27,7 +27,7 @@ from jaxnorm.analysis.drawing import (
     spread,
 )
 from jaxnorm.analysis.results import SAMPLE, Run
-from jaxnorm.config import NetId, UserError
+from jaxnorm.config import NetId, UserError, named
 
 
 class Chart(NamedTuple):
@@ -133,7 +133,7 @@ def curves(run: Run) -> Named:
     loss, test accuracy.
     """
     for norm in run.norms:
-        title = f"{norm} norm: {run.info.parameters[norm]:,} parameters"
+        title = f"{named(norm)}: {run.info.parameters[norm]:,} parameters"
         note = _seeds_note(run, [norm], "; mean and range of {} seeds")
         figure = new_figure(run.caption, title + note, 9, 6.4)
         panels = figure.subplots(2, 2).ravel()
@@ -252,7 +252,7 @@ def mistakes(run: Run) -> Named:
         _, rule, *one = name.split("-", 2)
         norms = one or list(run.logits)
         title = rules[rule] if len(rows) else "no mistake to show"
-        title = f"{norms[0]} norm: {title}" if one else title
+        title = f"{named(norms[0])}: {title}" if one else title
         shown = {run.shown_seed(norm) for norm in norms} - {run.info.config.seed}
         title += f" (seed {'/'.join(map(str, sorted(shown)))})" if shown else ""
         words = []
@@ -294,7 +294,7 @@ def confusion(run: Run) -> Named:
     names = [label_of(name) for name in run.shown_classes]
     for norm in run.norms:
         matrix, mean = run.confusion(norm), _seeds_note(run, [norm], ", mean of {} seeds")
-        title = f"{norm} norm: confusion matrix of {len(run.labels):,} test images{mean}"
+        title = f"{named(norm)}: confusion matrix of {len(run.labels):,} test images{mean}"
         figure = new_figure(run.caption, title, 7.4, 7)
         axes = figure.subplots()
         shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)

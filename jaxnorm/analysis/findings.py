@@ -13,7 +13,7 @@ from jaxnorm.analysis.tables import (
     spreads_of,
     what_pairs_can_show,
 )
-from jaxnorm.config import Config, activating
+from jaxnorm.config import Config, activating, named
 
 
 def headline(run: Run) -> str:
@@ -55,11 +55,6 @@ def _ends(run: Run) -> str:
     n = f"n = {'/'.join(map(str, counts))}"
     n += " seeds each" if counts[-1] > 1 else ", one run of each"
     return f"{compares}, {listed(ends)} test accuracy ({n}{left_out([run])}, {run.data})."
-
-
-def named(norm: str) -> str:
-    """Returns what a sentence calls nets of a norm."""
-    return "no norm" if norm == "none" else f"{norm} norm"
 
 
 def _shown(differences: Sequence[stats.Difference], equivalent: str) -> str:

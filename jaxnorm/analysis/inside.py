@@ -19,6 +19,7 @@ from jaxnorm.analysis.drawing import (
 )
 from jaxnorm.analysis.results import Run
 from jaxnorm.analysis.tables import CORRUPTED
+from jaxnorm.config import named
 
 ACTIVATIONS = {"layers": "U L", "before": "f L 2", "after": "f L 2"}
 GRADIENTS = {"kernels": "U K", "gradients": "f K"}
@@ -33,7 +34,7 @@ def inside(run: Run) -> Named:
     """Draws what the norms do inside the trained nets of the first seed."""
     measured = run.probes(ACTIVATIONS | GRADIENTS | BATCHES)
     firsts = {norm: min(nets) for norm, nets in measured.items()}
-    seeds = [f"seed {seed} ({norm} norm)" for norm, seed in firsts.items()]
+    seeds = [f"seed {seed} ({named(norm)})" for norm, seed in firsts.items()]
     if len(set(firsts.values())) == 1:
         seeds = [f"seed {min(firsts.values())}"]
     caption = f"{run.data}; {', '.join(seeds)}, after the last epoch"

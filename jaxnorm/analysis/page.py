@@ -17,7 +17,7 @@ import jinja2
 from jaxnorm.analysis import findings, tables
 from jaxnorm.analysis.results import Run
 from jaxnorm.analysis.tables import Table
-from jaxnorm.config import UserError
+from jaxnorm.config import UserError, named
 from jaxnorm.storage.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def gather(run: Run, title: str | None = None) -> RunPart:
         why = f": {left} of {last} epochs are missing" if left else ": its result is missing"
         if diverged is not None:
             why = f", diverged in epoch {diverged.epoch}"
-        part.note(f"{net.norm} norm, seed {net.seed}{why}, so this net is left out")
+        part.note(f"{named(net.norm)}, seed {net.seed}{why}, so this net is left out")
     part.norms = part.attempt(lambda: run.norms, [])
     part.headline = part.attempt(lambda: findings.headline(run), "")
     part.finding = part.attempt(lambda: findings.finding(run), "")

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from jaxnorm.analysis import stats
-from jaxnorm.config import NetId, UserError
+from jaxnorm.config import NetId, UserError, named
 from jaxnorm.data.datasets import Dataset
 from jaxnorm.records import Environment, Epoch, Predictions, RunInfo
 from jaxnorm.storage.directory import RunDirectory, Shapes
@@ -213,7 +213,7 @@ class Run:
             fits = fits and np.array_equal(arrays[name], of_all[name])
         if not fits or any(array.size > MOST_MEASURED for array in arrays.values()):
             raise UserError(
-                f"{self.directory.path}: the probes of {net.norm} norm, seed {net.seed}, do not "
+                f"{self.directory.path}: the probes of {named(net.norm)}, seed {net.seed}, do not "
                 "fit those of the other nets"
             )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jaxnorm.config import Config, Setting, SweptNet, UserError, differing, value_text
+from jaxnorm.config import Config, Setting, SweptNet, UserError, differing, named, value_text
 from jaxnorm.records import Epoch
 from jaxnorm.runs import signals
 from jaxnorm.runs.remaining import Remaining
@@ -124,10 +124,10 @@ class Terminal(Callback):
     def on_start(self, norm: str, seeds: list[int], steps: int) -> None:
         """Says what starts; a program of another norm or other batches is compiled first."""
         last = f" to {seeds[-1]}" if len(seeds) > 1 else ""
-        self.what, self.steps = f"{norm} norm, seed {seeds[0]}{last}", steps
+        self.what, self.steps = f"{named(norm)}, seed {seeds[0]}{last}", steps
         self.remaining.start((norm, steps), len(seeds), steps)
         first = (norm, steps) not in self.started
-        self.bar.show(f"compiling the training step of {norm} norm" if first else self.what)
+        self.bar.show(f"compiling the training step of {named(norm)}" if first else self.what)
         self.started.add((norm, steps))
 
     def on_steps(self, epoch: int, done: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxnorm.config import Config, NetId, Setting, SweptNet, Text, UserError, names_a_file
+from jaxnorm.config import Config, NetId, Setting, SweptNet, Text, UserError, named, names_a_file
 from jaxnorm.model import arithmetic, fingerprint
 from jaxnorm.records import Environment, RunInfo
 from jaxnorm.runs import environment
@@ -239,7 +239,7 @@ def _check_resumed(
             if folder.trained(last) and not folder.complete(info.config.epochs):
                 raise UserError(
                     Setting("epochs", info.config.epochs),
-                    f": {net.norm} norm, seed {net.seed}, of {directory.path} is "
+                    f": {named(net.norm)}, seed {net.seed}, of {directory.path} is "
                     "finished and has no whole state to go on from; start a "
                     "new run",
                 )
@@ -325,7 +325,7 @@ def load_state(path: Path | str, norm: str, seed: int) -> tuple[Program, TrainSt
     check_sources(info, path, [norm])
     folder = NetFolder(directory, net)
     if net not in info.config.nets or not folder.epoch():
-        raise UserError(f"{path} has no checkpoint of {norm} norm, seed {seed!r}")
+        raise UserError(f"{path} has no checkpoint of {named(norm)}, seed {seed!r}")
     try:
         saved = folder.read(folder.epoch(), shapes_of(info, net))
     except Damaged as error:

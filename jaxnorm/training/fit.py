@@ -19,6 +19,7 @@ from jaxnorm.config import (
     SweptNet,
     UserError,
     counted,
+    named,
     names_a_file,
 )
 from jaxnorm.data.datasets import Dataset
@@ -39,7 +40,7 @@ class NonFiniteLoss(ArithmeticError):
     def __init__(self, net: SweptNet, epoch: int, step: int | None, loss: float) -> None:
         phase, where = ("evaluation", "") if step is None else ("training", f", step {step}")
         super().__init__(
-            f"the {phase} loss of {net.norm} norm, seed {net.seed}, is {loss} at epoch {epoch}"
+            f"the {phase} loss of {named(net.norm)}, seed {net.seed}, is {loss} at epoch {epoch}"
             f"{where}: try a smaller learning rate; the epochs before it are kept"
         )
         self.net, self.epoch, self.step = net, epoch, step
@@ -100,8 +101,8 @@ class Fit:
     def __repr__(self) -> str:
         last = self.epochs[-1]
         return (
-            f"Fit({self.norm} norm, seed {self.seed}: test accuracy {last.test_accuracy:.2%} after "
-            f"{counted(last.epoch, 'epoch')})"
+            f"Fit({named(self.norm)}, seed {self.seed}: test accuracy {last.test_accuracy:.2%} "
+            f"after {counted(last.epoch, 'epoch')})"
         )
 
     def predict(self, images: jax.Array | np.ndarray) -> jax.Array:
