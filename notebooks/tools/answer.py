@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from jaxnorm.analysis import drawing, results, sweeps, tables
+from jaxnorm.analysis import drawing, results, sweeps
 from jaxnorm.analysis.results import Run
 from jaxnorm.analysis.stats import MARGIN_SINCE, Difference, Sample, differences
-from jaxnorm.analysis.tables import MARGIN, MINUS, Table, listed, points
+from jaxnorm.analysis.tables import MARGIN, MINUS, VERSIONS, Table, listed, points
 from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.sweep import Sweep
 
@@ -120,9 +120,9 @@ class Answer:
         pair = next(p for p in self.tuned.differences if {p.first, p.second} == {best, last})
         verdict = "shown" if pair.shown else "not shown"
         return (
-            f"**{best.capitalize()} norm ends highest**, at {means[best]:.1%}, and {last} norm "
-            f"lowest, at {means[last]:.1%}: {interval_of(pair)} apart ({verdict}), each at its own "
-            "learning rate."
+            f"**Of the study's three, {best} norm ends highest**, at {means[best]:.1%}, and {last} "
+            f"norm lowest, at {means[last]:.1%}: {interval_of(pair)} apart ({verdict}), each at "
+            "its own learning rate."
         )
 
     def alike(self) -> str:
@@ -152,14 +152,22 @@ class Answer:
 
     def caption(self) -> str:
         """Returns what the numbers of `finding` and `all_norms` are: n, the tests and the data."""
-        config = self.tunings[0].info.config
+        config, held_out = self.tuned.info.config, self.tunings[0].info.config.validation
+        environments = [e for run in (self.tuned, *self.others) for e in run.environments]
+        processors = [e.device.partition("(")[2].rstrip(")") for e in environments]
+        versions = [f"{name} {e.versions[name]}" for e in environments for name in VERSIONS]
+        measured = "; ".join(", ".join(dict.fromkeys(texts)) for texts in (processors, versions))
+        first, last = self.tuned.seed_numbers[0], self.tuned.seed_numbers[-1]
         return (
             "Last test accuracy by the tuned recipe; brackets: 95 % intervals over seeds and test "
             "images, for these learning rates, not corrected for their number; shown: p < 0.05 by "
             "exact sign flips after Holm, for the three pairs planned; equivalent: two one-sided "
-            f"tests{self.growth()}. Last column: {config.validation:,} held-out training images, "
-            "at each norm's best of the same learning rates. The nets' kernels are standardized; "
-            f"{tables.conditions(self.tuned)}\n"
+            f"tests{self.growth()}. The others have no verdict; pairs are of the first n of the "
+            f"seeds {first} to {last}. Last column: {held_out:,} held-out training images, at each "
+            "norm's best rate. The nets' kernels are standardized, without which group and layer "
+            "norm lose most; "
+            f"{self.tuned.data}; {config.arch} nets, {config.epochs} epochs, batch "
+            f"{config.batch_size}; {measured}.\n"
         )
 
     def since(self) -> str:
