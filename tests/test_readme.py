@@ -14,7 +14,7 @@ import pytest
 from answer import OTHERS, Answer
 from matplotlib.image import imread
 
-from jaxnorm.analysis import figures, stats, sweeps
+from jaxnorm.analysis import figures, stats, sweeps, tables
 from jaxnorm.analysis.results import Run
 from jaxnorm.config import RECIPES, TUNED_RATES, UserError
 from jaxnorm.storage.directory import RunDirectory
@@ -109,6 +109,21 @@ def test_the_front_page_says_three_sentences_of_one_interval_each():
     for sentence in sentences:
         assert len(sentence.removeprefix("- ").split()) <= 35
         assert len(re.findall(r"\([^)]* to [^)]*\)", sentence)) == 1
+
+
+def test_the_tables_of_other_norms_hold_every_net_of_each():
+    runs = [Run(RunDirectory(RESULTS / name)) for name in OTHERS]
+    lasts = {net: epochs[-1].test_accuracy for run in runs for net, epochs in run.finished.items()}
+    table = fill_pages.by_seed(runs)
+    cells = {
+        (norm, int(seed)): cell
+        for seed, *row in table.rows
+        for norm, cell in zip(table.head[1:], row, strict=True)
+        if cell
+    }
+    assert cells == {net: f"{last:.2%}" for net, last in lasts.items()}
+    joined = fill_pages.joined([tables.results(run) for run in runs])
+    assert [row[0] for row in joined.rows] == list(dict.fromkeys(norm for norm, _ in lasts))
 
 
 @pytest.mark.parametrize("name", [*fill_pages.RUNS, *OTHERS])

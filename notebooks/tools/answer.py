@@ -71,21 +71,13 @@ class Answer:
 
     def curves(self) -> Figure:
         """Test loss and accuracy by epoch under each norm of the study."""
-        title = "Test loss and accuracy: mean and 95 % interval over seeds"
-        figure = drawing.new_figure(self.tuned.caption, title, 8, 3.6)
-        for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-            plot_curves(axes, [self.tuned], what)
-        return figure
+        return draw_curves([self.tuned], self.tuned.caption, 8, 3.6)
 
     def every_curve(self) -> Figure:
-        """`curves` of every norm."""
+        """`curves` of every norm that was trained to the end."""
         runs = [self.tuned, *self.others]
         caption = f"{self.tuned.data}; {self.tuned.info.config.arch} nets, n = {counts(runs)}"
-        title = "Test loss and accuracy of every norm: mean and 95 % interval over seeds"
-        figure = drawing.new_figure(caption, title, 11, 4.6)
-        for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-            plot_curves(axes, runs, what)
-        return figure
+        return draw_curves(runs, caption, 11, 4.6)
 
     def mistakes(self) -> Figure:
         """Ten test images that a net of each norm of the study gets wrong, drawn by the seed."""
@@ -351,6 +343,15 @@ def plot_ends(axes: Axes, runs: Sequence[Run]) -> None:
     axes.set(xlabel="last test accuracy", ylim=(-0.6, len(norms) - 0.4))
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     axes.grid(alpha=0.3)
+
+
+def draw_curves(runs: Sequence[Run], caption: str, width: float, height: float) -> Figure:
+    """Test loss and accuracy by epoch under each norm of these runs."""
+    title = "Test loss and accuracy: mean and 95 % interval over seeds"
+    figure = drawing.new_figure(caption, title, width, height)
+    for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        plot_curves(axes, runs, what)
+    return figure
 
 
 def plot_curves(axes: Axes, runs: Sequence[Run], what: str) -> None:
