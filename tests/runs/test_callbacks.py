@@ -134,8 +134,8 @@ def test_what_goes_on_is_said_every_five_seconds(monkeypatch, capsys, quiet, ter
 def test_a_run_on_a_terminal_says_each_part_and_its_line_stands_alone(monkeypatch, capsys):
     shown = []
     monkeypatch.setattr(Bar, "show", lambda bar, what, done=0, total=0: shown.append(what))
-    terminal = callbacks.Terminal([Config(norm="batch,layer", epochs=2)], 2, quiet=False)
-    for norm in ("batch", "layer"):
+    terminal = callbacks.Terminal([Config(norm="batch,none", epochs=2)], 2, quiet=False)
+    for norm in ("batch", "none"):
         terminal.on_start(norm, [1], 4)
         for number in (1, 2):
             terminal.on_steps(number, 4)
@@ -143,11 +143,10 @@ def test_a_run_on_a_terminal_says_each_part_and_its_line_stands_alone(monkeypatc
         terminal.on_measuring(0, 3)
         terminal.on_measuring(3, 3)
     terminal.close()
-    of_net = "{} norm, seed 1"
     wanted = []
-    for norm in ("batch", "layer"):
-        net = of_net.format(norm)
-        wanted.append(f"compiling the training step of {norm} norm")
+    for norm in ("batch norm", "no norm"):
+        net = f"{norm}, seed 1"
+        wanted.append(f"compiling the training step of {norm}")
         for number in (1, 2):
             at = f"{net}, epoch {number} of 2"
             wanted += [at, f"{at}: evaluating", net if number == 1 else "after the last epoch"]
