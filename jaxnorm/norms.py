@@ -97,6 +97,16 @@ class GhostBatchNorm(nn.Module):
         if evaluates:
             mean, var = (_spread(average.value, x) for average in running)
             return _scaled(self, (x - mean) * lax.rsqrt(var + self.epsilon))
+        outputs, *of_batch = self.by_ghosts(x)
+        for average, value in zip(running, of_batch, strict=True):
+            _update(self, average, value)
+        return outputs
+
+    @nn.nowrap
+    def by_ghosts(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """Returns x f32[N, ..., C] normalized, scaled and shifted, and the mean over the images of
+        `mean` and of `var`, f32[C].
+        """
         full, parts, sums = len(x) // self.size * self.size, [], []
         for ghosts in (x[:full].reshape(-1, self.size, *x.shape[1:]), x[None, full:]):
             if ghosts.size:
@@ -104,9 +114,9 @@ class GhostBatchNorm(nn.Module):
                 parts.append((ghosts - mean) * lax.rsqrt(var + self.epsilon))
                 ghost_axes = tuple(range(x.ndim))
                 sums.append([ghosts.shape[1] * m.sum(ghost_axes) for m in (mean, var)])
-        for average, *of_parts in zip(running, *sums, strict=True):
-            _update(self, average, jnp.stack(of_parts).sum(0) / len(x))
-        return _scaled(self, jnp.concatenate([part.reshape(-1, *x.shape[1:]) for part in parts]))
+        mean, var = (jnp.stack(of_parts).sum(0) / len(x) for of_parts in zip(*sums, strict=True))
+        outputs = jnp.concatenate([part.reshape(-1, *x.shape[1:]) for part in parts])
+        return _scaled(self, outputs), mean, var
 
 
 class BatchRenorm(nn.Module):
@@ -148,19 +158,32 @@ class BatchRenorm(nn.Module):
         mu, sigma = _spread(mean.value, x), _spread(deviation.value, x)
         if evaluates:
             return _scaled(self, (x - mu) / sigma)
-        axis = None if self.is_initializing() else self.axis_name
-        m, var = _moments(x, tuple(range(x.ndim - 1)), axis)
-        s = jnp.sqrt(var + self.epsilon)
         start, *ends = self.relaxed
         of_d, of_r = (jnp.clip((step.value - start) / max(end - start, 1), 0, 1) for end in ends)
         r_limit, d_limit = 1 + (self.r_max - 1) * of_r, self.d_max * of_d
-        r = lax.stop_gradient(jnp.clip(s / sigma, 1 / r_limit, r_limit))
-        d = lax.stop_gradient(jnp.clip((m - mu) / sigma, -d_limit, d_limit))
+
+        def correction(m: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
+            r = jnp.clip(s / sigma, 1 / r_limit, r_limit)
+            d = jnp.clip((m - mu) / sigma, -d_limit, d_limit)
+            return lax.stop_gradient(r), lax.stop_gradient(d)
+
+        outputs, m, s = self.by_batch(x, correction)
         for average, value in ((mean, m), (deviation, s)):
             _update(self, average, value.reshape(-1))
         if not self.is_initializing():
             step.value += 1
-        return _scaled(self, (x - m) / s * r + d)
+        return outputs
+
+    @nn.nowrap
+    def by_batch(self, x: jax.Array, correction: Callable) -> tuple[jax.Array, ...]:
+        """Returns x f32[N, ..., C] normalized, corrected, scaled and shifted, and m and s
+        f32[1, ..., C], of which `correction` returns r and d of that shape.
+        """
+        axis = None if self.is_initializing() else self.axis_name
+        m, var = _moments(x, tuple(range(x.ndim - 1)), axis)
+        s = jnp.sqrt(var + self.epsilon)
+        r, d = correction(m, s)
+        return _scaled(self, (x - m) / s * r + d), m, s
 
 
 class FilterResponseNorm(nn.Module):
@@ -181,10 +204,14 @@ class FilterResponseNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes and activates."""
-        x = _exact(x)
-        squares = jnp.square(x).mean(tuple(range(1, x.ndim - 1)), keepdims=True)
-        y = _scaled(self, x * lax.rsqrt(squares + self.epsilon))
+        y = self.by_channel(_exact(x))
         return jnp.maximum(y, _param(self, "threshold", self.threshold_init, x).astype(y.dtype))
+
+    @nn.nowrap
+    def by_channel(self, x: jax.Array) -> jax.Array:
+        """Returns x f32[N, ..., C] normalized, scaled and shifted."""
+        squares = jnp.square(x).mean(tuple(range(1, x.ndim - 1)), keepdims=True)
+        return _scaled(self, x * lax.rsqrt(squares + self.epsilon))
 
 
 class EvoNormS0(nn.Module):

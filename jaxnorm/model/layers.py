@@ -1,15 +1,16 @@
 """Fast layers under Flax's names, with Flax's fields, parameters and values.
 
-Each class is Flax's own with another `__call__`, which is fast for what the nets use and leaves
-the rest to Flax: no field is ignored. `plain` holds the same layers by Flax's and XLA's own
-operators, the standard that the fast ones are compared with. Images are f32[N, H, W, C].
+Each class is Flax's own, or one of `jaxnorm.norms`, with another `__call__` or another part of it,
+which is fast for what the nets use and leaves the rest to its base: no field is ignored. `plain`
+holds Flax's layers by Flax's and XLA's own operators, the standard that the fast ones are compared
+with. Images are f32[N, H, W, C].
 """
 
 import dataclasses
 import importlib
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxnorm import norms
 from jaxnorm.config import NORMS, Setting, UserError
 from jaxnorm.model.fast import convolution, dropout, norm, pooling
 
@@ -59,18 +61,21 @@ def _unbiased(module: nn.BatchNorm, x: jax.Array, features: int, mask: jax.Array
 
 
 _READ = {"epsilon", "momentum", "scale_init", "bias_init", "num_groups", "name", "parent"}
-"""The fields of Flax's norms that the fast ones take at any value."""
+_READ |= {"size", "r_max", "d_max", "relaxed", "threshold_init"}
+"""The fields of norms that the fast ones take at any value."""
 
 
 def _is_served(module: nn.Module, x: jax.Array, **served: Any) -> bool:
     """Returns whether the fast form of a norm computes what the module's fields ask for; if not,
-    the module is to call Flax's own, so that no field is ignored.
+    the module is to call its base, so that no field is ignored.
 
     A fast form takes f32[N, H, W, C], and each field outside `_READ` at one value: what is
     `served`, or else Flax's default. Its variance is always that of the centered values.
     """
     values = {field.name: field.default for field in dataclasses.fields(module)}
-    values |= {"use_fast_variance": False, **served}
+    if "use_fast_variance" in values:
+        values["use_fast_variance"] = False
+    values |= served
     fits = (getattr(module, name) == values[name] for name in values.keys() - _READ)
     return x.ndim == 4 and x.dtype == jnp.float32 and all(fits)
 
@@ -79,9 +84,14 @@ def _normalize(
     module: Any, x: jax.Array, over: norm.Over, mask: jax.Array | None = None
 ) -> tuple[jax.Array, norm.Statistics]:
     """Normalizes with the module's scale and bias for each channel."""
+    return norm.normalize(x, *_scale_and_bias(module, x), over, mask)
+
+
+def _scale_and_bias(module: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the module's parameters for each channel, f32[C]."""
     scale = module.param("scale", module.scale_init, x.shape[-1:], jnp.float32)
     bias = module.param("bias", module.bias_init, x.shape[-1:], jnp.float32)
-    return norm.normalize(x, scale, bias, over, mask)
+    return scale, bias
 
 
 class BatchNorm(UnbiasedBatchNorm):
@@ -166,6 +176,52 @@ class RMSNorm(nn.RMSNorm):
         scale = self.param("scale", self.scale_init, x.shape[-1:], jnp.float32)
         over = norm.Over(False, 1, centered=False, epsilon=self.epsilon)
         return norm.normalize(x, scale, jnp.zeros_like(scale), over)[0]
+
+
+class GhostBatchNorm(norms.GhostBatchNorm):
+    """Ghost batch norm, fast if its ghosts are of as many images each."""
+
+    @nn.nowrap
+    def by_ghosts(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        served = _is_served(
+            self, x, use_running_average=self.use_running_average, axis_name=self.axis_name
+        )
+        if len(x) % self.size or not served:
+            return super().by_ghosts(x)
+        # A ghost is one image, as high as all of its own, that takes instance norm.
+        tall = x.reshape(-1, self.size * x.shape[1], *x.shape[2:])
+        over = norm.Over(False, x.shape[-1], epsilon=self.epsilon)
+        outputs, taken = _normalize(self, tall, over)
+        return outputs.reshape(x.shape), taken.mean.mean(0), taken.variance.mean(0)
+
+
+class BatchRenorm(norms.BatchRenorm):
+    """Batch renormalization: batch norm whose scale and bias take r and d in."""
+
+    @nn.nowrap
+    def by_batch(self, x: jax.Array, correction: Callable) -> tuple[jax.Array, ...]:
+        served = _is_served(
+            self, x, use_running_average=self.use_running_average, axis_name=self.axis_name
+        )
+        if self.is_initializing() or not served:
+            return super().by_batch(x, correction)
+        over = norm.Over(True, x.shape[-1], epsilon=self.epsilon, axis=self.axis_name)
+        taken = norm.statistics(jax.lax.stop_gradient(x), over)  # XLA computes them once
+        m, s = taken.mean[:, None, None], jnp.sqrt(taken.variance + self.epsilon)[:, None, None]
+        r, d = (values.ravel() for values in correction(m, s))
+        scale, bias = _scale_and_bias(self, x)
+        return norm.normalize(x, scale * r, bias + scale * d, over)[0], m, s
+
+
+class FilterResponseNorm(norms.FilterResponseNorm):
+    """Filter response norm: instance norm without a mean, and the threshold."""
+
+    @nn.nowrap
+    def by_channel(self, x: jax.Array) -> jax.Array:
+        if not _is_served(self, x):
+            return super().by_channel(x)
+        over = norm.Over(False, x.shape[-1], centered=False, epsilon=self.epsilon)
+        return _normalize(self, x, over)[0]
 
 
 class Conv(nn.Conv):

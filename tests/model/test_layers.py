@@ -13,7 +13,8 @@ from helpers import SOON
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jaxnorm.config import UserError
+from jaxnorm import norms
+from jaxnorm.config import NORMS, UserError
 from jaxnorm.model import layers
 from jaxnorm.model.cnn import ARCHS, CNN, Layer
 
@@ -28,17 +29,24 @@ def drawn(key, shape, dtype):
 
 NORM = {"use_fast_variance": False, "scale_init": drawn}
 BIASED = NORM | {"bias_init": drawn}
+OURS = {"scale_init": drawn, "bias_init": drawn}
+TRAINED = {"use_running_average": False}
 CONV = {"features": 4, "kernel_size": (3, 3), "kernel_init": drawn, "bias_init": drawn}
 LAYERS = {  # ours by what each is served fast, and what it is to equal
-    "BatchNorm": (BIASED | {"use_running_average": False}, nn.BatchNorm),
+    "BatchNorm": (BIASED | TRAINED, nn.BatchNorm),
     "GroupNorm": (BIASED | {"num_groups": 4}, nn.GroupNorm),
     "InstanceNorm": (BIASED, nn.InstanceNorm),
     "LayerNorm": (BIASED | {"reduction_axes": layers.IMAGE}, nn.LayerNorm),
     "RMSNorm": (NORM | {"reduction_axes": layers.IMAGE}, nn.RMSNorm),
+    "GhostBatchNorm": (OURS | TRAINED | {"size": 1}, norms.GhostBatchNorm),
+    "BatchRenorm": (OURS | TRAINED | {"d_max": 0.5, "relaxed": (-2, 0, 2)}, norms.BatchRenorm),
+    "FilterResponseNorm": (OURS, norms.FilterResponseNorm),
     "Conv": (CONV, nn.Conv),
     "StandardizedConv": (CONV, layers.plain.StandardizedConv),
 }
 TWICE = {"axis_name": "devices", "axis_index_groups": ((0,), (1,))}
+SLOW = ("pixel", "none", "evonorm-s0", "dyt", "derf")
+"""Norms that have no fast form."""
 SETTINGS = {
     "use_running_average": [True],
     "axis": [(1, -1)],
@@ -47,6 +55,11 @@ SETTINGS = {
     **dict.fromkeys(("dtype", "param_dtype"), (jnp.bfloat16,)),
     **dict.fromkeys(("use_bias", "use_scale"), (False,)),
     **dict.fromkeys(("bias_init", "scale_init", "kernel_init"), (nn.initializers.ones,)),
+    "size": [2, 3],
+    "r_max": [1.1],
+    "d_max": [0.1],
+    "relaxed": [(-1, 1, 3)],
+    "threshold_init": [nn.initializers.ones],
     "axis_name": ["devices"],
     "axis_index_groups": [TWICE],
     "use_fast_variance": [True],
@@ -90,7 +103,7 @@ def on_devices(module, images):
     apply = partial(in_training, module)
     if not getattr(module, "axis_name", None):
         return apply(images[0])
-    if not module.axis_index_groups:
+    if not getattr(module, "axis_index_groups", None):
         return jax.vmap(apply, axis_name="devices")(images)
     of_each = jax.shard_map(
         lambda images: jax.tree.map(lambda leaf: leaf[None], apply(images[0])),
@@ -117,8 +130,9 @@ def test_each_field_is_flaxs_or_refused(name, field, value):
     wanted, wanted_variables = on_devices(flax(**settings), images)
     chex.assert_trees_all_equal_shapes_and_dtypes((outputs, variables), (wanted, wanted_variables))
     np.testing.assert_allclose(outputs, wanted, atol=2e-5)
-    for tree in (variables, wanted_variables):  # its variance is that of the test below
-        tree.get("batch_stats", {}).pop("var", None)
+    if name == "BatchNorm":  # its variance is that of the test below
+        for tree in (variables, wanted_variables):
+            tree["batch_stats"].pop("var")
     chex.assert_trees_all_close(variables, wanted_variables, rtol=1e-5)
 
 
@@ -146,15 +160,32 @@ def test_what_flax_refuses_is_refused(module):
 
 @pytest.mark.parametrize(
     ("norm", "arch"),
-    [(norm, "residual") for norm in ("batch", "group", "layer", "instance", "rms")]
-    + [("layer", "original")],
+    [(norm, "residual") for norm in NORMS if norm not in SLOW] + [("layer", "original")],
 )
 def test_the_nets_own_layers_are_the_fast_ones(norm, arch):
     """A fast layer leaves other settings than theirs to Flax, and no value would show it."""
-    net = CNN(norm, arch)
+    net = CNN(norm, arch, ghost_size=len(IMAGES[0]))
     for module in (net.conv(net.table[0], (3, 3), jnp.float32), net.normalization(True)):
         program = jax.make_jaxpr(partial(in_training, module))(IMAGES[0])
         assert "custom_vjp" in str(program)
+
+
+@pytest.mark.parametrize("name", ["GhostBatchNorm", "BatchRenorm", "FilterResponseNorm"])
+def test_gradients_are_the_plain_norms(name):
+    settings, plain = LAYERS[name]
+
+    def gradients(module):
+        variables = module.init(jax.random.key(3), IMAGES[0])
+        state = {"batch_stats": variables.get("batch_stats", {})}
+
+        def outputs(images, params):
+            return module.apply({"params": params, **state}, images, mutable=["batch_stats"])[0]
+
+        _, back = jax.vjp(outputs, IMAGES[0], variables["params"])
+        return back(drawn(None, IMAGES[0].shape, jnp.float32))
+
+    ours, wanted = gradients(getattr(layers, name)(**settings)), gradients(plain(**settings))
+    chex.assert_trees_all_close(ours, wanted, atol=3e-5, rtol=1e-5)
 
 
 def test_channel_attention_slopes_and_mixtures_equal_the_closed_forms():

@@ -87,7 +87,7 @@ def _by_channel(over: Over, *values: jax.Array) -> list[jax.Array]:
 
 def _in_cache(over: Over) -> bool:
     """Returns whether a core's cache holds the arrays: those of micro-batches, which batch norm
-    does not take.
+    does not take. (Ghost batch norm takes none either, but its sums are of images, as theirs are.)
     """
     return xla.on_cpu() and not over.batch
 
@@ -136,7 +136,8 @@ def _mean(sums: jax.Array, inputs: jax.Array, over: Over, mask: jax.Array | None
     return xla.stored(pooled * (1 / count))
 
 
-def _statistics(inputs: jax.Array, over: Over, mask: jax.Array | None) -> Statistics:
+def statistics(inputs: jax.Array, over: Over, mask: jax.Array | None = None) -> Statistics:
+    """Returns the statistics of f32[N, H, W, C] that `normalize` takes."""
     if over.centered:
         mean = _mean(_by_channel(over, inputs)[0], inputs, over, mask)
     else:
@@ -156,30 +157,30 @@ def _statistics(inputs: jax.Array, over: Over, mask: jax.Array | None) -> Statis
 def _normalize_plainly(
     inputs: jax.Array, scale: jax.Array, bias: jax.Array, mask: jax.Array | None, over: Over
 ) -> tuple[jax.Array, Statistics]:
-    statistics = _statistics(inputs, over, mask)
-    factor = lax.rsqrt(statistics.variance + over.epsilon)
+    taken = statistics(inputs, over, mask)
+    factor = lax.rsqrt(taken.variance + over.epsilon)
     # Else they would be spread over the channels of their group again for each element.
-    mean = xla.stored(_spread(statistics.mean, inputs))
+    mean = xla.stored(_spread(taken.mean, inputs))
     factor = xla.stored(_spread(factor, inputs) * scale[None, None, None])
-    return (inputs - mean) * factor + bias[None, None, None], statistics
+    return (inputs - mean) * factor + bias[None, None, None], taken
 
 
 _normalize = jax.custom_vjp(_normalize_plainly, nondiff_argnums=(4,))
 
 
 def _normalize_forward(inputs, scale, bias, mask, over: Over):
-    outputs, statistics = _normalize(inputs, scale, bias, mask, over)
-    return (outputs, statistics), (inputs, scale, mask, statistics)
+    outputs, taken = _normalize(inputs, scale, bias, mask, over)
+    return (outputs, taken), (inputs, scale, mask, taken)
 
 
 def _normalize_backward(over: Over, saved, gradients):
-    inputs, scale, mask, statistics = saved
+    inputs, scale, mask, taken = saved
     gradient, _ = gradients
     # With x the centered input, r = 1 / sqrt(variance + epsilon) and g = gradient * scale:
     # to_inputs = r * (g - mean(g) - x * r^2 * mean(g x)). Two sums over all elements serve
     # everything.
-    factor = lax.rsqrt(statistics.variance + over.epsilon)
-    centered = inputs - _spread(statistics.mean, inputs)
+    factor = lax.rsqrt(taken.variance + over.epsilon)
+    centered = inputs - _spread(taken.mean, inputs)
     to_bias, to_scale = _by_channel(over, gradient, gradient * centered)
     mean_gradient = _mean(to_bias * scale[None], inputs, over, mask) * factor
     if not over.centered:
