@@ -95,7 +95,7 @@ class Predictions(NamedTuple):
 
     labels: np.ndarray  # i32[N]
     predicted: np.ndarray  # i64[N], or u8[N] of a reduced net
-    log_probabilities: np.ndarray  # f32[N, 2], of the label and of the predicted class
+    log_probabilities: np.ndarray  # f32 or f16[N, 2], of the label and of the predicted class
     logits: np.ndarray | None = None
     calibration: np.ndarray | None = None  # f64[3]
 

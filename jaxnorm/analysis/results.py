@@ -189,7 +189,7 @@ class Run:
         losses, config = self.net(norm, seed).result().losses, self.info.config
         if len(losses) != config.epochs * config.steps(self.info.dataset.train_count):
             raise UserError(f"{self.net(norm, seed).path} has not the losses of every batch")
-        return losses
+        return losses.astype(np.float32)  # a reduced net's are f16
 
     def probes(self, shapes: Shapes) -> dict[str, dict[int, dict[str, np.ndarray]]]:
         """Returns what was measured inside the nets of each norm, by seed: the arrays of `shapes`.

@@ -4,8 +4,9 @@
 
 Of each net its lines, losses and probes stay, and of its predictions the classes, the
 log-probabilities of label and prediction and the calibration, which needs all logits. Those stay of
-the one net of each norm whose mistakes the pages show. Of a run with held-out images, as a tuning
-has, lines and probes stay alone. States, reports and the figures that no page shows go.
+the one net of each norm whose mistakes the pages show; in runs of which they show none, losses and
+log-probabilities are rounded to float16. Of a run with held-out images, as a tuning has, lines and
+probes stay alone. States, reports and the figures that no page shows go.
 """
 
 import contextlib
@@ -40,7 +41,7 @@ def reduced(net: Predictions, keep_logits: bool) -> dict[str, np.ndarray]:
 
 def reduce(run: Run, mistakes: bool) -> None:
     """Writes the results of a run's nets anew, with what is kept, and removes the rest: the logits
-    and images too if its mistakes are not shown.
+    and images too if its mistakes are not shown, and the last digits.
     """
     shown = {(norm, run.shown_seed(norm)) for norm in run.norms} if mistakes else set()
     for net in run.finished:
@@ -53,6 +54,9 @@ def reduce(run: Run, mistakes: bool) -> None:
             arrays |= reduced(run.predictions[net], net in shown)
             if net not in shown:
                 arrays.pop("logits", None)
+            if not mistakes:
+                rounded = ("losses", "log_probabilities")
+                arrays |= {name: arrays[name].astype(np.float16) for name in rounded}
         run.directory.write_arrays(f"{folder.name}/result.npz", **arrays)
     if run.info.config.validation or not mistakes:
         (run.directory.path / "examples.npz").unlink(missing_ok=True)

@@ -183,6 +183,7 @@ def test_a_reduced_run_shows_what_the_whole_one_shows(sweep, unpainted, monkeypa
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "notebooks" / "tools")
     tool, run = importlib.import_module("reduce"), Run(sweep(norm="batch,group", seeds=2))
     whole = page.write(run.directory)
+    exact = {net: run.step_losses(*net) for net in run.finished}
     tool.reduce(run, mistakes=True)
     tool.sweep_up(run.directory.path)
     files = {path.name for path in run.directory.path.rglob("*") if path.is_file()}
@@ -198,6 +199,12 @@ def test_a_reduced_run_shows_what_the_whole_one_shows(sweep, unpainted, monkeypa
     tool.reduce(Run(run.directory), mistakes=False)
     bare = page.read(run.directory)
     assert bare.tables == whole.tables
+    for net, made in bare.run.predictions.items():
+        assert made.log_probabilities.dtype == np.float16
+        losses = bare.run.step_losses(*net)
+        assert losses.dtype == np.float32
+        np.testing.assert_allclose(losses, exact[net], rtol=1e-3)
+        assert (losses != exact[net]).any()
     logits, examples = bare.missing  # which the pictures of mistakes need
     assert logits.endswith("batch-1 holds no logits")
     assert examples.endswith("examples.npz is missing")
