@@ -70,7 +70,7 @@ def _is_served(module: nn.Module, x: jax.Array, **served: Any) -> bool:
     the module is to call its base, so that no field is ignored.
 
     A fast form takes f32[N, H, W, C], and each field outside `_READ` at one value: what is
-    `served`, or else Flax's default. Its variance is always that of the centered values.
+    `served`, or else its default. Its variance is always that of the centered values.
     """
     values = {field.name: field.default for field in dataclasses.fields(module)}
     if "use_fast_variance" in values:

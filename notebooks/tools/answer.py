@@ -20,7 +20,7 @@ from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.sweep import Sweep
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-OTHERS = ("tuned-pixel", "tuned-rms", "tuned-none")
+OTHERS = ("tuned-pixel", "tuned-rms", "tuned-none", "tuned-dyt")
 """The runs of other norms by the tuned recipe, with the seeds of the tuned run."""
 TUNED = ("instance", "rms", "none", "ghost", "renorm", "frn", "evonorm-s0", "dyt", "derf")
 TUNINGS = ("tuning", "tuning-pixel", *(f"tuning-{norm}" for norm in TUNED))
@@ -321,8 +321,10 @@ def interval_of(pair: Difference) -> str:
 
 
 def below_batch(pair: Difference) -> list[str]:
-    """The cells of a norm beside batch norm: the difference with its interval, and the verdict."""
-    verdict = "no verdict" if pair.adjusted_p is None else "not shown"
+    """The cells of a norm beside batch norm: the difference with its interval, and the verdict of a
+    pair that was planned.
+    """
+    verdict = "" if pair.adjusted_p is None else "not shown"
     verdict = "shown" if pair.shown else "equivalent" if pair.equivalent else verdict
     low, high = ((pair.crossed or pair.sample).interval or (math.nan, math.nan))[::-1]
     return [f"{points(-pair.sample.mean)} ({points(-low)} to {points(-high)})", verdict]
