@@ -104,8 +104,8 @@ class GhostBatchNorm(nn.Module):
 
     @nn.nowrap
     def by_ghosts(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """Returns x f32[N, ..., C] normalized, scaled and shifted, and the mean over the images of
-        `mean` and of `var`, f32[C].
+        """Returns x f32[N, ..., C] normalized, scaled and shifted, and the mean over these images
+        of `mean` and of `var`, f32[C].
         """
         full, parts, sums = len(x) // self.size * self.size, [], []
         for ghosts in (x[:full].reshape(-1, self.size, *x.shape[1:]), x[None, full:]):
@@ -176,8 +176,8 @@ class BatchRenorm(nn.Module):
 
     @nn.nowrap
     def by_batch(self, x: jax.Array, correction: Callable) -> tuple[jax.Array, ...]:
-        """Returns x f32[N, ..., C] normalized, corrected, scaled and shifted, and m and s
-        f32[1, ..., C], of which `correction` returns r and d of that shape.
+        """Returns x f32[N, ..., C] normalized, corrected, scaled and shifted, and m and s, f32[1,
+        ..., C]. `correction(m, s)` returns r and d of their shape.
         """
         axis = None if self.is_initializing() else self.axis_name
         m, var = _moments(x, tuple(range(x.ndim - 1)), axis)

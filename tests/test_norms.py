@@ -1,5 +1,6 @@
 """Every norm against a float64 closed form, written from its paper alone, and how it is used."""
 
+import dataclasses
 import math
 from functools import partial
 
@@ -16,7 +17,7 @@ from scipy import special
 
 from jaxnorm import norms
 from jaxnorm.config import NORMS, Config, UserError
-from jaxnorm.model import summary
+from jaxnorm.model import layers, summary
 from jaxnorm.model.cnn import CNN
 from jaxnorm.training.experiment import Experiment, mesh_for
 from jaxnorm.training.mesh import ONE, MeshShape
@@ -42,7 +43,19 @@ MODULES = {
     "dyt": norms.DynamicTanh(),
     "derf": norms.DynamicErf(),
 }
-KEEPING = ("batch", "ghost", "renorm")
+FAST = ("ghost", "renorm", "frn")
+"""Those of which the nets have a fast form; that of Flax's norms is held against Flax's."""
+
+
+def fast(module):
+    """The fast form of a norm, with the same fields."""
+    fields = [field.name for field in dataclasses.fields(module) if field.name != "parent"]
+    kind = getattr(layers, type(module).__name__)
+    return kind(**{field: getattr(module, field) for field in fields})
+
+
+MODULES |= {f"fast {name}": fast(MODULES[name]) for name in FAST}
+KEEPING = ("batch", "ghost", "renorm", "fast ghost", "fast renorm")
 FIRST = {"scale": 1, "bias": 0, "threshold": 0, "v": 1, "alpha": 0.5, "shift": 0}
 
 
@@ -142,6 +155,7 @@ CLOSED = {
 }
 CLOSED |= {"ghost": ghost, "renorm": renorm, "frn": frn, "evonorm-s0": evonorm_s0}
 CLOSED |= {"dyt": dyt, "derf": derf, "none": lambda x, p, g, state: (x, {"x": g})}
+CLOSED |= {f"fast {name}": CLOSED[name] for name in FAST}
 EVERY = pytest.mark.parametrize("name", MODULES)
 
 
@@ -175,8 +189,9 @@ def assert_close(got, wanted, error=2e-5):
 
 def test_the_tables_are_of_the_same_norms():
     assert MODULES.keys() == CLOSED.keys()
-    assert list(MODULES) == list(NORMS) == list(Config("every").norms)
-    paths = [f"jaxnorm.norms:{type(module).__name__}" for module in MODULES.values()]
+    plain = [name for name in MODULES if not name.startswith("fast")]
+    assert plain == list(NORMS) == list(Config("every").norms)
+    paths = [f"jaxnorm.norms:{type(MODULES[name]).__name__}" for name in plain]
     assert paths == [row.path for row in NORMS.values()]
 
 
@@ -189,11 +204,12 @@ def test_initial_parameters_are_the_papers_and_averages_are_kept_by_three(name):
         chex.assert_trees_all_equal(values, jnp.full(shape, FIRST[parameter], jnp.float32))
 
 
-@pytest.mark.parametrize("kind", ["drawn", "one image", "constant"])
+@pytest.mark.parametrize("kind", ["drawn", "whole ghosts", "one image", "constant"])
 @EVERY
 def test_values_and_gradients_equal_the_closed_form(name, kind):
     """The last ghost of five images is smaller; a constant has no variance."""
-    x, variables = drawn(name, (1, *SHAPE[1:]) if kind == "one image" else SHAPE)
+    count = {"whole ghosts": 2 * SIZE, "one image": 1}.get(kind, SHAPE[0])
+    x, variables = drawn(name, (count, *SHAPE[1:]))
     if kind == "constant":
         x = np.full_like(x, 0.3)
     cotangent = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
@@ -219,11 +235,11 @@ def test_values_and_gradients_equal_the_closed_form(name, kind):
 def after(name, x, state):
     """The state after a step, in the words of the papers."""
     flat = x.reshape(-1, x.shape[-1])
-    if name == "renorm":
+    if "renorm" in name:
         s = np.sqrt(flat.var(0) + EPSILON)
         values = {"mean": flat.mean(0), "deviation": s}
     else:
-        size = SIZE if name == "ghost" else len(x)
+        size = SIZE if "ghost" in name else len(x)
         parts = [x[i : i + size].reshape(-1, x.shape[-1]) for i in range(0, len(x), size)]
         shares = np.array([len(part) for part in parts]) / len(flat)
         values = {"mean": sum(w * p.mean(0) for w, p in zip(shares, parts, strict=True))}
@@ -232,9 +248,10 @@ def after(name, x, state):
     return moved | {"step": state["step"] + 1} if "step" in state else moved
 
 
+@pytest.mark.parametrize("count", [5, 2 * SIZE])
 @pytest.mark.parametrize("name", KEEPING)
-def test_training_moves_the_averages_and_evaluation_uses_and_leaves_them(name):
-    x, variables = drawn(name)
+def test_training_moves_the_averages_and_evaluation_uses_and_leaves_them(name, count):
+    x, variables = drawn(name, (count, *SHAPE[1:]))
     params, state = exact(variables["params"]), exact(variables["batch_stats"])
     moved = applied(MODULES[name], variables, x)[1]["batch_stats"]
     wanted = after(name, x.astype(np.float64), state)

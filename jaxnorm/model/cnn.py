@@ -227,8 +227,8 @@ class CNN(nn.Module):
             return layers.custom_norm(self.norm, train, name)
         path, settings = NORMS[self.norm].path, NORMS[self.norm].settings
         values = {field: getattr(self, own) for field, own in settings.items()}
-        class_name = path.partition(":")[2]
-        if self.fast and hasattr(layers, class_name):
+        module, _, class_name = path.partition(":")
+        if self.fast and module == norms.__name__ and hasattr(layers, class_name):
             path = f"{layers.__name__}:{class_name}"
         return layers.custom_norm(path, train, name, **values)
 

@@ -1,9 +1,10 @@
-"""Fast layers under Flax's names, with Flax's fields, parameters and values.
+"""Fast layers under the names of Flax's and of `jaxnorm.norms`, with their fields, parameters and
+values.
 
-Each class is Flax's own, or one of `jaxnorm.norms`, with another `__call__` or another part of it,
-which is fast for what the nets use and leaves the rest to its base: no field is ignored. `plain`
-holds Flax's layers by Flax's and XLA's own operators, the standard that the fast ones are compared
-with. Images are f32[N, H, W, C].
+Each class is theirs with another `__call__`, or another of the methods that it calls, which is fast
+for what the nets use and leaves the rest to its base: no field is ignored. `plain` holds Flax's
+layers by Flax's and XLA's own operators, the standard that the fast ones are compared with. Images
+are f32[N, H, W, C].
 """
 
 import dataclasses
@@ -63,6 +64,8 @@ def _unbiased(module: nn.BatchNorm, x: jax.Array, features: int, mask: jax.Array
 _READ = {"epsilon", "momentum", "scale_init", "bias_init", "num_groups", "name", "parent"}
 _READ |= {"size", "r_max", "d_max", "relaxed", "threshold_init"}
 """The fields of norms that the fast ones take at any value."""
+_IN_TRAINING = ("use_running_average", "axis_name")
+"""The fields that are the base's concern, if it calls a method in training alone."""
 
 
 def _is_served(module: nn.Module, x: jax.Array, **served: Any) -> bool:
@@ -179,34 +182,31 @@ class RMSNorm(nn.RMSNorm):
 
 
 class GhostBatchNorm(norms.GhostBatchNorm):
-    """Ghost batch norm, fast if its ghosts are of as many images each."""
+    """Ghost batch norm, fast if `size` divides the batch."""
 
     @nn.nowrap
     def by_ghosts(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        served = _is_served(
-            self, x, use_running_average=self.use_running_average, axis_name=self.axis_name
-        )
-        if len(x) % self.size or not served:
+        size = min(self.size, len(x))
+        served = _is_served(self, x, **{name: getattr(self, name) for name in _IN_TRAINING})
+        if len(x) % size or not served:
             return super().by_ghosts(x)
-        # A ghost is one image, as high as all of its own, that takes instance norm.
-        tall = x.reshape(-1, self.size * x.shape[1], *x.shape[2:])
-        over = norm.Over(False, x.shape[-1], epsilon=self.epsilon)
+        # Each ghost becomes one image of size * H rows, normalized as by instance norm.
+        tall = x.reshape(-1, size * x.shape[1], *x.shape[2:])
+        over = norm.Over(False, x.shape[-1], epsilon=self.epsilon, whole=True)
         outputs, taken = _normalize(self, tall, over)
         return outputs.reshape(x.shape), taken.mean.mean(0), taken.variance.mean(0)
 
 
 class BatchRenorm(norms.BatchRenorm):
-    """Batch renormalization: batch norm whose scale and bias take r and d in."""
+    """Batch renormalization: batch norm with `scale * r` and `bias + scale * d`."""
 
     @nn.nowrap
     def by_batch(self, x: jax.Array, correction: Callable) -> tuple[jax.Array, ...]:
-        served = _is_served(
-            self, x, use_running_average=self.use_running_average, axis_name=self.axis_name
-        )
+        served = _is_served(self, x, **{name: getattr(self, name) for name in _IN_TRAINING})
         if self.is_initializing() or not served:
             return super().by_batch(x, correction)
         over = norm.Over(True, x.shape[-1], epsilon=self.epsilon, axis=self.axis_name)
-        taken = norm.statistics(jax.lax.stop_gradient(x), over)  # XLA computes them once
+        taken = norm.statistics(jax.lax.stop_gradient(x), over)  # those of `normalize`, once in XLA
         m, s = taken.mean[:, None, None], jnp.sqrt(taken.variance + self.epsilon)[:, None, None]
         r, d = (values.ravel() for values in correction(m, s))
         scale, bias = _scale_and_bias(self, x)
@@ -214,7 +214,7 @@ class BatchRenorm(norms.BatchRenorm):
 
 
 class FilterResponseNorm(norms.FilterResponseNorm):
-    """Filter response norm: instance norm without a mean, and the threshold."""
+    """Filter response norm, normalized as by instance norm without a mean."""
 
     @nn.nowrap
     def by_channel(self, x: jax.Array) -> jax.Array:

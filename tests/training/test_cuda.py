@@ -17,7 +17,7 @@ from jaxnorm.training.mesh import ONE
 from jaxnorm.training.step import init_state
 
 pytestmark = pytest.mark.slow
-FAST = ("batch", "group", "layer", "instance", "rms")
+FAST = ("batch", "group", "layer", "instance", "rms", "ghost", "renorm", "frn")
 PRECISIONS = {"float32": "HIGHEST", "tf32": "HIGH", "bfloat16": "HIGHEST"}
 
 

@@ -21,7 +21,8 @@ class Over:
     """The elements that share a statistic: all positions of `channels / groups` neighbouring
     channels, of each image or of the whole batch; `centered` is False for RMS norm.
 
-    `axis` names the mesh axis along which devices share a batch, if they do.
+    `axis` names the mesh axis along which devices share a batch, if they do. `whole` says that the
+    arrays are those of a whole batch also without `batch`: more than a core's cache holds.
     """
 
     batch: bool
@@ -29,6 +30,7 @@ class Over:
     centered: bool = True
     epsilon: float = 1e-5
     axis: str | None = None
+    whole: bool = False
 
 
 class Statistics(NamedTuple):
@@ -86,10 +88,10 @@ def _by_channel(over: Over, *values: jax.Array) -> list[jax.Array]:
 
 
 def _in_cache(over: Over) -> bool:
-    """Returns whether a core's cache holds the arrays: those of micro-batches, which batch norm
-    does not take. (Ghost batch norm takes none either, but its sums are of images, as theirs are.)
+    """Returns whether a core's cache holds the arrays: those of micro-batches, which batch
+    and ghost batch norm do not take.
     """
-    return xla.on_cpu() and not over.batch
+    return xla.on_cpu() and not (over.batch or over.whole)
 
 
 def _quartered(values: jax.Array) -> jax.Array:
