@@ -113,7 +113,8 @@ class Predictions(NamedTuple):
         of an epoch's record.
         """
         loss = -float(self.log_probabilities[:, 0].astype(np.float64).mean())
-        close = math.isclose(loss, epoch.test_loss, rel_tol=1e-4, abs_tol=1e-6)
+        rounding = 1e-3 if self.log_probabilities.dtype == np.float16 else 1e-4
+        close = math.isclose(loss, epoch.test_loss, rel_tol=rounding, abs_tol=1e-6)
         return close and bool((self.predicted == self.labels).mean() == epoch.test_accuracy)
 
 

@@ -41,7 +41,7 @@ def reduced(net: Predictions, keep_logits: bool) -> dict[str, np.ndarray]:
 
 def reduce(run: Run, mistakes: bool) -> None:
     """Writes the results of a run's nets anew, with what is kept, and removes the rest: the logits
-    and images too if its mistakes are not shown, and the last digits.
+    and images too if its mistakes are not shown, whose numbers are then rounded.
     """
     shown = {(norm, run.shown_seed(norm)) for norm in run.norms} if mistakes else set()
     for net in run.finished:

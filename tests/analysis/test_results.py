@@ -196,6 +196,8 @@ def test_a_reduced_run_shows_what_the_whole_one_shows(sweep, unpainted, monkeypa
         assert (ours.name, ours.text) == (theirs.name, theirs.text)
     kept = [net for net, made in reduced.run.predictions.items() if made.logits is not None]
     assert kept == [("batch", 1), ("group", 1)]
+    for net, losses in exact.items():
+        np.testing.assert_array_equal(reduced.run.step_losses(*net), losses)
     tool.reduce(Run(run.directory), mistakes=False)
     bare = page.read(run.directory)
     assert bare.tables == whole.tables
