@@ -62,24 +62,22 @@ def _unbiased(module: nn.BatchNorm, x: jax.Array, features: int, mask: jax.Array
 
 
 _READ = {"epsilon", "momentum", "scale_init", "bias_init", "num_groups", "name", "parent"}
-_READ |= {"size", "r_max", "d_max", "relaxed", "threshold_init"}
-"""The fields of norms that the fast ones take at any value."""
-_IN_TRAINING = ("use_running_average", "axis_name")
-"""The fields that are the base's concern, if it calls a method in training alone."""
+"""The fields of norms that all fast ones take at any value."""
 
 
-def _is_served(module: nn.Module, x: jax.Array, **served: Any) -> bool:
+def _is_served(module: nn.Module, x: jax.Array, *read: str, **served: Any) -> bool:
     """Returns whether the fast form of a norm computes what the module's fields ask for; if not,
     the module is to call its base, so that no field is ignored.
 
-    A fast form takes f32[N, H, W, C], and each field outside `_READ` at one value: what is
-    `served`, or else its default. Its variance is always that of the centered values.
+    A fast form takes f32[N, H, W, C]; the fields of `_READ` and those that it has `read` at any
+    value, and each other one at what is `served`, or else at its default. Its variance is always
+    that of the centered values.
     """
     values = {field.name: field.default for field in dataclasses.fields(module)}
     if "use_fast_variance" in values:
         values["use_fast_variance"] = False
     values |= served
-    fits = (getattr(module, name) == values[name] for name in values.keys() - _READ)
+    fits = (getattr(module, name) == values[name] for name in values.keys() - _READ - {*read})
     return x.ndim == 4 and x.dtype == jnp.float32 and all(fits)
 
 
@@ -105,7 +103,7 @@ class BatchNorm(UnbiasedBatchNorm):
         """Normalizes, and in training updates the running averages. `mask` is Flax's; the fast form
         takes one of whole images, bool[N, 1, 1, 1], and divides by their number on all devices.
         """
-        served = _is_served(self, x, use_running_average=False, axis_name=self.axis_name)
+        served = _is_served(self, x, "axis_name", use_running_average=False)
         served = served and (mask is None or mask.shape == (x.shape[0], 1, 1, 1))
         if self.is_initializing() or not served:
             return super().__call__(x, mask=mask)
@@ -173,8 +171,8 @@ class RMSNorm(nn.RMSNorm):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        same = self.use_fast_variance  # of what is not centered there is one variance
-        if not _is_served(self, x, reduction_axes=IMAGE, use_fast_variance=same):
+        # of what is not centered there is one variance
+        if not _is_served(self, x, "use_fast_variance", reduction_axes=IMAGE):
             return super().__call__(x)
         scale = self.param("scale", self.scale_init, x.shape[-1:], jnp.float32)
         over = norm.Over(False, 1, centered=False, epsilon=self.epsilon)
@@ -187,7 +185,7 @@ class GhostBatchNorm(norms.GhostBatchNorm):
     @nn.nowrap
     def by_ghosts(self, x: jax.Array) -> tuple[jax.Array, ...]:
         size = min(self.size, len(x))
-        served = _is_served(self, x, **{name: getattr(self, name) for name in _IN_TRAINING})
+        served = _is_served(self, x, "size", "use_running_average", "axis_name")
         if len(x) % size or not served:
             return super().by_ghosts(x)
         # Each ghost becomes one image of size * H rows, normalized as by instance norm.
@@ -202,7 +200,8 @@ class BatchRenorm(norms.BatchRenorm):
 
     @nn.nowrap
     def by_batch(self, x: jax.Array, correction: Callable) -> tuple[jax.Array, ...]:
-        served = _is_served(self, x, **{name: getattr(self, name) for name in _IN_TRAINING})
+        limits = ("r_max", "d_max", "relaxed")
+        served = _is_served(self, x, *limits, "use_running_average", "axis_name")
         if self.is_initializing() or not served:
             return super().by_batch(x, correction)
         over = norm.Over(True, x.shape[-1], epsilon=self.epsilon, axis=self.axis_name)
@@ -218,7 +217,7 @@ class FilterResponseNorm(norms.FilterResponseNorm):
 
     @nn.nowrap
     def by_channel(self, x: jax.Array) -> jax.Array:
-        if not _is_served(self, x):
+        if not _is_served(self, x, "threshold_init"):
             return super().by_channel(x)
         over = norm.Over(False, x.shape[-1], centered=False, epsilon=self.epsilon)
         return _normalize(self, x, over)[0]

@@ -1,7 +1,9 @@
 """Fast layers under the names of others: every field of theirs is honoured or refused."""
 
 import dataclasses
+import sys
 from functools import partial
+from types import ModuleType
 
 import chex
 import flax.linen as nn
@@ -14,7 +16,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxnorm import norms
-from jaxnorm.config import NORMS, UserError
+from jaxnorm.config import NORMS, Norm, UserError
 from jaxnorm.model import layers
 from jaxnorm.model.cnn import ARCHS, CNN, Layer
 
@@ -168,6 +170,17 @@ def test_the_nets_own_layers_are_the_fast_ones(norm, arch):
     for module in (net.conv(net.table[0], (3, 3), jnp.float32), net.normalization(True)):
         program = jax.make_jaxpr(partial(in_training, module))(IMAGES[0])
         assert "custom_vjp" in str(program)
+    plain = net.clone(fast=False)  # what the self-check compares them with
+    for module in (plain.conv(net.table[0], (3, 3), jnp.float32), plain.normalization(True)):
+        assert "custom_vjp" not in str(jax.make_jaxpr(partial(in_training, module))(IMAGES[0]))
+
+
+def test_only_the_norms_of_jaxnorm_have_fast_forms(monkeypatch):
+    elsewhere = ModuleType("elsewhere")
+    elsewhere.BatchRenorm = norms.Identity
+    monkeypatch.setitem(sys.modules, "elsewhere", elsewhere)
+    monkeypatch.setitem(NORMS, "renorm", Norm("of the same name", "elsewhere:BatchRenorm"))
+    assert type(CNN("renorm").normalization(True)) is norms.Identity
 
 
 def test_renormalization_sums_no_more_than_batch_norm():

@@ -19,7 +19,8 @@ from jaxnorm.model.fast import xla
 @dataclass(frozen=True)
 class Over:
     """The elements that share a statistic: all positions of `channels / groups` neighbouring
-    channels, of each image or of the whole batch; `centered` is False for RMS norm.
+    channels, of each image or of the whole batch; `centered` is False for RMS norm and filter
+    response norm.
 
     `axis` names the mesh axis along which devices share a batch, if they do. `whole` says that the
     arrays are those of a whole batch also without `batch`: more than a core's cache holds.
