@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jaxnorm import norms
 from jaxnorm.config import NORMS, Setting, UserError
-from jaxnorm.model.fast import convolution, dropout, norm, pooling
+from jaxnorm.model.fast import convolution, dropout, norm, pooling, squash
 
 IMAGE = (-3, -2, -1)
 """Height, width and channels: what layer norm and RMS norm take their statistics over."""
@@ -221,6 +221,30 @@ class FilterResponseNorm(norms.FilterResponseNorm):
             return super().by_channel(x)
         over = norm.Over(False, x.shape[-1], centered=False, epsilon=self.epsilon)
         return _normalize(self, x, over)[0]
+
+
+class EvoNormS0(norms.EvoNormS0):
+    """EvoNorm-S0 as one operator."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if x.shape[-1] % self.groups or not _is_served(self, x, "groups", "v_init"):
+            return super().__call__(x)
+        v = self.param("v", self.v_init, x.shape[-1:], jnp.float32)
+        over = norm.Over(False, self.groups, epsilon=self.epsilon)
+        return squash.evonorm_s0(x, v, *_scale_and_bias(self, x), over)
+
+
+class DynamicErf(norms.DynamicErf):
+    """Dynamic erf as one operator."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if not _is_served(self, x, "alpha", "shift"):
+            return super().__call__(x)
+        alpha = self.param("alpha", nn.initializers.constant(self.alpha), (), jnp.float32)
+        shift = self.param("shift", nn.initializers.constant(self.shift), (), jnp.float32)
+        return squash.dynamic_erf(x, alpha, shift, *_scale_and_bias(self, x))
 
 
 class Conv(nn.Conv):

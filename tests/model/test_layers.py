@@ -43,11 +43,13 @@ LAYERS = {  # ours by what each is served fast, and what it is to equal
     "GhostBatchNorm": (OURS | TRAINED | {"size": 1}, norms.GhostBatchNorm),
     "BatchRenorm": (OURS | TRAINED | {"d_max": 0.5, "relaxed": (-2, 0, 2)}, norms.BatchRenorm),
     "FilterResponseNorm": (OURS, norms.FilterResponseNorm),
+    "EvoNormS0": (OURS | {"groups": 2, "v_init": drawn}, norms.EvoNormS0),
+    "DynamicErf": (OURS, norms.DynamicErf),
     "Conv": (CONV, nn.Conv),
     "StandardizedConv": (CONV, layers.plain.StandardizedConv),
 }
 TWICE = {"axis_name": "devices", "axis_index_groups": ((0,), (1,))}
-SLOW = ("pixel", "none", "evonorm-s0", "dyt", "derf")
+SLOW = ("pixel", "none", "dyt")
 """Norms that have no fast form."""
 SETTINGS = {
     "use_running_average": [True],
@@ -62,6 +64,10 @@ SETTINGS = {
     "d_max": [0.1],
     "relaxed": [(-1, 1, 3)],
     "threshold_init": [nn.initializers.ones],
+    "groups": [4],
+    "v_init": [nn.initializers.ones],
+    "alpha": [0.9],
+    "shift": [-0.3],
     "axis_name": ["devices"],
     "axis_index_groups": [TWICE],
     "use_fast_variance": [True],

@@ -17,7 +17,6 @@ from jaxnorm.training.mesh import ONE
 from jaxnorm.training.step import init_state
 
 pytestmark = pytest.mark.slow
-FAST = ("batch", "group", "layer", "instance", "rms", "ghost", "renorm", "frn")
 PRECISIONS = {"float32": "HIGHEST", "tf32": "HIGH", "bfloat16": "HIGHEST"}
 
 
@@ -63,7 +62,7 @@ def test_every_program_lowers_with_the_precision_that_was_asked_for(
             kinds = set(re.findall(r"x(f32|bf16)>", line))
             assert kinds == {"bf16" if precision == "bfloat16" else "f32"}
     products = [line for line in train.splitlines() if "stablehlo.dot_general" in line]
-    assert bool(products) == (norm in FAST)  # their sums
+    assert bool(products) == (norm not in ("pixel", "none", "dyt"))  # the sums of fast norms
     assert all("HIGHEST" in line for line in products)
 
 

@@ -32,6 +32,7 @@ EVEN = dataclasses.replace(CONFIG, norm="layer", batch_size=35)
             for changes in (
                 {"norm": "renorm", "optimizer": "muon"},
                 {"norm": "frn", "optimizer": "adamw"},
+                {"norm": "dyt,derf", "seeds": 2},
                 {"norm": "ghost,evonorm-s0", "batch_size": 14, "ghost_size": 7},
             )
         ),
@@ -77,8 +78,8 @@ def test_a_wrong_operator_is_refused(tiny, monkeypatch):
     """A seventh of some sums left out, as jaxlib 0.10.1 once did. The momentum differs because JAX
     keeps what it traced by program.
     """
-    by_channel = norm._by_channel
-    monkeypatch.setattr(norm, "_by_channel", lambda *a: [sums * (6 / 7) for sums in by_channel(*a)])
+    sums_of = norm.channel_sums
+    monkeypatch.setattr(norm, "channel_sums", lambda *a: [sums * (6 / 7) for sums in sums_of(*a)])
     config = dataclasses.replace(EVEN, momentum=0.81)
     with pytest.raises(selfcheck.WrongNumbers, match="one training step of layer norm") as raised:
         selfcheck.self_check(Experiment([config], tiny))

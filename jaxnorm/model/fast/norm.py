@@ -1,4 +1,5 @@
-"""Every norm as one operator whose gradient is written out: two sums over all elements each way.
+"""Batch, group, layer, instance and RMS norm as one operator whose gradient is written out: two
+sums over all elements each way.
 
 Values and gradients are those of the plain form within float32 rounding. Arrays are NHWC, float32.
 """
@@ -60,7 +61,7 @@ def normalize(
     return _normalize(inputs, scale, bias, mask, over)
 
 
-def _by_channel(over: Over, *values: jax.Array) -> list[jax.Array]:
+def channel_sums(over: Over, *values: jax.Array) -> list[jax.Array]:
     """Sums arrays f32[N, H, W, C] over height and width: f32[N, C] each.
 
     Rows are added up first, and then their pixels by a product with zeros and ones. Two reductions
@@ -114,7 +115,7 @@ def _pool(sums: jax.Array, over: Over, mask: jax.Array | None = None) -> jax.Arr
     return sums.reshape(sums.shape[0], over.groups, -1).sum(2)
 
 
-def _spread(statistic: jax.Array, inputs: jax.Array) -> jax.Array:
+def spread(statistic: jax.Array, inputs: jax.Array) -> jax.Array:
     """Spreads a statistic f32[1 or N, groups] over its channels: f32[1 or N, 1, 1, C]."""
     return jnp.repeat(statistic, inputs.shape[-1] // statistic.shape[1], 1)[:, None, None, :]
 
@@ -129,7 +130,7 @@ def _count(inputs: jax.Array, over: Over, mask: jax.Array | None) -> int | jax.A
     return images * (height * width * channels // over.groups)
 
 
-def _mean(sums: jax.Array, inputs: jax.Array, over: Over, mask: jax.Array | None) -> jax.Array:
+def mean_of(sums: jax.Array, inputs: jax.Array, over: Over, mask: jax.Array | None) -> jax.Array:
     """Divides the sums f32[N, C] by how many elements share a statistic: f32[1 or N, groups]."""
     pooled, count = _pool(sums, over, mask), _count(inputs, over, mask)
     if mask is None:
@@ -142,17 +143,17 @@ def _mean(sums: jax.Array, inputs: jax.Array, over: Over, mask: jax.Array | None
 def statistics(inputs: jax.Array, over: Over, mask: jax.Array | None = None) -> Statistics:
     """Returns the statistics of f32[N, H, W, C] that `normalize` takes."""
     if over.centered:
-        mean = _mean(_by_channel(over, inputs)[0], inputs, over, mask)
+        mean = mean_of(channel_sums(over, inputs)[0], inputs, over, mask)
     else:
         mean = jnp.zeros((1 if over.batch else inputs.shape[0], over.groups), inputs.dtype)
-    centered = inputs - _spread(mean, inputs)
+    centered = inputs - spread(mean, inputs)
     squares = jnp.square(centered)
     if not (over.centered and _in_cache(over)):
-        return Statistics(mean, _mean(_by_channel(over, squares)[0], inputs, over, mask))
+        return Statistics(mean, mean_of(channel_sums(over, squares)[0], inputs, over, mask))
     # What rounding left of the mean comes at no cost, and corrects the variance; and the mean too
     # if values would be off by more than a thousandth of a deviation.
-    sums = _by_channel(over, centered, squares)  # of micro-batches, which have no mask
-    rest, variance = (_mean(part, inputs, over, None) for part in sums)
+    sums = channel_sums(over, centered, squares)  # of micro-batches, which have no mask
+    rest, variance = (mean_of(part, inputs, over, None) for part in sums)
     mean = jnp.where(jnp.square(rest) > 1e-6 * variance, mean + rest, mean)
     return Statistics(mean, jnp.maximum(variance - jnp.square(rest), 0))
 
@@ -163,8 +164,8 @@ def _normalize_plainly(
     taken = statistics(inputs, over, mask)
     factor = lax.rsqrt(taken.variance + over.epsilon)
     # Else they would be spread over the channels of their group again for each element.
-    mean = xla.stored(_spread(taken.mean, inputs))
-    factor = xla.stored(_spread(factor, inputs) * scale[None, None, None])
+    mean = xla.stored(spread(taken.mean, inputs))
+    factor = xla.stored(spread(factor, inputs) * scale[None, None, None])
     return (inputs - mean) * factor + bias[None, None, None], taken
 
 
@@ -183,20 +184,20 @@ def _normalize_backward(over: Over, saved, gradients):
     # to_inputs = r * (g - mean(g) - x * r^2 * mean(g x)). Two sums over all elements serve
     # everything.
     factor = lax.rsqrt(taken.variance + over.epsilon)
-    centered = inputs - _spread(taken.mean, inputs)
-    to_bias, to_scale = _by_channel(over, gradient, gradient * centered)
-    mean_gradient = _mean(to_bias * scale[None], inputs, over, mask) * factor
+    centered = inputs - spread(taken.mean, inputs)
+    to_bias, to_scale = channel_sums(over, gradient, gradient * centered)
+    mean_gradient = mean_of(to_bias * scale[None], inputs, over, mask) * factor
     if not over.centered:
         mean_gradient = jnp.zeros_like(mean_gradient)
-    mean_product = _mean(to_scale * scale[None], inputs, over, mask) * factor**3
+    mean_product = mean_of(to_scale * scale[None], inputs, over, mask) * factor**3
     to_inputs = (
-        gradient * (_spread(factor, inputs) * scale[None, None, None])
-        - centered * _spread(mean_product, inputs)
-        - _spread(mean_gradient, inputs)
+        gradient * (spread(factor, inputs) * scale[None, None, None])
+        - centered * spread(mean_product, inputs)
+        - spread(mean_gradient, inputs)
     )
     if mask is not None:  # the mean's terms reach masked images too
         to_inputs = jnp.where(mask[:, None, None, None], to_inputs, 0)
-    to_scale = to_scale * _spread(factor, inputs)[:, 0, 0, :]
+    to_scale = to_scale * spread(factor, inputs)[:, 0, 0, :]
     return to_inputs, xla.over_images(to_scale), xla.over_images(to_bias), None
 
 
