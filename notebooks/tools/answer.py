@@ -20,10 +20,8 @@ from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.sweep import Sweep
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-OTHERS = (
-    *("tuned-pixel", "tuned-rms", "tuned-none", "tuned-dyt", "tuned-renorm", "tuned-ghost"),
-    "tuned-instance",
-)
+TRAINED = ("pixel", "rms", "none", "dyt", "renorm", "ghost", "instance", "frn")
+OTHERS = tuple(f"tuned-{norm}" for norm in TRAINED)
 """The runs of other norms by the tuned recipe, with the seeds of the tuned run."""
 TUNED = ("instance", "rms", "none", "ghost", "renorm", "frn", "evonorm-s0", "dyt", "derf")
 TUNINGS = ("tuning", "tuning-pixel", *(f"tuning-{norm}" for norm in TUNED))
