@@ -250,9 +250,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in valid_text(" ".join(text.split())))
 
 
-def listed(texts: Sequence[str]) -> str:
-    """Returns one, one and two, or one, two and three."""
-    return texts[0] if len(texts) == 1 else ", ".join(texts[:-1]) + " and " + texts[-1]
+def listed(texts: Sequence[str], last: str = "and") -> str:
+    """Returns one, one and two, or one, two and three; with another word before the `last`."""
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} {last} {texts[-1]}"
 
 
 def evaluation(run: Run) -> Table:

@@ -2,6 +2,7 @@
 `results/`. `fill_pages.py` writes them.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.sweep import Sweep
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-TRAINED = ("pixel", "rms", "none", "dyt", "renorm", "ghost", "instance", "frn")
+TRAINED = ("pixel", "rms", "none", "dyt", "renorm", "ghost", "instance", "frn", "evonorm-s0")
 OTHERS = tuple(f"tuned-{norm}" for norm in TRAINED)
 """The runs of other norms by the tuned recipe, with the seeds of the tuned run."""
 TUNED = ("instance", "rms", "none", "ghost", "renorm", "frn", "evonorm-s0", "dyt", "derf")
@@ -153,15 +154,23 @@ class Answer:
         first, last = self.tuned.seed_numbers[0], self.tuned.seed_numbers[-1]
         return (
             "Last test accuracy by the tuned recipe; brackets: 95 % intervals over seeds and test "
-            "images, for these learning rates, not corrected for their number; shown: p < 0.05 by "
-            "exact sign flips after Holm, for the three pairs planned; equivalent: two one-sided "
-            f"tests{self.growth()}. The others have no verdict; pairs are of the first n of the "
+            f"images{self.coverage()}, for these learning rates, not corrected for their number; "
+            "shown: p < 0.05 by exact sign flips after Holm, for the three pairs planned; "
+            f"equivalent: two one-sided tests{self.growth()}. The others have no verdict; pairs "
+            "are of the first n of the "
             f"seeds {first} to {last}. Last column: {held_out:,} held-out training images, at each "
             "norm's best rate. The nets' kernels are standardized, without which group and layer "
             "norm lose most; "
             f"{self.tuned.data}; {config.arch} nets, {config.epochs} epochs, batch "
             f"{config.batch_size}; {measured}.\n"
         )
+
+    def coverage(self) -> str:
+        """Returns words on how often the intervals of the fewest seeds here cover, as simulated."""
+        n = fewest(self.others)
+        rows = json.loads((RESULTS / "coverage.json").read_text())["rows"]
+        least = min(row["crossed"] for row in rows if row["seeds"] == n)
+        return f" (of n = {n} they cover {100 * least:.0f} %)"
 
     def since(self) -> str:
         """Returns words on the margin of equivalence if it was fixed after the run."""
@@ -308,7 +317,7 @@ def between(sample: Sample, text: Callable[[float], str] = lambda x: f"{100 * x:
 def counts(runs: Sequence[Run]) -> str:
     """The numbers of finished seeds of the norms of these runs, as text."""
     numbers = sorted({len(nets) for run in runs for nets in run.summaries.values()})
-    return " or ".join(map(str, numbers))
+    return listed(list(map(str, numbers)), "or")
 
 
 def interval_of(pair: Difference) -> str:
