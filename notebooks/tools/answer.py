@@ -21,10 +21,9 @@ from jaxnorm.storage.directory import RunDirectory
 from jaxnorm.storage.sweep import Sweep
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-TRAINED = ("pixel", "rms", "none", "dyt", "renorm", "ghost", "instance", "frn", "evonorm-s0")
-OTHERS = tuple(f"tuned-{norm}" for norm in TRAINED)
-"""The runs of other norms by the tuned recipe, with the seeds of the tuned run."""
 TUNED = ("instance", "rms", "none", "ghost", "renorm", "frn", "evonorm-s0", "dyt", "derf")
+OTHERS = ("tuned-pixel", *(f"tuned-{norm}" for norm in TUNED))
+"""The runs of other norms by the tuned recipe, with the seeds of the tuned run."""
 TUNINGS = ("tuning", "tuning-pixel", *(f"tuning-{norm}" for norm in TUNED))
 """The tunings: every norm got the same learning rates."""
 REFERENCE, COMPARED = 64, (4, 256)
@@ -157,10 +156,9 @@ class Answer:
             f"images{self.coverage()}, for these learning rates, not corrected for their number; "
             "shown: p < 0.05 by exact sign flips after Holm, for the three pairs planned; "
             f"equivalent: two one-sided tests{self.growth()}. The others have no verdict; pairs "
-            "are of the first n of the "
-            f"seeds {first} to {last}. Last column: {held_out:,} held-out training images, at each "
-            "norm's best rate. The nets' kernels are standardized, without which group and layer "
-            "norm lose most; "
+            f"are of the first n of the seeds {first} to {last}. Last column: {held_out:,} "
+            "held-out training images, at each norm's best rate. The nets' kernels are "
+            "standardized, without which group and layer norm lose most; "
             f"{self.tuned.data}; {config.arch} nets, {config.epochs} epochs, batch "
             f"{config.batch_size}; {measured}.\n"
         )
