@@ -357,7 +357,8 @@ def plot_ends(axes: Axes, runs: Sequence[Run]) -> None:
 
 def draw_curves(runs: Sequence[Run], caption: str, width: float, height: float) -> Figure:
     """Test loss and accuracy by epoch under each norm of these runs."""
-    title = "Test loss and accuracy: mean and 95 % interval over seeds"
+    unshown = " (none for two)" * (fewest(runs) == 2)
+    title = f"Test loss and accuracy: mean and 95 % interval over seeds{unshown}"
     figure = drawing.new_figure(caption, title, width, height)
     for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         plot_curves(axes, runs, what)
@@ -365,7 +366,9 @@ def draw_curves(runs: Sequence[Run], caption: str, width: float, height: float) 
 
 
 def plot_curves(axes: Axes, runs: Sequence[Run], what: str) -> None:
-    """Test loss or accuracy by epoch: the mean of a norm's finished seeds, its 95 % t interval."""
+    """Test loss or accuracy by epoch: the mean of a norm's finished seeds, and its 95 % t interval
+    unless they are two, of which it is several times as wide as all that is shown.
+    """
     run_of = {norm: run for run in runs for norm in run.summaries}
     for norm, run in run_of.items():
         look = drawing.looks(run_of)[norm]
@@ -375,6 +378,8 @@ def plot_curves(axes: Axes, runs: Sequence[Run], what: str) -> None:
         epochs = np.arange(1, len(samples) + 1)
         means = [sample.mean for sample in samples]
         axes.plot(epochs, means, **{**look.keywords, "markersize": 3})
+        if len(of_seeds) == 2:
+            continue
         low, high = zip(*(sample.interval or (sample.mean,) * 2 for sample in samples), strict=True)
         axes.fill_between(epochs, low, high, color=look.colour, alpha=0.2, linewidth=0)
     axes.set(xlabel="epoch", ylabel=f"test {what}")
