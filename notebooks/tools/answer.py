@@ -168,7 +168,7 @@ class Answer:
         n = fewest(self.others)
         rows = json.loads((RESULTS / "coverage.json").read_text())["rows"]
         least = min(row["crossed"] for row in rows if row["seeds"] == n)
-        return f" (of n = {n} they cover {100 * least:.0f} %)"
+        return f" (for n = {n} they cover {100 * least:.0f} %)"
 
     def since(self) -> str:
         """Returns words on the margin of equivalence if it was fixed after the run."""
